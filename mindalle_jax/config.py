@@ -1,0 +1,338 @@
+"""config.yaml: its fields, their defaults and what they mean.
+
+The file is the one that the original implementation writes and reads, so a published model's config.yaml works as it
+is. A file may leave any field out. Unknown fields and values of the wrong type are errors that name the nearest match.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mindalle_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """What the model was trained on."""
+
+    dataset: str | None = None
+    """Name of the training set; the transfer recipes say `imagenet`."""
+    transforms: str = "dalle-vqvae"
+    """Read and ignored, as in the original."""
+    tokenizer_type: Literal["CharBPE"] = "CharBPE"
+    context_length: int = 64
+    """Text positions N: prompts are padded and cut to it, in tokens."""
+    image_resolution: int = 256
+    """Height and width of the pictures, in pixels."""
+    bpe_pdrop: float | None = None
+    """Read and ignored, as in the original."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage1Hparams:
+    """Encoder and decoder of the VQGAN."""
+
+    double_z: bool = False
+    """True is a variational encoder, which this model is not; only False is accepted."""
+    z_channels: int = 256
+    resolution: int = 256
+    """Height and width of the pictures, in pixels."""
+    in_channels: int = 3
+    out_ch: int = 3
+    ch: int = 128
+    """Channels of the finest level; level l has ch * ch_mult[l]."""
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    attn_resolutions: tuple[int, ...] = (16,)
+    """Attention follows every residual block of the levels that work at these resolutions, in pixels."""
+    pdrop: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage1Config:
+    """The picture tokenizer."""
+
+    type: Literal["vqgan"] = "vqgan"
+    embed_dim: int = 256
+    """Width of a codebook row."""
+    n_embed: int = 16384
+    """Number of codes."""
+    hparams: Stage1Hparams = Stage1Hparams()
+
+    @property
+    def code_size(self) -> int:
+        """Height and width of the grid of codes of one picture: 16 for f16 at 256 pixels."""
+        return self.hparams.resolution // 2 ** (len(self.hparams.ch_mult) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage2Hparams:
+    """The transformer."""
+
+    embed_dim: int = 1536
+    n_layers: int = 42
+    n_heads: int = 24
+    n_dense_layers: int | None = None
+    """Equal to n_layers (which it is when left out)."""
+    ctx_len_img: int = 256
+    """Image positions T: codes a picture."""
+    ctx_len_txt: int = 64
+    """Text positions N; the image-only model ignores it."""
+    embd_pdrop: float = 0.0
+    resid_pdrop: float = 0.0
+    attn_pdrop: float = 0.0
+    mlp_bias: bool = True
+    attn_bias: bool = True
+    gelu_use_approx: bool = False
+    """True: x * sigmoid(1.702 x); False: the exact GELU."""
+    use_head_txt: bool = True
+    """Read and ignored, as in the original: the text head always exists."""
+    n_classes: int | None = None
+    """Number of classes of the class-conditional image-only model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage2Config:
+    """What draws the codes."""
+
+    type: Literal["transformer1d", "igpt"] = "transformer1d"
+    """transformer1d: text to image. igpt: image only, class-conditional or not."""
+    vocab_size_txt: int = 16384
+    vocab_size_img: int = 16384
+    use_cls_cond: bool | None = None
+    hparams: Stage2Hparams = Stage2Hparams()
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Fine-tuning: AdamW and its schedule."""
+
+    opt_type: Literal["adamW"] = "adamW"
+    base_lr: float = 1e-4
+    weight_decay: float = 1e-4
+    betas: tuple[float, ...] = (0.9, 0.99)
+    grad_clip_norm: float = 1.0
+    sched_type: Literal["cosine"] = "cosine"
+    max_steps: int = 0
+    """Updates until the learning rate has reached min_lr; 0: (images // total_batch_size) * epochs."""
+    min_lr: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """Fine-tuning: batches and epochs."""
+
+    local_batch_size: int = 4
+    total_batch_size: int = 512
+    valid_batch_size: int = 32
+    epochs: int = 10
+    save_ckpt_freq: int = 2
+    """Epochs between checkpoints."""
+    test_freq: int = 1
+    """Epochs between validations."""
+    use_amp: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole config.yaml."""
+
+    dataset: DatasetConfig = DatasetConfig()
+    stage1: Stage1Config = Stage1Config()
+    stage2: Stage2Config = Stage2Config()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    experiment: ExperimentConfig = ExperimentConfig()
+
+    @property
+    def image_only(self) -> bool:
+        """Whether stage 2 is the image-only transformer (igpt)."""
+        return self.stage2.type == "igpt"
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Reads a config.yaml, then applies `section.key=value` overrides in order.
+
+    Raises ConfigError naming the file, the field and the nearest valid name or the type expected.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        return parse_config(text, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parse_config(text: str, overrides: Iterable[str] = ()) -> Config:
+    """The same from the text of a config.yaml."""
+    tree = _parse_yaml(text)
+    for override in overrides:
+        _apply_override(tree, override)
+    config = _build(Config, tree, "")
+    _check(config)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The text of a config.yaml that parse_config reads back to an equal Config."""
+    return yaml.safe_dump(_plain(config), sort_keys=False, default_flow_style=None)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as text for want of a dot; people and the original's recipes mean the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        tree = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one more float pattern
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())[:200]}") from None
+    return {} if tree is None else tree
+
+
+def _apply_override(tree: Any, override: str) -> None:
+    """Sets `section.key=value` in the parsed file, creating sections that it leaves out."""
+    path, equals, value = override.partition("=")
+    if not equals or not path.strip():
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    *sections, key = path.strip().split(".")
+    for section in sections:
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is not a section")
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+    if not isinstance(tree, dict):
+        raise ConfigError(f"override {override!r}: {path.strip()!r} is not a field of a section")
+    tree[key] = _parse_yaml(value)
+
+
+def _build(cls: type, tree: Any, path: str) -> Any:
+    """A dataclass from a parsed mapping; `path` is where in the file we are, with a trailing dot."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path.rstrip('.') or 'the file'} must be a mapping of fields, not {tree!r:.60}")
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=2, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"the fields are {', '.join(hints)}"
+            raise ConfigError(f"unknown field {path}{key}; {hint}")
+    values = {}
+    for name, value in tree.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = _build(typing.cast(type, hint), {} if value is None else value, f"{path}{name}.")
+        else:
+            values[name] = _typed(value, hint, f"{path}{name}")
+    return cls(**values)
+
+
+def _typed(value: Any, hint: Any, path: str) -> Any:
+    """`value` if it is of the annotated type; ints pass for floats, lists for tuples, and bools never for numbers."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:  # X | None
+        return None if value is None else _typed(value, options[0], path)
+    if origin is Literal:
+        if value not in options:
+            raise ConfigError(f"{path} must be {' or '.join(map(repr, options))}, not {value!r:.60}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path} must be a list of {options[0].__name__}, not {value!r:.60}")
+        return tuple(_typed(item, options[0], f"{path}[{i}]") for i, item in enumerate(value))
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{path} must be of type {hint.__name__}, not {value!r:.60} ({type(value).__name__})")
+    return value
+
+
+def _check(config: Config) -> None:
+    """Refuses values that contradict each other or that no model can have."""
+    s1, s2 = config.stage1, config.stage2
+    h1, h2 = s1.hparams, s2.hparams
+
+    def refuse(condition: bool, message: str) -> None:
+        if condition:
+            raise ConfigError(message)
+
+    sizes: dict[str, int] = {
+        "dataset.context_length": config.dataset.context_length,
+        "dataset.image_resolution": config.dataset.image_resolution,
+        "stage1.embed_dim": s1.embed_dim,
+        "stage1.n_embed": s1.n_embed,
+        "stage2.vocab_size_txt": s2.vocab_size_txt,
+        "stage2.vocab_size_img": s2.vocab_size_img,
+        **{f"stage1.hparams.{k}": getattr(h1, k) for k in ("z_channels", "resolution", "in_channels", "out_ch", "ch")},
+        "stage1.hparams.num_res_blocks": h1.num_res_blocks,
+        **{f"stage2.hparams.{k}": getattr(h2, k) for k in ("embed_dim", "n_layers", "n_heads", "ctx_len_img")},
+        "stage2.hparams.ctx_len_txt": h2.ctx_len_txt,
+    }
+    for path, size in sizes.items():
+        refuse(size < 1, f"{path} must be at least 1, not {size}")
+    refuse(
+        not h1.ch_mult or min(h1.ch_mult) < 1, f"stage1.hparams.ch_mult must list positive numbers, not {h1.ch_mult}"
+    )
+    refuse(h1.double_z, "stage1.hparams.double_z true is a variational encoder, which this model does not have")
+    refuse(h1.ch % 32 != 0, f"stage1.hparams.ch must be a multiple of 32 (GroupNorm has 32 groups), not {h1.ch}")
+    levels = len(h1.ch_mult) - 1
+    refuse(
+        h1.resolution % 2**levels != 0,
+        f"stage1.hparams.resolution {h1.resolution} must be a multiple of {2**levels} (two per level of ch_mult)",
+    )
+    refuse(
+        config.dataset.image_resolution != h1.resolution,
+        f"dataset.image_resolution {config.dataset.image_resolution} and stage1.hparams.resolution {h1.resolution} "
+        "must be equal: the weights know one picture size only",
+    )
+    refuse(
+        h2.ctx_len_img != s1.code_size**2,
+        f"stage2.hparams.ctx_len_img {h2.ctx_len_img} must be the codes of a picture: "
+        f"{s1.code_size} x {s1.code_size} = {s1.code_size**2}",
+    )
+    refuse(
+        s2.vocab_size_img != s1.n_embed,
+        f"stage2.vocab_size_img {s2.vocab_size_img} must equal stage1.n_embed {s1.n_embed}",
+    )
+    refuse(
+        h2.embed_dim % h2.n_heads != 0,
+        f"stage2.hparams.embed_dim {h2.embed_dim} must be a multiple of n_heads {h2.n_heads}",
+    )
+    refuse(
+        h2.n_dense_layers not in (None, h2.n_layers),
+        f"stage2.hparams.n_dense_layers {h2.n_dense_layers} must equal n_layers {h2.n_layers}",
+    )
+    refuse(
+        not config.image_only and h2.ctx_len_txt != config.dataset.context_length,
+        f"stage2.hparams.ctx_len_txt {h2.ctx_len_txt} must equal dataset.context_length "
+        f"{config.dataset.context_length}",
+    )
+    refuse(
+        config.image_only and bool(s2.use_cls_cond) and (h2.n_classes is None or h2.n_classes < 1),
+        "stage2.use_cls_cond needs stage2.hparams.n_classes, the number of classes",
+    )
+    for path, rate in [
+        ("stage1.hparams.pdrop", h1.pdrop),
+        *[(f"stage2.hparams.{k}", getattr(h2, k)) for k in ("embd_pdrop", "resid_pdrop", "attn_pdrop")],
+    ]:
+        refuse(not 0.0 <= rate < 1.0, f"{path} is a probability in [0, 1), not {rate}")
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses and tuples as the dicts and lists that YAML knows."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return list(value) if isinstance(value, tuple) else value

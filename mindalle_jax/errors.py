@@ -1,0 +1,43 @@
+"""Every error a person can cause, each with its own process exit code (the table in docs/cli.md is this file)."""
+
+
+class MindalleError(Exception):
+    """Base of the errors below. The message is one line that names the offending value and what would work."""
+
+    exit_code = 1
+
+
+class UsageError(MindalleError, ValueError):
+    """An argument out of range: a prompt, a seed, top_k, a picture of the wrong size."""
+
+    exit_code = 2
+
+
+class ConfigError(MindalleError, ValueError):
+    """config.yaml or an override names an unknown field, has the wrong type, or contradicts itself."""
+
+    exit_code = 3
+
+
+class CheckpointError(MindalleError, ValueError):
+    """A weights file is missing, damaged, hostile, or does not fit the model."""
+
+    exit_code = 4
+
+
+class DownloadError(MindalleError, OSError):
+    """A download failed, is incomplete, or does not have the expected checksum."""
+
+    exit_code = 5
+
+
+class OutputError(MindalleError, OSError):
+    """The place to write to exists already, cannot be written, or has too little free space."""
+
+    exit_code = 6
+
+
+class NonFiniteError(MindalleError, ArithmeticError):
+    """The network produced NaN or infinite logits while sampling."""
+
+    exit_code = 7

@@ -1,0 +1,562 @@
+"""Fetches a published model: resumable download, checksum, and unpacking without trusting the archive.
+
+Under the cache folder, for the release `minDALL-E/1.3B`:
+
+    minDALL-E/1.3B/               the result; it appears by one rename, when it is complete
+    minDALL-E/1.3B.tar.gz         appears once length and MD5 agree; removed once it is unpacked, to save 5 GB
+    minDALL-E/1.3B.tar.gz.part    what an unfinished download has so far, with its .part.json; kept and continued
+    minDALL-E/1.3B.tar.gz.lock    held by the one process that works here; the file itself stays
+    minDALL-E/.1.3B.unpack-*      exists while unpacking
+
+MD5 is what the publisher gives. It shows damage and a wrong file; that nothing in the file can do harm is the business
+of `unpack` and of the reader of the weights.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import gzip
+import hashlib
+import http.client
+import io
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import socket
+import ssl
+import tarfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+from mindalle_jax.errors import CheckpointError, DownloadError, MindalleError, OutputError, UsageError
+
+FILES = (
+    "config.yaml",
+    "tokenizer/bpe-16k-vocab.json",
+    "tokenizer/bpe-16k-merges.txt",
+    "stage1_last.ckpt",
+    "stage2_last.ckpt",
+)
+"""What an unpacked release holds: all of it, and nothing else."""
+TIMEOUT_S = 30.0
+"""For connecting, and for each wait for more bytes."""
+RETRY_DELAYS_S = (1.0, 4.0, 16.0)
+"""Pauses before the retries of a transient error. They start anew whenever the download got further than before."""
+CHUNK_BYTES = 1 << 20
+MAX_UNPACKED_BYTES = 16 << 30
+MAX_MEMBERS = 64
+MAX_EXTENSION_BYTES = 1 << 20
+"""Of a tar extension header (long names, pax records), which tarfile reads into memory, and of data after the end."""
+
+log = logging.getLogger(__name__)
+_sleep = time.sleep  # Tests replace it.
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """A published archive."""
+
+    name: str
+    """`minDALL-E/1.3B`; its last part is the folder inside the archive."""
+    url: str
+    md5: str
+    download_bytes: int
+    """About; for the check of the free disk before the server has said it exactly."""
+    unpacked_bytes: int
+    """About, as above."""
+
+    @property
+    def root(self) -> str:
+        return self.name.rpartition("/")[2]
+
+
+_URL = "https://arena.kakaocdn.net/brainrepo/models/minDALL-E/57b008f02ceaa02b779c8b7463143315/1.3B.tar.gz"
+RELEASES = {
+    "minDALL-E/1.3B": Release(
+        name="minDALL-E/1.3B",
+        url=_URL,
+        md5=_URL.split("/")[-2],
+        download_bytes=5_000_000_000,
+        unpacked_bytes=5_600_000_000,  # 1.367e9 float32 weights and what Lightning puts beside them.
+    )
+}
+
+
+def cache_dir() -> Path:
+    """`$MINDALLE_CACHE`, else `$XDG_CACHE_HOME/mindalle-jax`, else `~/.cache/mindalle-jax`."""
+    if own := os.environ.get("MINDALLE_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mindalle-jax"
+
+
+def fetch_release(name: str, *, source: str | None = None, cache: Path | None = None) -> Path:
+    """Folder `cache/name` with config.yaml, tokenizer/, stage1_last.ckpt and stage2_last.ckpt; at once if it is there.
+
+    source: another http, https or file URL of the same archive, or a path to it; its MD5 must be the same. Such a file
+    is unpacked from where it lies and stays. An archive in the cache, also one put there by hand, is removed once it is
+    unpacked.
+    cache: default `cache_dir()`.
+
+    Raises UsageError (unknown name), DownloadError (unreachable, incomplete or the wrong file), OutputError (disk full
+    or not writable, an incomplete folder in the way) and CheckpointError (the archive holds something else).
+    """
+    if name not in RELEASES:
+        raise UsageError(f"unknown release {name!r}; there is {', '.join(RELEASES)}")
+    release = RELEASES[name]
+    folder = (cache or cache_dir()) / name
+    if _is_unpacked(folder):
+        return folder
+    archive = folder.with_name(f"{release.root}.tar.gz")
+    local = _local_path(release.url if source is None else source)
+    with _locked(archive):
+        if _is_unpacked(folder):  # Another process did it while this one waited.
+            return folder
+        for leftover in folder.parent.glob(f".{folder.name}.unpack-*"):  # Its process died, else it held the lock.
+            shutil.rmtree(leftover, ignore_errors=True)
+        if local is not None:
+            _check_disk(folder.parent, release.unpacked_bytes, "unpacking")
+            _check_file(local, release.md5)
+            unpack(local, folder, root=release.root)
+        else:
+            have = sum(p.stat().st_size for p in (archive, _part_path(archive)) if p.exists())
+            need = max(0, release.download_bytes - have) + release.unpacked_bytes
+            _check_disk(folder.parent, need, f"downloading and unpacking {name}")
+            _download(source or release.url, archive, release.md5)
+            unpack(archive, folder, root=release.root)
+            archive.unlink()
+    return folder
+
+
+def download(url: str, path: Path, *, md5: str) -> None:
+    """Downloads `url` (http or https) to `path`, continuing what an earlier call left in `path`.part.
+
+    `path` appears only when length and MD5 (32 hex digits) agree; if it is there already it is only checked. Transient
+    errors are retried. Raises DownloadError, whose message says what to do by hand, and OutputError (disk).
+    """
+    with _locked(path):
+        _download(url, path, md5)
+
+
+def unpack(archive: Path, folder: Path, *, root: str) -> None:
+    """Copies the FILES below `root`/ of a tar.gz to `folder`, which must not exist and appears only when complete.
+
+    Only regular files with exactly these names are written; links, devices, other names, duplicates and more than
+    MAX_UNPACKED_BYTES are refused. Raises CheckpointError (damaged, refused, incomplete) and OutputError (disk).
+    """
+    if os.path.lexists(folder):
+        raise OutputError(f"{folder} exists already; remove it or choose another folder")
+    temporary = folder.with_name(f".{folder.name}.unpack-{secrets.token_hex(4)}")
+    try:
+        with _disk_errors(temporary):
+            (temporary / "tokenizer").mkdir(parents=True)
+        # gzip.open and not tarfile's own "r|gz", which ignores the checksum that ends a gzip file.
+        with open(archive, "rb") as raw, gzip.open(raw) as stream:
+            _copy_members(archive, raw, stream, temporary, root)
+        with _disk_errors(folder):
+            os.rename(temporary, folder)
+    except MindalleError:
+        raise
+    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{archive}: not a tar.gz, or damaged: {_reason(error)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # After the rename there is nothing by that name.
+
+
+# Unpacking
+
+
+class _Header(tarfile.TarInfo):
+    """Refuses huge extension headers before tarfile reads them into memory."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        member = super().frombuf(buf, encoding, errors)
+        is_extension = member.type in (b"x", b"g", b"X", b"L", b"K")  # pax, pax global, Solaris pax, GNU long names
+        if is_extension and member.size > MAX_EXTENSION_BYTES:
+            raise tarfile.ReadError(f"extension header of {member.size} bytes")
+        return member
+
+
+def _copy_members(archive: Path, raw: BinaryIO, stream: gzip.GzipFile, folder: Path, root: str) -> None:
+    """Writes the members to `folder`; `raw` is the file below `stream`, for the progress in compressed bytes."""
+    wanted = {f"{root}/{file}": folder / file for file in FILES}
+    seen, total_bytes = set(), 0
+    size = os.fstat(raw.fileno()).st_size
+    with (
+        tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK_BYTES, tarinfo=_Header) as tar,
+        _progress(f"unpacking {archive.name}", size) as bar,
+    ):
+        for count, member in enumerate(tar):
+            name = member.name.removeprefix("./")
+            total_bytes += member.size
+            if count >= MAX_MEMBERS:
+                raise CheckpointError(f"{archive}: more than {MAX_MEMBERS} members")
+            if member.isdir() and name in (".", root, f"{root}/tokenizer"):
+                continue
+            if name not in wanted:
+                raise CheckpointError(f"{archive}: unexpected member {member.name!r:.80}; allowed: {', '.join(wanted)}")
+            if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+                raise CheckpointError(f"{archive}: {name} is not a regular file (tar type {member.type!r})")
+            if name in seen:
+                raise CheckpointError(f"{archive}: {name} is there twice")
+            if member.size < 0 or total_bytes > MAX_UNPACKED_BYTES:
+                raise CheckpointError(f"{archive}: {name} would unpack to {total_bytes / 1e9:.1f} GB or more")
+            seen.add(name)
+            _check_disk(folder, member.size, f"unpacking {name}")
+            with _create(wanted[name]) as file:
+                source = tar.extractfile(member)  # Never None for a regular file; raises where the data is cut short.
+                while source and (block := source.read(CHUNK_BYTES)):
+                    _write(file, block)
+                    bar.update(raw.tell() - bar.n)
+                with _disk_errors(wanted[name]):
+                    os.fsync(file.fileno())
+        if len(stream.read(MAX_EXTENSION_BYTES + 1)) > MAX_EXTENSION_BYTES:  # Reading to the end checks the CRC.
+            raise CheckpointError(f"{archive}: more data after the end of the archive")
+    if missing := [name for name in wanted if name not in seen]:
+        raise CheckpointError(f"{archive}: not in the archive: {', '.join(missing)}")
+
+
+def _create(path: Path) -> io.FileIO:
+    """A new file, never through a link; unbuffered, so that no write is left for close()."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with _disk_errors(path):
+        return io.FileIO(path, "w", opener=lambda name, _: os.open(name, flags, 0o666))
+
+
+# Downloading
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entity:
+    """What a server said that it sends; tells whether a later answer continues the same file."""
+
+    url: str
+    validator: str
+    """Strong ETag, else Last-Modified, else empty."""
+    length: int
+    """In bytes; -1 when the server did not say."""
+
+
+class _Part:
+    """`path`.part, the bytes received so far with their MD5; `path`.part.json says which entity they begin."""
+
+    def __init__(self, path: Path, file: io.FileIO):
+        self.path, self.note_path, self.file = _part_path(path), path.with_name(path.name + ".part.json"), file
+        self.entity, self.size, self.md5 = _Entity("", "", -1), 0, _md5()
+
+    def load(self) -> None:
+        """Takes over what an earlier process left, if it noted what that is."""
+        try:
+            note = json.loads(self.note_path.read_text())
+            entity = _Entity(str(note["url"]), str(note["validator"]), int(note["length"]))
+        except (OSError, ValueError, TypeError, KeyError):
+            return self.start(self.entity)
+        with _disk_errors(self.path):
+            self.file.seek(0)
+            self.md5, self.size, self.entity = _hash(self.file, self.path.name), self.file.tell(), entity
+        if self.size > entity.length:
+            self.start(self.entity)
+
+    def start(self, entity: _Entity) -> None:
+        """Empties the file; what follows is the start of `entity`."""
+        self.entity, self.size, self.md5 = entity, 0, _md5()
+        with _disk_errors(self.path):
+            self.file.truncate(0)  # First the bytes, then the note: never a note about other bytes.
+            self.note_path.write_text(json.dumps(dataclasses.asdict(entity)))
+
+    def append(self, block: bytes) -> None:
+        _write(self.file, block)
+        self.md5.update(block)
+        self.size += len(block)
+
+    def resume_headers(self, url: str) -> dict[str, str]:
+        headers = {"Range": f"bytes={self.size}-"}
+        if url == self.entity.url and self.entity.validator:
+            headers["If-Range"] = self.entity.validator
+        return headers
+
+    def is_continued_by(self, url: str, response: http.client.HTTPResponse) -> bool:
+        """Whether the answer starts at our end and goes to the end of the same file.
+
+        From another URL the same length must do; the MD5 decides in the end.
+        """
+        got = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", "").strip())
+        expected = (self.size, self.entity.length - 1, self.entity.length)
+        if response.status != 206 or got is None or tuple(map(int, got.groups())) != expected:
+            return False
+        return url != self.entity.url or _validator(response) in ("", self.entity.validator)
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.note_path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _open_part(path: Path) -> Iterator[_Part]:
+    with _disk_errors(_part_path(path)):
+        file = io.FileIO(_part_path(path), "a+")
+    with file:
+        part = _Part(path, file)
+        part.load()
+        try:
+            yield part
+        finally:
+            if part.size == 0:
+                part.remove()
+
+
+def _download(url: str, path: Path, md5: str) -> None:
+    """`download`, with the lock held."""
+    if path.exists():
+        return _check_file(path, md5)
+    by_hand = (
+        f"Fetch {url} (MD5 {md5}) by other means and put it at {path}, then repeat the command; "
+        "or give that file as the source, or its unpacked folder as the model path."
+    )
+    with _open_part(path) as part:
+        _receive_with_retries(url, part, by_hand)
+        if part.md5.hexdigest() != md5:
+            part.remove()
+            raise DownloadError(
+                f"{url}: got {part.size} bytes with MD5 {part.md5.hexdigest()}, expected {md5}; they were removed"
+            )
+        with _disk_errors(path):
+            os.fsync(part.file.fileno())
+            os.replace(part.path, path)
+            part.remove()
+
+
+def _receive_with_retries(url: str, part: _Part, by_hand: str) -> None:
+    """Makes `part` complete. Raises DownloadError ending in `by_hand`, and keeps what there is."""
+    delays, furthest = list(RETRY_DELAYS_S), part.size
+    while True:
+        try:
+            return _receive(url, part)
+        except MindalleError:
+            raise
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if part.size > furthest:
+                delays, furthest = list(RETRY_DELAYS_S), part.size
+            if not delays or not _is_transient(error):
+                kept = f" {part.size / 1e9:.1f} GB are kept; the same command continues." if part.size else ""
+                raise DownloadError(f"cannot download {url}: {_reason(error)}.{kept}\n{by_hand}") from error
+            log.warning("%s: %s; trying again in %g s", url, _reason(error), delays[0])
+        _sleep(delays.pop(0))
+
+
+def _receive(url: str, part: _Part) -> None:
+    """One attempt: connects, and appends until the length that the server gave, or until it closes."""
+    if part.size and part.size == part.entity.length:
+        return
+    with _connect(url, part) as response:
+        length = part.entity.length
+        _check_disk(part.path.parent, length - part.size, f"downloading {url}")
+        with _progress(part.path.name.removesuffix(".part"), length, part.size) as bar:
+            while part.size != length:
+                block = response.read1(CHUNK_BYTES)
+                if not block:
+                    break
+                part.append(block)
+                bar.update(len(block))
+    if length not in (-1, part.size):
+        raise ConnectionResetError(f"the connection closed after {part.size} of {length} bytes")
+
+
+def _connect(url: str, part: _Part) -> http.client.HTTPResponse:
+    """An answer whose body continues `part`; where the server will not continue, `part` is emptied first."""
+    response = None
+    if part.size:
+        try:
+            response = _request(url, part.resume_headers(url))
+        except urllib.error.HTTPError as error:
+            if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+                raise
+        if response and part.is_continued_by(url, response):
+            return response
+        if response and response.status != http.client.OK:
+            response.close()
+            response = None
+    response = response or _request(url, {})
+    if response.status != http.client.OK or response.headers.get_content_type() == "text/html":
+        response.close()  # A login or error page must not replace gigabytes already here.
+        raise ValueError(f"got a web page, not an archive (HTTP status {response.status})")
+    if part.size:
+        log.warning("%s: the file changed, or the server cannot continue at byte %d; starting again", url, part.size)
+    part.start(_Entity(url, _validator(response), -1 if response.length is None else response.length))
+    return response
+
+
+def _validator(response: http.client.HTTPResponse) -> str:
+    """What If-Range may carry: a strong ETag or a date."""
+    etag = response.headers.get("ETag", "")
+    return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Only to http and https, and not from https to http."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if urllib.parse.urlsplit(newurl).scheme not in ("https", req.type):
+            raise urllib.error.HTTPError(req.full_url, code, f"redirect to {newurl} refused", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _request(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+    opener = urllib.request.OpenerDirector()  # Not build_opener, which adds file, ftp and data URLs.
+    opener.add_handler(urllib.request.ProxyHandler())
+    opener.add_handler(urllib.request.UnknownHandler())
+    opener.add_handler(urllib.request.HTTPHandler())
+    opener.add_handler(urllib.request.HTTPSHandler())
+    opener.add_handler(urllib.request.HTTPErrorProcessor())
+    opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
+    opener.add_handler(_Redirects())
+    request = urllib.request.Request(url, headers={"User-Agent": "mindalle-jax", **headers})
+    try:
+        return opener.open(request, timeout=TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether trying again soon may help: not when there is no network, no such host or no such file."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500 or error.code in (408, 429)
+    reason = getattr(error, "reason", error)
+    lasting = (socket.gaierror, ConnectionRefusedError, ssl.SSLCertVerificationError, http.client.InvalidURL)
+    if isinstance(reason, lasting) or getattr(reason, "errno", 0) in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+        return False
+    return isinstance(reason, OSError | http.client.HTTPException)
+
+
+# Files, checksums, locks
+
+
+def _is_unpacked(folder: Path) -> bool:
+    """Raises OutputError when `folder` is there without one of its files."""
+    if not os.path.lexists(folder):
+        return False
+    if missing := [file for file in FILES if not (folder / file).is_file()]:
+        raise OutputError(f"{folder} is there but lacks {', '.join(missing)}; remove the folder to fetch it again")
+    return True
+
+
+def _local_path(source: str) -> Path | None:
+    """The file that `source` names; None when it is an http or https URL."""
+    path = Path(os.path.expanduser(source))
+    if "://" in source or source.lower().startswith("file:"):
+        scheme, host, url_path, *_ = urllib.parse.urlparse(source)
+        if scheme in ("http", "https"):
+            return None
+        if scheme != "file" or host not in ("", "localhost"):
+            raise DownloadError(f"source {source!r}: give an http, https or file URL, or a path")
+        path = Path(urllib.request.url2pathname(url_path))
+    if path.is_dir():
+        raise DownloadError(f"source {source!r} is a folder; give the archive, or the folder as the model path")
+    if not path.is_file():
+        raise DownloadError(f"source {source!r}: no such file")
+    return path
+
+
+def _part_path(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def _md5():
+    return hashlib.md5(usedforsecurity=False)
+
+
+def _hash(file: io.FileIO, name: str):
+    """The MD5 of the rest of `file`, as an object that can take more."""
+    md5 = _md5()
+    with _progress(f"checking {name}", os.fstat(file.fileno()).st_size) as bar:
+        while block := file.read(CHUNK_BYTES):
+            md5.update(block)
+            bar.update(len(block))
+    return md5
+
+
+def _check_file(path: Path, md5: str) -> None:
+    """Raises DownloadError when a file that the user gave is another one; leaves it alone."""
+    try:
+        with io.FileIO(path) as file:
+            got = _hash(file, path.name).hexdigest()
+    except OSError as error:
+        raise DownloadError(f"{path}: {_reason(error)}") from error
+    if got != md5:
+        raise DownloadError(
+            f"{path} ({path.stat().st_size} bytes) has MD5 {got}, expected {md5}: "
+            "it is incomplete or another file; remove or replace it"
+        )
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds `path`.lock, which dies with the process, and says whom it waits for."""
+    lock_path = path.with_name(path.name + ".lock")
+    with _disk_errors(lock_path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = io.FileIO(lock_path, "a+")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read(200).decode(errors="replace").strip() or "another process"
+            log.warning("waiting for %s, which is fetching %s", holder, path)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            log.warning("%s: no locks on this disk (%s); run one download at a time", path.parent, _reason(error))
+        with _disk_errors(lock_path):
+            lock.truncate(0)
+        _write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+
+
+def _check_disk(folder: Path, need_bytes: int, purpose: str) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if need_bytes > free_bytes:
+        raise OutputError(
+            f"{purpose} needs {need_bytes / 1e9:.1f} GB in {folder}, where {free_bytes / 1e9:.1f} GB are free; "
+            "free some, or set MINDALLE_CACHE to a folder on a larger disk"
+        )
+
+
+def _write(file: io.FileIO, block: bytes) -> None:
+    """Writes all of `block`, which an unbuffered file may take in pieces."""
+    view = memoryview(block)
+    while view:
+        with _disk_errors(Path(str(file.name))):
+            view = view[file.write(view) :]
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turns OSError into OutputError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    cause = error.reason if type(error) is urllib.error.URLError else error
+    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+
+
+def _progress(name: str, total_bytes: int, done_bytes: int = 0) -> tqdm:
+    """A bar on a terminal, nothing in a log."""
+    total = None if total_bytes < 0 else total_bytes
+    return tqdm(desc=name, total=total, initial=done_bytes, unit="B", unit_scale=True, disable=None)

@@ -1,0 +1,171 @@
+"""Which PyTorch key holds which part of which Flax parameter: the tables, and how they are checked.
+
+A table row is (pattern of the Flax path, template of the PyTorch key). Every Flax leaf matches exactly one row, every
+PyTorch key is used exactly once, and the same rows serve both directions.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import flax
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mindalle_jax.config import Config
+from mindalle_jax.errors import CheckpointError
+from mindalle_jax.models.transformer import Transformer
+from mindalle_jax.models.vqgan import VQGAN
+
+Stage = Literal["stage1", "stage2"]
+
+VQGAN_ROWS = [
+    (r"codebook", "quantize.embedding.weight"),
+    (r"(quant_conv|post_quant_conv)", r"\1"),
+    (r"(encoder|decoder)/(conv_in|conv_out|norm_out)", r"\1.\2"),
+    (r"(encoder|decoder)/mid_(block|attn)_(\d)/(\w+)", r"\1.mid.\2_\3.\4"),
+    (r"encoder/down_(\d+)_downsample_conv", r"encoder.down.\1.downsample.conv"),
+    (r"decoder/up_(\d+)_upsample_conv", r"decoder.up.\1.upsample.conv"),
+    (r"(encoder/down|decoder/up)_(\d+)_(block|attn)_(\d+)/(\w+)", r"\1.\2.\3.\4.\5"),
+]
+
+# {l} is the layer; a row with several keys fills the slots 0, 1, 2 of the axis that follows the layer axis.
+TRANSFORMER_ROWS = [
+    (r"((?:tok|pos)_emb_(?:img|txt))", (r"\1",)),
+    (r"(sos)", (r"\1",)),
+    (r"(head|head_img|head_txt|ln_f)", (r"\1",)),
+    (r"blocks/(ln1|ln2)", (r"blocks.{l}.\1",)),
+    (r"blocks/qkv", ("blocks.{l}.attn.query", "blocks.{l}.attn.key", "blocks.{l}.attn.value")),
+    (r"blocks/proj", ("blocks.{l}.attn.proj",)),
+    (r"blocks/fc1", ("blocks.{l}.mlp.0",)),
+    (r"blocks/fc2", ("blocks.{l}.mlp.2",)),
+]
+
+SUFFIXES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "weight": "weight", "bias": "bias"}
+"""Last part of a Flax path -> last part of a PyTorch key."""
+
+
+class Slot(NamedTuple):
+    """One PyTorch tensor and its place in a Flax leaf."""
+
+    path: str
+    """Flax path of the leaf, joined by `/`."""
+    index: tuple[int, ...]
+    """Which part of the leaf: () is all of it, (layer,) one layer, (layer, 0) the queries of one layer."""
+    torch_key: str
+    torch_shape: tuple[int, ...]
+
+    def from_torch(self, array: np.ndarray) -> np.ndarray:
+        """The array as it lies in the leaf: convolutions from [out, in, y, x] to [y, x, in, out]."""
+        return array.transpose(2, 3, 1, 0) if self._is_convolution else array
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of from_torch, with the PyTorch shape."""
+        return (array.transpose(3, 2, 0, 1) if self._is_convolution else array).reshape(self.torch_shape)
+
+    @property
+    def _is_convolution(self) -> bool:
+        return self.path.endswith("kernel")
+
+
+def leaf_shapes(config: Config, stage: Stage) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of a stage by its path, in the layout of training and disk. Allocates nothing."""
+    h1, h2 = config.stage1.hparams, config.stage2.hparams
+    if stage == "stage1":
+        images = jax.ShapeDtypeStruct((1, h1.resolution, h1.resolution, h1.in_channels), jnp.float32)
+        variables = jax.eval_shape(VQGAN(config.stage1).init, jax.random.key(0), images)
+    else:
+        prefix = jax.ShapeDtypeStruct((1, 1 if config.image_only else h2.ctx_len_txt), jnp.int32)
+        codes = jax.ShapeDtypeStruct((1, h2.ctx_len_img), jnp.int32)
+        variables = jax.eval_shape(Transformer(config.stage2).init, jax.random.key(0), prefix, codes)
+    flat = flax.traverse_util.flatten_dict(variables["params"], sep="/")
+    return {path: tuple(leaf.shape) for path, leaf in sorted(flat.items())}
+
+
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": x} -> {"a": {"b": x}}."""
+    return flax.traverse_util.unflatten_dict(dict(leaves), sep="/")
+
+
+def slots(config: Config, stage: Stage) -> list[Slot]:
+    """All tensors of a stage, leaf by leaf and within a leaf in the order of its memory."""
+    expand: Callable[[str, tuple[int, ...], Config], Iterable[Slot]]
+    expand = _vqgan_slots if stage == "stage1" else _transformer_slots
+    return [slot for path, shape in leaf_shapes(config, stage).items() for slot in expand(path, shape, config)]
+
+
+def check_keys(found: Mapping[str, tuple[int, ...]], wanted: list[Slot], file: str, stage: Stage) -> None:
+    """Compares the keys and shapes of a file with a table; raises CheckpointError listing all differences at once."""
+    expected = {slot.torch_key: slot.torch_shape for slot in wanted}
+    lines = [f"missing     {key} {list(shape)}" for key, shape in expected.items() if key not in found]
+    lines += [f"unexpected  {key} {list(shape)}" for key, shape in found.items() if key not in expected]
+    lines += [
+        f"shape       {key} is {list(found[key])}, the config says {list(shape)}"
+        for key, shape in expected.items()
+        if key in found and tuple(found[key]) != shape
+    ]
+    if lines:
+        shown = lines[:40] + ([f"... and {len(lines) - 40} more"] if len(lines) > 40 else [])
+        raise CheckpointError(
+            f"{file}: does not fit the {stage} of config.yaml, {len(lines)} differences"
+            f"{_hint(found, expected, stage)}:\n  " + "\n  ".join(shown)
+        )
+
+
+def _vqgan_slots(path: str, shape: tuple[int, ...], config: Config) -> list[Slot]:
+    if path == "codebook":
+        return [Slot(path, (), "quantize.embedding.weight", shape)]
+    module, _, last = path.rpartition("/")
+    key = f"{_match(module, VQGAN_ROWS)}.{SUFFIXES[last]}".replace("/", ".")
+    torch_shape = (shape[3], shape[2], shape[0], shape[1]) if last == "kernel" else shape
+    return [Slot(path, (), key, torch_shape)]
+
+
+def _transformer_slots(path: str, shape: tuple[int, ...], config: Config) -> list[Slot]:
+    module, _, last = path.rpartition("/")
+    if module == "sos" and not config.stage2.use_cls_cond:  # one learned vector, a bare parameter [1, 1, d] in PyTorch
+        return [Slot(path, (), "sos", (1, *shape))]
+    templates = _match(module, TRANSFORMER_ROWS)
+    keys = [f"{template}.{SUFFIXES[last]}" for template in templates]
+    if not module.startswith("blocks/"):
+        return [Slot(path, (), keys[0], shape)]
+    result = []
+    for layer in range(shape[0]):
+        for i, key in enumerate(keys):
+            index = (layer, i) if len(keys) > 1 else (layer,)
+            result.append(Slot(path, index, key.format(l=layer), shape[len(index) :]))
+    return result
+
+
+def _match(module: str, rows: list[tuple[str, Any]]) -> Any:
+    """The template of the one row whose pattern is the whole of `module`, its groups filled in."""
+    hits = [(match, template) for pattern, template in rows if (match := re.fullmatch(pattern, module))]
+    if len(hits) != 1:
+        raise AssertionError(f"{len(hits)} table rows match the Flax module {module!r}; there must be one")
+    match, template = hits[0]
+    return match.expand(template) if isinstance(template, str) else tuple(match.expand(t) for t in template)
+
+
+def _hint(found: Mapping[str, Any], expected: Mapping[str, Any], stage: Stage) -> str:
+    """What probably happened, where a file of another kind was given."""
+    if not found:
+        return " (the file holds no tensors)"
+    for prefix in ("module.", "model.", "_orig_mod."):
+        if all(key.startswith(prefix) for key in found):
+            return f" (all keys start with {prefix!r}: saved from a wrapped model; save its inner module's state_dict)"
+    other = "quantize.embedding.weight" if stage == "stage2" else "tok_emb_img.weight"
+    if other in found:
+        return f" (this is a checkpoint of {'stage1' if stage == 'stage2' else 'stage2'})"
+    if stage == "stage2" and "sos" in expected and "sos.weight" in found:
+        return " (this is a class-conditional model: set stage2.use_cls_cond)"
+    if stage == "stage2" and "head_txt.weight" in found and "head.weight" in expected:
+        return " (this is a text-to-image model, the config says igpt)"
+    return ""
+
+
+def count_parameters(config: Config, stage: Stage) -> int:
+    """Number of parameters of a stage."""
+    return sum(math.prod(shape) for shape in leaf_shapes(config, stage).values())

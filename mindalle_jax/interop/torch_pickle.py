@@ -1,0 +1,433 @@
+"""Decodes the pickle inside a torch.save() file into plain data, without unpickling it.
+
+A pickle is a program for a small stack machine, and unpickling runs it: imports, calls, attribute assignments. The
+machine here has the same opcodes and does none of that. It builds dict, list, tuple, set and scalars, and two records:
+`StorageRef` (a run of bytes elsewhere in the file) and `TensorRef` (a strided view of one). A handful of calls that
+torch.save always writes have rules that build these; every other name in the file becomes an inert `Opaque`. So unknown
+classes around the weights are ignored, and code hidden in the file is a name that nothing looks up.
+
+What a record claims is checked when it is built: a TensorRef that exists lies inside its StorageRef. Whether the
+StorageRef agrees with the file is checked by torch_archive.py, which knows the file.
+"""
+
+import pickletools
+import re
+import struct
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, NoReturn
+
+import ml_dtypes
+import numpy as np
+
+from mindalle_jax.errors import CheckpointError
+
+# Far above what real files need (minDALL-E with optimizer state: under 1 MiB, 70k opcodes), far below what hurts.
+MAX_PICKLE_BYTES = 64 << 20
+MAX_OPCODES = 500_000
+MAX_DIMS = 16
+MAX_INT_BITS = 128  # the legacy magic number has 77
+MAX_LINE_BYTES = 4096  # a module or class name
+
+# Storage classes of torch.save. numpy has no quantized or 32-bit complex type; those are refused by name.
+STORAGE_DTYPES = {
+    "DoubleStorage": np.dtype("<f8"),
+    "FloatStorage": np.dtype("<f4"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+    "ComplexFloatStorage": np.dtype("<c8"),
+    "ComplexDoubleStorage": np.dtype("<c16"),
+    "UntypedStorage": np.dtype("u1"),
+}
+# Types younger than the storage classes: saved as bytes, with the type among the arguments of _rebuild_tensor_v3.
+NEWER_DTYPES = {
+    "torch.uint16": np.dtype("<u2"),
+    "torch.uint32": np.dtype("<u4"),
+    "torch.uint64": np.dtype("<u8"),
+    "torch.float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "torch.float8_e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "torch.float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "torch.float8_e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "torch.float8_e8m0fnu": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+
+
+@dataclass(frozen=True)
+class Global:
+    """A name in the file, such as `torch.FloatStorage`. Only ever compared with names we know."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """What calling or instantiating an unknown Global would have given. Holds nothing but that name."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class StorageRef:
+    """The bytes [start, stop) of the data record `key`, which must be `record_bytes` long.
+
+    The range is the whole record except in files of torch < 0.4, which could save a view of a storage as a storage.
+    """
+
+    key: str
+    dtype: np.dtype
+    record_bytes: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A tensor in the file: `offset` and `strides` count elements of `dtype`, from the start of the storage."""
+
+    storage: StorageRef
+    dtype: np.dtype
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass
+class PlainPickle:
+    """The decoded tree, every storage it named by key, and how many tensors were cut from each."""
+
+    tree: Any = None
+    storages: dict[str, StorageRef] = field(default_factory=dict)
+    tensors_per_storage: Counter[str] = field(default_factory=Counter)
+
+
+def describe(value: Any) -> str:
+    """A short text for error messages, one line.
+
+    Containers give only their type: the repr of tuples that share members, ten times each, has no useful end.
+    """
+    if isinstance(value, str | bytes):
+        return repr(value[:60])
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Global | Opaque):
+        return f"the Python object {value.path[:80]!r}"
+    return f"a {type(value).__name__}"
+
+
+def decode_pickle(stream: BinaryIO, where: str) -> PlainPickle:
+    """Decodes one pickle from `stream`, which is left right after it. `where` begins every error message."""
+    return _StackMachine(stream, where).run()
+
+
+class _BoundedStream:
+    """Gives out at most MAX_PICKLE_BYTES, whatever length an opcode claims for its argument."""
+
+    def __init__(self, stream: BinaryIO):
+        self._stream = stream
+        self.position = 0
+
+    def read(self, size: int) -> bytes:
+        if self.position + size > MAX_PICKLE_BYTES:
+            raise ValueError(f"longer than {MAX_PICKLE_BYTES} bytes")
+        data = self._stream.read(size)
+        self.position += len(data)
+        return data
+
+    def readline(self) -> bytes:
+        line = self._stream.readline(MAX_LINE_BYTES)
+        self.position += len(line)
+        return line
+
+
+_MARK = object()
+_PUSH_ARGUMENT = frozenset(
+    "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT SHORT_BINBYTES BINBYTES "
+    "BINBYTES8 BYTEARRAY8 SHORT_BINSTRING BINSTRING".split()
+)
+_PUSH_CONSTANT = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK, "EMPTY_TUPLE": ()}
+_PUSH_NEW = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set}
+_OTHER_OPCODES = frozenset(
+    "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET TUPLE TUPLE1 TUPLE2 TUPLE3 FROZENSET SETITEM SETITEMS APPEND "
+    "APPENDS ADDITEMS GLOBAL STACK_GLOBAL BINPERSID REDUCE NEWOBJ NEWOBJ_EX BUILD POP POP_MARK PROTO FRAME STOP".split()
+)
+# What pickle protocols 2 to 5 write for the objects torch.save accepts. The text opcodes of protocol 0 are not here,
+# nor the extension registry and the out-of-band buffers.
+_OPCODES = {
+    opcode.code.encode("latin-1"): opcode
+    for opcode in pickletools.opcodes
+    if opcode.name in _PUSH_ARGUMENT | _OTHER_OPCODES or opcode.name in _PUSH_CONSTANT or opcode.name in _PUSH_NEW
+}
+
+
+class _StackMachine:
+    def __init__(self, stream: BinaryIO, where: str):
+        self._stream: Any = _BoundedStream(stream)
+        self._where = where
+        self._opcode_at = 0
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+        self._result = PlainPickle()
+
+    def run(self) -> PlainPickle:
+        for _ in range(MAX_OPCODES):
+            name, argument = self._next_opcode()
+            if name == "STOP":
+                self._result.tree = self._pop()
+                return self._result
+            self._step(name, argument)
+        self._fail(f"more than {MAX_OPCODES} opcodes")
+
+    def _fail(self, reason: str) -> NoReturn:
+        raise CheckpointError(f"{self._where}: pickle byte {self._opcode_at}: {reason}")
+
+    def _next_opcode(self) -> tuple[str, Any]:
+        self._opcode_at = self._stream.position
+        try:
+            code = self._stream.read(1)
+            if not code:
+                raise ValueError("it ends without STOP")
+            if code not in _OPCODES:
+                raise ValueError(f"byte {code!r} is not an opcode that torch.save writes")
+            opcode = _OPCODES[code]
+            argument = opcode.arg.reader(self._stream) if opcode.arg else None
+        except (ValueError, struct.error, OverflowError) as error:  # ValueError includes bad UTF-8
+            self._fail(f"damaged, or not a checkpoint: {str(error)[:120]}")
+        if isinstance(argument, int) and argument.bit_length() > MAX_INT_BITS:
+            self._fail(f"an integer of {argument.bit_length()} bits")
+        return opcode.name, argument
+
+    # Stack
+
+    def _top(self) -> Any:
+        if not self._stack or self._stack[-1] is _MARK:
+            self._fail("stack underflow")
+        return self._stack[-1]
+
+    def _pop(self) -> Any:
+        value = self._top()
+        self._stack.pop()
+        return value
+
+    def _pop_to_mark(self) -> list[Any]:
+        for mark in range(len(self._stack) - 1, -1, -1):
+            if self._stack[mark] is _MARK:
+                items = self._stack[mark + 1 :]
+                del self._stack[mark:]
+                return items
+        self._fail("no MARK on the stack")
+
+    def _pop_tuple(self, length: int) -> tuple[Any, ...]:
+        return tuple(reversed([self._pop() for _ in range(length)]))
+
+    def _step(self, name: str, argument: Any) -> None:
+        push = self._stack.append
+        if name in _PUSH_ARGUMENT:
+            push(argument)
+        elif name in _PUSH_CONSTANT:
+            push(_PUSH_CONSTANT[name])
+        elif name in _PUSH_NEW:
+            push(_PUSH_NEW[name]())
+        else:
+            match name:
+                case "BINPUT" | "LONG_BINPUT":
+                    self._memo[argument] = self._top()
+                case "MEMOIZE":
+                    self._memo[len(self._memo)] = self._top()
+                case "BINGET" | "LONG_BINGET":
+                    if argument not in self._memo:
+                        self._fail(f"memo {argument} was never set")
+                    push(self._memo[argument])
+                case "TUPLE":
+                    push(tuple(self._pop_to_mark()))
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    push(self._pop_tuple(int(name[-1])))
+                case "FROZENSET":
+                    push(frozenset(self._check_key(item) for item in self._pop_to_mark()))
+                case "SETITEM":
+                    self._set_items(list(self._pop_tuple(2)))
+                case "SETITEMS":
+                    self._set_items(self._pop_to_mark())
+                case "APPEND":
+                    self._append([self._pop()])
+                case "APPENDS":
+                    self._append(self._pop_to_mark())
+                case "ADDITEMS":
+                    self._add_items(self._pop_to_mark())
+                case "GLOBAL":
+                    push(Global(argument.replace(" ", ".", 1)))
+                case "STACK_GLOBAL":
+                    push(self._stack_global(*self._pop_tuple(2)))
+                case "BINPERSID":
+                    push(self._storage(self._pop()))
+                case "REDUCE":
+                    push(self._reduce(*self._pop_tuple(2)))
+                case "NEWOBJ":
+                    push(self._opaque(self._pop_tuple(2)[0]))
+                case "NEWOBJ_EX":
+                    push(self._opaque(self._pop_tuple(3)[0]))
+                case "BUILD":  # the state of an object, or attributes of a dict such as state_dict()._metadata: dropped
+                    self._pop()
+                    self._top()
+                case "POP":
+                    self._pop()
+                case "POP_MARK":
+                    self._pop_to_mark()
+                case "PROTO" | "FRAME":
+                    pass
+                case _:
+                    raise AssertionError(name)
+
+    # Containers
+
+    def _check_key(self, key: Any) -> Any:
+        scalars = (str, bytes, int, float, bool, type(None))
+        if type(key) in (*scalars, Global, Opaque):
+            return key
+        if type(key) is tuple and all(type(item) in scalars for item in key):
+            return key
+        self._fail(f"{describe(key)} as a key")
+
+    def _set_items(self, items: list[Any]) -> None:
+        target = self._top()
+        if type(target) is Opaque:
+            return
+        if type(target) is not dict:
+            self._fail(f"item assignment on {describe(target)}")
+        if len(items) % 2:
+            self._fail("a key without a value")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[self._check_key(key)] = value
+
+    def _append(self, items: list[Any]) -> None:
+        target = self._top()
+        if type(target) is list:
+            target.extend(items)
+        elif type(target) is not Opaque:
+            self._fail(f"append to {describe(target)}")
+
+    def _add_items(self, items: list[Any]) -> None:
+        target = self._top()
+        if type(target) is set:
+            target.update(self._check_key(item) for item in items)
+        elif type(target) is not Opaque:
+            self._fail(f"items added to {describe(target)}")
+
+    # Names and calls
+
+    def _stack_global(self, module: Any, name: Any) -> Global:
+        if type(module) is not str or type(name) is not str:
+            self._fail("a global whose name is not text")
+        return Global(f"{module}.{name}")
+
+    def _opaque(self, target: Any) -> Opaque:
+        if not isinstance(target, Global | Opaque):
+            self._fail(f"a call of {describe(target)}")
+        return Opaque(target.path)
+
+    def _reduce(self, function: Any, arguments: Any) -> Any:
+        if type(arguments) is not tuple:
+            self._fail(f"call arguments that are {describe(arguments)}")
+        if type(function) is not Global:
+            return self._opaque(function)
+        match function.path:
+            case "collections.OrderedDict":
+                return self._ordered_dict(arguments)
+            case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2":
+                return self._tensor(arguments, is_v3=False)
+            case "torch._utils._rebuild_tensor_v3":
+                return self._tensor(arguments, is_v3=True)
+            case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state":
+                if not arguments or type(arguments[0]) is not TensorRef:
+                    self._fail("a parameter without a tensor")
+                return arguments[0]
+        return self._opaque(function)
+
+    def _ordered_dict(self, arguments: tuple[Any, ...]) -> dict[Any, Any]:
+        """OrderedDict(), filled by SETITEMS; or, from Python 2, OrderedDict([[key, value], ...])."""
+        if not arguments:
+            return {}
+        pairs = arguments[0]
+        if type(pairs) is not list or not all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
+            self._fail("the arguments of an OrderedDict are not pairs")
+        return {self._check_key(key): value for key, value in pairs}
+
+    # Storages and tensors
+
+    def _check_count(self, value: Any, what: str) -> int:
+        if type(value) is not int or not 0 <= value < 1 << 62:
+            self._fail(f"{what} is {describe(value)}")
+        return value
+
+    def _check_counts(self, values: Any, what: str) -> tuple[int, ...]:
+        if type(values) is not tuple or len(values) > MAX_DIMS:
+            self._fail(f"tensor {what} is not a tuple of at most {MAX_DIMS}")
+        return tuple(self._check_count(value, f"a tensor {what}") for value in values)
+
+    def _storage(self, persistent_id: Any) -> StorageRef | Opaque:
+        """("storage", class, key, device, number of elements, optional (view key, first element, length))."""
+        if type(persistent_id) is not tuple or len(persistent_id) < 2:
+            self._fail(f"a persistent id that is {describe(persistent_id)}")
+        if persistent_id[0] == "module":  # the source text of a module class, in files that hold a whole model
+            return self._opaque(persistent_id[1])
+        if persistent_id[0] != "storage" or len(persistent_id) not in (5, 6):
+            self._fail("a persistent id that is not a storage")
+        _, storage_class, key, _, numel, *view = persistent_id
+        if type(key) is not str or not re.fullmatch(r"[0-9A-Za-z_]{1,64}", key):
+            self._fail(f"a storage named {describe(key)}")
+        dtype = self._storage_dtype(storage_class)
+        numel = self._check_count(numel, "a storage length")
+        first, length = self._view(view[0], numel) if view and view[0] is not None else (0, numel)
+        size = dtype.itemsize
+        storage = StorageRef(key, dtype, numel * size, first * size, (first + length) * size)
+        if self._result.storages.setdefault(key, storage).record_bytes != storage.record_bytes:
+            self._fail(f"storage {key} appears with two lengths")
+        return storage
+
+    def _storage_dtype(self, storage_class: Any) -> np.dtype:
+        path = storage_class.path if type(storage_class) is Global else ""
+        module, _, name = path.rpartition(".")
+        if module not in ("torch", "torch.cuda", "torch.storage") or name not in STORAGE_DTYPES:
+            self._fail(f"storage type {describe(storage_class)} has no numpy equivalent")
+        return STORAGE_DTYPES[name]
+
+    def _view(self, view: Any, numel: int) -> tuple[int, int]:
+        if type(view) is not tuple or len(view) != 3:
+            self._fail("a storage view that is not (key, first, length)")
+        first, length = (self._check_count(value, "a storage view bound") for value in view[1:])
+        if first + length > numel:
+            self._fail(f"a storage view ends at element {first + length} of {numel}")
+        return first, length
+
+    def _tensor(self, arguments: tuple[Any, ...], is_v3: bool) -> TensorRef:
+        """(storage, offset, size, stride, requires_grad, hooks, [v3: dtype,] metadata), where old files end early."""
+        if len(arguments) < (7 if is_v3 else 4):
+            self._fail("too few arguments for a tensor")
+        storage, offset, shape, strides = arguments[:4]
+        if type(storage) is not StorageRef:
+            self._fail(f"a tensor whose storage is {describe(storage)}")
+        if any(arguments[7:] if is_v3 else arguments[6:]):
+            self._fail("a tensor saved as a lazy conjugate or negation: save tensor.resolve_conj().resolve_neg()")
+        dtype = self._newer_dtype(arguments[6]) if is_v3 else storage.dtype
+        offset = self._check_count(offset, "a tensor offset")
+        shape, strides = self._check_counts(shape, "shape"), self._check_counts(strides, "stride")
+        if len(shape) != len(strides):
+            self._fail(f"a tensor of {len(shape)} dimensions with {len(strides)} strides")
+        # One past the last byte touched. Python integers do not overflow, which is where native checks went wrong.
+        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        needed = 0 if 0 in shape else (last + 1) * dtype.itemsize
+        available = storage.stop - storage.start
+        if needed > available:
+            self._fail(f"a tensor needs {needed} bytes of storage {storage.key}, which has {available}")
+        self._result.tensors_per_storage[storage.key] += 1
+        return TensorRef(storage, dtype, offset, shape, strides)
+
+    def _newer_dtype(self, dtype: Any) -> np.dtype:
+        if type(dtype) is not Global or dtype.path not in NEWER_DTYPES:
+            self._fail(f"tensor type {describe(dtype)} has no numpy equivalent")
+        return NEWER_DTYPES[dtype.path]

@@ -1,0 +1,201 @@
+"""The transformer over image codes: one trunk for text-to-image (`transformer1d`) and image-only (`igpt`).
+
+A pre-LN GPT over the sequence [prefix; codes]. The prefix is the text (N positions) or, for the image-only model, one
+start vector chosen by class. A pure network: it knows no files and draws nothing.
+
+Dimensions: b batch, s sequence, d model, h heads, k head width, f MLP width, v vocabulary, l layer, p prefix length.
+
+Linear weights are stored [out, in] as in PyTorch: on CPU a decoding step at one candidate is a third faster that way,
+on accelerators it makes no difference, and weights cross between the two formats without a transpose.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mindalle_jax.config import Stage2Config, Stage2Hparams
+from mindalle_jax.models.attention import DECODE_ATTENTION, KV, empty_cache
+
+
+class Transformer(nn.Module):
+    """Embeddings, blocks and heads.
+
+    stacked: True holds the blocks as one module whose parameters have a leading layer axis (`blocks`): few leaves and
+    quick compilation, for training and for disk. False holds them one by one (`blocks_0`, `blocks_1`, ...), for
+    sampling: slices of stacked weights taken inside a loop are copied at every step. `unstack_blocks` turns the first
+    layout into the second.
+
+    dtype: compute dtype; softmax, LayerNorm statistics and logits are float32.
+    """
+
+    config: Stage2Config
+    stacked: bool = True
+    dtype: Any = jnp.float32
+    attention: str = "xla"
+    """Backend of decode_attention: a key of attention.DECODE_ATTENTION."""
+
+    def setup(self) -> None:
+        c, h = self.config, self.config.hparams
+
+        def table(rows: int, stddev: float = 0.02) -> nn.Embed:
+            init = nn.initializers.normal(stddev)
+            return nn.Embed(rows, h.embed_dim, dtype=self.dtype, embedding_init=init)
+
+        self.tok_emb_img = table(c.vocab_size_img)
+        self.pos_emb_img = table(h.ctx_len_img)
+        if c.type == "igpt":
+            self.sos = table(h.n_classes or 1) if c.use_cls_cond else table(1, stddev=1.0)
+            self.head = Linear(c.vocab_size_img, use_bias=False, dtype=self.dtype, out_dtype=jnp.float32)
+        else:
+            self.tok_emb_txt = table(c.vocab_size_txt)
+            self.pos_emb_txt = table(h.ctx_len_txt)
+            self.head_img = Linear(c.vocab_size_img, use_bias=False, dtype=self.dtype, out_dtype=jnp.float32)
+            self.head_txt = Linear(c.vocab_size_txt, use_bias=False, dtype=self.dtype, out_dtype=jnp.float32)
+        if self.stacked:
+            scanned = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=h.n_layers)
+            self.blocks: Any = scanned(h, self.dtype, self.attention)
+        else:
+            self.blocks = [Block(h, self.dtype, self.attention) for _ in range(h.n_layers)]
+        self.ln_f = _layer_norm(self.dtype)
+
+    def __call__(self, prefix_ids: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """The forward pass over a whole sequence, teacher-forced.
+
+        prefix_ids int32[b, p]: text ids, or class labels [b, 1] (zeros when unconditional). codes int32[b, t].
+        Returns the logits of each code given all before it, f32[b, t, v], and those of text ids 1..p-1, f32[b, p-1, v]
+        (None for the image-only model).
+        """
+        # The last position before a code predicts it, so the last code is not fed:
+        # prefix a b, codes x y z:   input  a b x y
+        #                            output . x y z   (and b at the first, from the text head)
+        inputs = codes[:, :-1]
+        x = jnp.concatenate(
+            [self.embed_prefix(prefix_ids), self.tok_emb_img(inputs) + self.pos_emb_img(jnp.arange(inputs.shape[1]))],
+            axis=1,
+        )
+        x, _ = self._trunk(x)
+        last = prefix_ids.shape[1] - 1
+        text_logits = None if self.config.type == "igpt" else self.head_txt(x[:, :last])
+        return self.image_head(x[:, last:]), text_logits
+
+    def prefill(self, prefix_ids: jax.Array) -> tuple[jax.Array, list[KV]]:
+        """Runs the prefix of one prompt, int32[p]: logits of code 0, f32[v], and keys and values [h, p, k] a layer."""
+        x, kvs = self._trunk(self.embed_prefix(prefix_ids[None]))
+        prefix = [KV(*(a[0].transpose(1, 0, 2) for a in kv)) for kv in kvs]
+        return self.image_head(x[0, -1]), prefix
+
+    def step(self, codes: jax.Array, t: jax.Array, prefix: list[KV], cache: list[KV]) -> tuple[jax.Array, list[KV]]:
+        """Feeds code t of every candidate, int32[b]: logits of code t + 1, f32[b, v], and the cache with t filled."""
+        x = self.tok_emb_img(codes) + self.pos_emb_img(t)
+        filled = []
+        for block, shared, own in zip(self.blocks, prefix, cache, strict=True):
+            x, own = block.decode(x, shared, own, t)
+            filled.append(own)
+        return self.image_head(self.ln_f(x)), filled
+
+    def new_cache(self, batch: int) -> list[KV]:
+        """An empty cache for `batch` candidates, one KV a layer."""
+        h = self.config.hparams
+        head_dim = h.embed_dim // h.n_heads
+        return [empty_cache(batch, h.n_heads, h.ctx_len_img, head_dim, self.dtype) for _ in range(h.n_layers)]
+
+    def embed_prefix(self, prefix_ids: jax.Array) -> jax.Array:
+        """[b, p] -> [b, p, d]. The start vector of the image-only model has no positional embedding."""
+        if self.config.type == "igpt":
+            return self.sos(prefix_ids)
+        return self.tok_emb_txt(prefix_ids) + self.pos_emb_txt(jnp.arange(prefix_ids.shape[1]))
+
+    def image_head(self, x: jax.Array) -> jax.Array:
+        """f32[..., v] of final hidden states [..., d]."""
+        return self.head(x) if self.config.type == "igpt" else self.head_img(x)
+
+    def _trunk(self, x: jax.Array) -> tuple[jax.Array, Any]:
+        """Blocks and ln_f over [b, s, d]; also the layers' keys and values [b, s, h, k] (stacked: [l, b, s, h, k])."""
+        if self.stacked:
+            x, kvs = self.blocks(x)
+        else:
+            kvs = []
+            for block in self.blocks:
+                x, kv = block(x)
+                kvs.append(kv)
+        return self.ln_f(x), kvs
+
+
+class Block(nn.Module):
+    """x += attn(ln1(x)); x += mlp(ln2(x))."""
+
+    hparams: Stage2Hparams
+    dtype: Any
+    attention: str
+
+    def setup(self) -> None:
+        p, dtype = self.hparams, self.dtype
+        self.ln1, self.ln2 = _layer_norm(dtype), _layer_norm(dtype)
+        self.qkv = Linear((3, p.embed_dim), use_bias=p.attn_bias, dtype=dtype)
+        self.proj = Linear(p.embed_dim, use_bias=p.attn_bias, dtype=dtype)
+        self.fc1 = Linear(4 * p.embed_dim, use_bias=p.mlp_bias, dtype=dtype)
+        self.fc2 = Linear(p.embed_dim, use_bias=p.mlp_bias, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, KV]:
+        """Causal attention over a whole sequence [b, s, d]; also its keys and values [b, s, h, k]."""
+        q, k, v = self._heads(x)
+        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        return self._rest(x, attended), KV(k, v)
+
+    def decode(self, x: jax.Array, prefix: KV, cache: KV, t: jax.Array) -> tuple[jax.Array, KV]:
+        """One position [b, d] against the cache."""
+        q, k, v = self._heads(x)
+        attended, cache = DECODE_ATTENTION[self.attention](q, KV(k, v), prefix, cache, t)
+        return self._rest(x, attended), cache
+
+    def _heads(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Queries, keys and values, each [..., h, k]; heads are contiguous runs of the width."""
+        y = self.qkv(self.ln1(x))  # [..., 3, d]
+        y = y.reshape(*y.shape[:-1], self.hparams.n_heads, -1)
+        return tuple(y[..., i, :, :] for i in range(3))
+
+    def _rest(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """What follows attention: its projection [..., h, k] -> [..., d], and the MLP."""
+        x = x + self.proj(attended.reshape(x.shape))
+        y = self.fc1(self.ln2(x))
+        y = y * nn.sigmoid(1.702 * y) if self.hparams.gelu_use_approx else nn.gelu(y, approximate=False)
+        return x + self.fc2(y)
+
+
+class Linear(nn.Module):
+    """y = x W^T + b with W [*features, in], b [*features]."""
+
+    features: int | tuple[int, ...]
+    use_bias: bool
+    dtype: Any
+    out_dtype: Any = None
+    """dtype of the product where it is not `dtype`: logits are float32."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features = (self.features,) if isinstance(self.features, int) else self.features
+        weight = self.param("weight", nn.initializers.normal(0.02), (*features, x.shape[-1]))
+        y = jax.lax.dot_general(
+            x.astype(self.dtype),
+            weight.astype(self.dtype).reshape(-1, x.shape[-1]),
+            (((x.ndim - 1,), (1,)), ((), ())),
+            preferred_element_type=self.out_dtype or self.dtype,
+        ).reshape(*x.shape[:-1], *features)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, features).astype(self.dtype)
+        return y
+
+
+def unstack_blocks(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters for stacked=True -> those for stacked=False."""
+    layers = {}
+    for i in range(jax.tree.leaves(params["blocks"])[0].shape[0]):
+        layers[f"blocks_{i}"] = jax.tree.map(lambda a, i=i: a[i], params["blocks"])
+    return {name: leaf for name, leaf in params.items() if name != "blocks"} | layers
+
+
+def _layer_norm(dtype: Any) -> nn.LayerNorm:
+    # The two-pass variance: E[x^2] - E[x]^2 loses digits that parity needs.
+    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False)

@@ -1,0 +1,311 @@
+"""Drawing codes: filters, and decoding by one compiled loop. The only place that draws codes.
+
+A picture is a function of (seed, candidate index, prompt, settings) and the compiled batch size alone. The noise of
+candidate i at position t has the key fold_in(fold_in(key(seed), i), t); candidates run in chunks of one compiled size,
+the last one padded, because logits change in their last bits with the shape that is compiled.
+
+Dimensions: b candidates of one compiled call on one device, v vocabulary, t image positions, p prefix length.
+"""
+
+import dataclasses
+import math
+import numbers
+import secrets
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mindalle_jax.errors import NonFiniteError, UsageError
+from mindalle_jax.models.attention import KV
+from mindalle_jax.models.transformer import Transformer
+
+MAX_CANDIDATES = 1_000
+
+
+class _DefaultTopK(int):
+    """The default of top_k, told apart from a 256 that somebody asked for."""
+
+
+DEFAULT_TOP_K = _DefaultTopK(256)
+"""256, or the whole vocabulary where that is smaller."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How codes are drawn; made by `make`, which checks."""
+
+    seed: int
+    """in [0, 2**32)"""
+    temperature: float
+    """finite and > 0, or 0: greedy, the most likely code, the lowest id on a tie"""
+    top_k: int | None
+    """in [1, v]; the draw is among the k most likely codes, and those that tie with the last of them. None: off"""
+    top_p: float | None
+    """in (0, 1]; the draw is among the most likely codes that together just reach p. None: off"""
+
+    @classmethod
+    def make(cls, vocab_size: int, *, seed: int | None, temperature: float, top_k: int | None, top_p: float | None):
+        """Checked settings; seed None draws one. Raises UsageError naming the value and the limits."""
+        if seed is None:
+            seed = secrets.randbits(32)
+        elif not _is(seed, numbers.Integral) or not 0 <= seed < 2**32:
+            raise UsageError(f"seed must be an integer in [0, 4294967296), not {seed!r}")
+        if not _is(temperature, numbers.Real) or not (math.isfinite(temperature) and temperature >= 0):
+            raise UsageError(f"temperature must be a finite number > 0, or 0 for greedy; not {temperature!r}")
+        if isinstance(top_k, _DefaultTopK):
+            top_k = min(top_k, vocab_size)
+        elif top_k is not None and (not _is(top_k, numbers.Integral) or not 1 <= top_k <= vocab_size):
+            raise UsageError(
+                f"top_k must be an integer in [1, {vocab_size}] (the number of codes), or None for off; not {top_k!r}"
+            )
+        if top_p is not None and (not _is(top_p, numbers.Real) or not 0 < top_p <= 1):
+            raise UsageError(f"top_p must be a number in (0, 1], or None for off; not {top_p!r}")
+        return cls(
+            int(seed),
+            float(temperature),
+            None if top_k is None else int(top_k),
+            None if top_p is None else float(top_p),
+        )
+
+    def traced(self, vocab_size: int) -> "TracedSettings":
+        """The same as arrays, so that no change of a value compiles anything."""
+        return TracedSettings(
+            np.uint32(self.seed),
+            np.float32(self.temperature),
+            np.int32(vocab_size if self.top_k is None else self.top_k),
+            np.float32(1.0 if self.top_p is None else self.top_p),
+        )
+
+
+class TracedSettings(NamedTuple):
+    """Scalars of the compiled loop. Off is top_k = v and top_p = 1."""
+
+    seed: Any
+    temperature: Any
+    top_k: Any
+    top_p: Any
+
+
+def check_num_candidates(num_candidates: int) -> int:
+    """Raises UsageError unless it is an integer in [1, 1000]."""
+    if not _is(num_candidates, numbers.Integral) or not 1 <= num_candidates <= MAX_CANDIDATES:
+        raise UsageError(f"num_candidates must be an integer in [1, {MAX_CANDIDATES}], not {num_candidates!r}")
+    return int(num_candidates)
+
+
+def default_batch_size(num_candidates: int, backend: str) -> int:
+    """Candidates per device per compiled call: a function of these two alone, so that pictures do not depend on more.
+
+    A power of two up to 8 on CPU; elsewhere up to 32, and from there the multiple of 32 up to 128 that fits, because
+    each call reads all weights once and padding up to 128 would waste a quarter of the usual 96.
+    """
+    power = 1 << (num_candidates - 1).bit_length()
+    if backend == "cpu":
+        return min(8, power)
+    return power if power <= 32 else min(128, 32 * math.ceil(num_candidates / 32))
+
+
+def filter_logits(logits: jax.Array, settings: TracedSettings) -> jax.Array:
+    """Temperature, then top-k, then top-p: logits [b, v] -> f32[b, v] with -inf for what is not to be drawn."""
+    temperature = jnp.where(settings.temperature == 0, 1.0, settings.temperature)
+    logits = logits.astype(jnp.float32) / temperature
+    logits = jnp.where(logits >= kth_largest(logits, settings.top_k), logits, -jnp.inf)
+    return jax.lax.cond(settings.top_p < 1, _top_p, lambda x, _: x, logits, settings.top_p)
+
+
+def kth_largest(x: jax.Array, k: jax.Array) -> jax.Array:
+    """The k-th largest of each row of f32[b, v], [b, 1]; k is traced, 1 <= k <= v.
+
+    Bisection over the bits of the answer, exact: 32 counts, where a sort of 16,384 takes many times as long on CPU.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    # Unsigned integers in the order of the floats: negative ones are mirrored, and all below the positive ones.
+    ordered = jnp.where(bits >= sign, ~bits, bits | sign)
+
+    def refine(i: jax.Array, found: jax.Array) -> jax.Array:
+        trial = found | (sign >> i.astype(jnp.uint32))
+        at_least = jnp.sum(ordered >= trial, axis=-1, keepdims=True, dtype=jnp.int32)
+        return jnp.where(at_least >= k, trial, found)
+
+    found = jax.lax.fori_loop(0, 32, refine, jnp.zeros((x.shape[0], 1), jnp.uint32))
+    return jax.lax.bitcast_convert_type(jnp.where(found >= sign, found ^ sign, ~found), jnp.float32)
+
+
+def _top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
+    """Keeps a code iff the probability of those before it, in descending order, is below p.
+
+    p = 0.6, probabilities .2 .5 .1 .2: sorted .5 .2 .2 .1, before each 0 .5 .7 .9, so the ids 1 and 0 stay; of the two
+    with .2 the lower id comes first.
+    """
+    probs = jax.nn.softmax(logits, axis=-1)
+    order = jnp.argsort(probs, axis=-1, stable=True, descending=True)
+    mass = jnp.cumsum(jnp.take_along_axis(probs, order, axis=-1), axis=-1)
+    before = jnp.pad(mass[:, :-1], ((0, 0), (1, 0)))
+    keep = jnp.put_along_axis(jnp.zeros_like(before, bool), order, before < p, axis=-1, inplace=False)
+    return jnp.where(keep, logits, -jnp.inf)
+
+
+def draw(logits: jax.Array, candidates: jax.Array, t: jax.Array, settings: TracedSettings) -> jax.Array:
+    """Code t of each candidate, int32[b], from its logits f32[b, v]: Gumbel-max over what the filters keep."""
+    key = jax.random.key(settings.seed, impl="threefry2x32")
+
+    def noise(candidate: jax.Array) -> jax.Array:
+        own = jax.random.fold_in(jax.random.fold_in(key, candidate), t)
+        return jax.random.gumbel(own, logits.shape[-1:], jnp.float32)
+
+    gumbel = jnp.where(settings.temperature == 0, 0.0, jax.vmap(noise)(candidates))
+    return jnp.argmax(filter_logits(logits, settings) + gumbel, axis=-1).astype(jnp.int32)
+
+
+class DecodeState(NamedTuple):
+    """All that a chunk of candidates carries from one position to the next."""
+
+    t: jax.Array
+    """int32: the position to draw"""
+    logits: jax.Array
+    """f32[b, v]: its logits"""
+    cache: list[KV]
+    """one a layer, [b, h, t, k] each"""
+    bad_position: jax.Array
+    """int32[b]: the first position whose logits were not all finite, -1 if none"""
+
+
+def sample_codes(
+    model: Transformer,
+    params: dict[str, Any],
+    prefix_ids: np.ndarray,
+    num_candidates: int,
+    settings: Settings,
+    *,
+    batch_size: int,
+    mesh: Mesh,
+    on_progress: Callable[[int], object] = lambda codes: None,
+) -> np.ndarray:
+    """Draws candidates 0..num_candidates-1 of one prompt: int32[num_candidates, t].
+
+    model: a Transformer with stacked=False, params its parameters, replicated over `mesh` (one axis, "data").
+    prefix_ids: int32[p]. batch_size: candidates per device per compiled call.
+    on_progress is called with the number of codes drawn since its last call, several times a chunk.
+    Raises NonFiniteError when the network gives NaN or infinite logits.
+    """
+    c = model.config
+    length, vocab_size = c.hparams.ctx_len_img, c.vocab_size_img
+    if prefix_ids.min() < 0 or prefix_ids.max() >= _prefix_vocab_size(model):
+        raise UsageError(f"prefix ids must lie in [0, {_prefix_vocab_size(model)})")
+    rows = batch_size * mesh.size
+    # A chunk is drawn by several calls of one program, so that progress can be seen. Both divide the picture evenly.
+    steps = length // math.gcd(length, 8)
+    traced = settings.traced(vocab_size)
+    result = np.empty((num_candidates, length), np.int32)
+    with jax.threefry_partitionable(True):
+        logits, prefix = _prefill(model, params, prefix_ids)
+        for first in range(0, num_candidates, rows):
+            count = min(rows, num_candidates - first)
+            # Padding repeats the chunk's first candidate; what it draws is thrown away.
+            candidates = np.where(np.arange(rows) < count, first + np.arange(rows), first).astype(np.int32)
+            candidates = jax.device_put(candidates, NamedSharding(mesh, P("data")))
+            state = _start(model, mesh, batch_size, logits)
+            # One call is in flight while the codes of the one before it are fetched.
+            waiting: list[tuple[int, jax.Array, jax.Array]] = []
+
+            def collect(first: int = first, count: int = count, waiting: list = waiting) -> None:
+                start, codes, bad_position = waiting.pop(0)
+                _check_finite(np.asarray(bad_position)[:count], first)
+                result[first : first + count, start : start + steps] = np.asarray(codes)[:count]
+                on_progress(count * steps)
+
+            for start in range(0, length, steps):
+                state, codes = _decode(model, mesh, steps, params, prefix, candidates, traced, state)
+                waiting.append((start, codes, state.bad_position.copy()))
+                if len(waiting) > 1:
+                    collect()
+            collect()
+    return result
+
+
+@partial(jax.jit, static_argnames="model")
+def _prefill(model: Transformer, params: dict[str, Any], prefix_ids: jax.Array) -> tuple[jax.Array, list[KV]]:
+    """Logits of code 0, f32[v], and each layer's keys and values of the prefix; once a prompt."""
+    result: Any = model.apply({"params": params}, prefix_ids, method="prefill")
+    return result
+
+
+@partial(jax.jit, static_argnames=("model", "mesh", "batch_size"))
+def _start(model: Transformer, mesh: Mesh, batch_size: int, logits: jax.Array) -> DecodeState:
+    """The state before position 0, the same for every candidate."""
+
+    def start(logits: jax.Array) -> DecodeState:
+        return DecodeState(
+            t=jnp.int32(0),
+            logits=jnp.broadcast_to(logits, (batch_size, *logits.shape)),
+            cache=model.new_cache(batch_size),
+            bad_position=jnp.full(batch_size, -1, jnp.int32),
+        )
+
+    return jax.shard_map(start, mesh=mesh, in_specs=P(), out_specs=_STATE_SPECS, check_vma=False)(logits)
+
+
+@partial(jax.jit, static_argnames=("model", "mesh", "steps"), donate_argnames="state")
+def _decode(
+    model: Transformer,
+    mesh: Mesh,
+    steps: int,
+    params: dict[str, Any],
+    prefix: list[KV],
+    candidates: jax.Array,
+    settings: TracedSettings,
+    state: DecodeState,
+) -> tuple[DecodeState, jax.Array]:
+    """Draws the next `steps` codes of every candidate: the new state and int32[b, steps]. Each device has its own b."""
+
+    def decode(params, prefix, candidates, settings, state):
+        def step(state: DecodeState, _: None) -> tuple[DecodeState, jax.Array]:
+            finite = jnp.all(jnp.isfinite(state.logits), axis=-1)
+            bad_position = jnp.where((state.bad_position < 0) & ~finite, state.t, state.bad_position)
+            codes = draw(state.logits, candidates, state.t, settings)
+            # The last code of a picture is fed too, and its logits are not used: one pass of 256 for a simpler loop.
+            result: Any = model.apply({"params": params}, codes, state.t, prefix, state.cache, method="step")
+            logits, cache = result
+            return DecodeState(state.t + 1, logits, cache, bad_position), codes
+
+        state, codes = jax.lax.scan(step, state, None, length=steps)
+        return state, codes.T
+
+    return jax.shard_map(
+        decode,
+        mesh=mesh,
+        in_specs=(P(), P(), P("data"), P(), _STATE_SPECS),
+        out_specs=(_STATE_SPECS, P("data")),
+        check_vma=False,
+    )(params, prefix, candidates, settings, state)
+
+
+_STATE_SPECS = DecodeState(t=P(), logits=P("data"), cache=P("data"), bad_position=P("data"))  # type: ignore[arg-type]
+
+
+def _check_finite(bad_position: np.ndarray, first: int) -> None:
+    if (bad_position >= 0).any():
+        i = int(np.argmax(bad_position >= 0))
+        raise NonFiniteError(
+            f"NaN or infinite logits at step {bad_position[i]} of candidate {first + i}: the weights are damaged, or "
+            "overflow in this dtype (try float32)"
+        )
+
+
+def _prefix_vocab_size(model: Transformer) -> int:
+    c = model.config
+    if c.type == "igpt":
+        return (c.hparams.n_classes or 1) if c.use_cls_cond else 1
+    return c.vocab_size_txt
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether value is a number of the kind; True and False are not numbers here."""
+    return isinstance(value, kind) and not isinstance(value, (bool, np.bool_))

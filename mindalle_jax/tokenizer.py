@@ -1,0 +1,148 @@
+"""Prompt -> int32[N]: character-level BPE, lower-cased, padded with [PAD] to a fixed length.
+
+The same ids as the original's `tokenizers.CharBPETokenizer`, with one difference that is meant: `[PAD]` or `[UNK]`
+typed in a prompt stays text, where the original turns it into the special token.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+from mindalle_jax.errors import CheckpointError, UsageError
+
+VOCAB_FILE = "bpe-16k-vocab.json"
+MERGES_FILE = "bpe-16k-merges.txt"
+MAX_PROMPT_CHARACTERS = 2_000
+"""Longer prompts are refused before tokenising: a megabyte takes seconds, and 64 tokens are used at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedPrompts:
+    """Ids and what a person should know about them; every array has one row or entry a prompt."""
+
+    ids: np.ndarray
+    """int32[P, N]"""
+    num_tokens: list[int]
+    """Tokens before padding and cutting."""
+    num_unknown: list[int]
+    """How many of the tokens kept are [UNK]."""
+
+    def warnings(self, prompts: list[str]) -> list[str]:
+        """One line for each prompt that was cut or that the vocabulary mostly does not cover."""
+        lines = []
+        context_length = self.ids.shape[1]
+        for prompt, tokens, unknown in zip(prompts, self.num_tokens, self.num_unknown, strict=True):
+            name = repr(prompt if len(prompt) <= 40 else prompt[:37] + "...")
+            if tokens > context_length:
+                lines.append(f"{name} has {tokens} tokens; the first {context_length} are used and the rest ignored")
+            if 2 * unknown > min(tokens, context_length):
+                lines.append(
+                    f"{unknown} of the {min(tokens, context_length)} tokens of {name} are unknown to the vocabulary; "
+                    "the pictures will hardly follow it (the published model knows English)"
+                )
+        return lines
+
+
+class TextTokenizer:
+    """The tokenizer of one model folder."""
+
+    def __init__(self, folder: str | Path, context_length: int, vocab_size: int):
+        """Reads `bpe-16k-vocab.json` and `bpe-16k-merges.txt` from `folder`.
+
+        context_length is N, in tokens; vocab_size is the number of rows of the model's text embedding, which every id
+        must be below. Raises CheckpointError when a file is missing, damaged or does not fit.
+        """
+        folder = Path(folder)
+        vocab, merges = _read_vocab(folder / VOCAB_FILE), _read_merges(folder / MERGES_FILE)
+        if max(vocab.values(), default=-1) >= vocab_size:
+            raise CheckpointError(
+                f"{folder / VOCAB_FILE}: has ids up to {max(vocab.values())}, but the text embedding has {vocab_size} "
+                "rows; the tokenizer belongs to another model"
+            )
+        self.unk_id, self.pad_id = _special_id(folder, vocab, "[UNK]"), _special_id(folder, vocab, "[PAD]")
+        self.context_length = context_length
+        try:
+            bpe = models.BPE(vocab, merges, unk_token="[UNK]", end_of_word_suffix="</w>")
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{folder / MERGES_FILE}: does not fit {VOCAB_FILE}: {error}") from None
+        # What CharBPETokenizer(lowercase=True) builds, without registering the special tokens for matching.
+        self._tokenizer = Tokenizer(bpe)
+        self._tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.BertNormalizer(lowercase=False), normalizers.Lowercase()]
+        )
+        self._tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+
+    def __call__(self, prompts: list[str]) -> TokenizedPrompts:
+        """Ids of each prompt, int32[P, N]. An empty prompt gives N times [PAD].
+
+        Raises UsageError for more than 2,000 characters, NUL characters, lone surrogates, and anything but text.
+        """
+        for prompt in prompts:
+            _check_prompt(prompt)
+        rows, num_tokens, num_unknown = [], [], []
+        for encoding in self._tokenizer.encode_batch(prompts):
+            kept = encoding.ids[: self.context_length]
+            rows.append(kept + [self.pad_id] * (self.context_length - len(kept)))
+            num_tokens.append(len(encoding.ids))
+            num_unknown.append(kept.count(self.unk_id))
+        return TokenizedPrompts(
+            np.asarray(rows, np.int32).reshape(len(prompts), self.context_length), num_tokens, num_unknown
+        )
+
+
+def _check_prompt(prompt: str) -> None:
+    if not isinstance(prompt, str):
+        raise UsageError(f"a prompt is text, not {type(prompt).__name__}")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise UsageError(
+            f"the prompt {prompt[:30]!r}... has {len(prompt):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are taken"
+        )
+    if "\0" in prompt:
+        raise UsageError(f"the prompt {prompt[:40]!r} holds a NUL character")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the prompt {prompt[:40]!r} is not valid text: lone surrogate at character {error.start}; "
+            "was it read with the wrong encoding?"
+        ) from None
+
+
+def _read_vocab(path: Path) -> dict[str, int]:
+    vocab = None
+    try:
+        vocab = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; the folder needs tokenizer/{VOCAB_FILE} and {MERGES_FILE}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(vocab, dict) or not all(type(i) is int and i >= 0 for i in vocab.values()):
+        raise CheckpointError(f"{path}: must be a JSON object of token -> id")
+    return vocab
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; the folder needs tokenizer/{VOCAB_FILE} and {MERGES_FILE}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    merges = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#version"):
+            continue
+        pair = line.rstrip("\r").split(" ")
+        if len(pair) != 2:
+            raise CheckpointError(f"{path}: line {number} is not a pair of tokens: {line!r:.60}")
+        merges.append((pair[0], pair[1]))
+    return merges
+
+
+def _special_id(folder: Path, vocab: dict[str, int], token: str) -> int:
+    if token not in vocab:
+        raise CheckpointError(f"{folder / VOCAB_FILE}: has no {token} token")
+    return vocab[token]

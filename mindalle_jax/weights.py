@@ -1,0 +1,116 @@
+"""Weights on disk: safetensors files, each tensor with a CRC-32 in the folder's manifest. One writer, one reader.
+
+A model folder holds
+
+    config.yaml  tokenizer/  stage1.safetensors  stage2.safetensors  manifest.json  LICENSE  README.md
+
+Tensors are named by their Flax path (blocks/qkv/weight) in the layout of training: the layers of the transformer
+stacked. Both sides work in chunks of at most one layer, so memory stays far below the size of the file.
+"""
+
+import json
+import math
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from mindalle_jax.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+STAGES = ("stage1", "stage2")
+
+_DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""NumPy's names of the dtypes that weights may have -> those of safetensors."""
+
+
+def write_weights(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], chunks: Iterable[tuple[str, np.ndarray]], dtype: str = "float32"
+) -> dict[str, Any]:
+    """Writes a safetensors file from consecutive chunks and returns its part of the manifest.
+
+    chunks: (name, array) in the order of `shapes`; those of one tensor follow each other and fill it in C order.
+    """
+    itemsize = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).itemsize
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    crcs, written = dict.fromkeys(shapes, 0), dict.fromkeys(shapes, 0)
+    with open(path, "xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, array in chunks:
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            crcs[name] = zlib.crc32(data, crcs[name])
+            written[name] += len(data)
+            file.write(data)
+    for name, entry in header.items():
+        if written[name] != entry["data_offsets"][1] - entry["data_offsets"][0]:
+            raise AssertionError(f"{name}: {written[name]} bytes were given for shape {entry['shape']}")
+    return {name: {"dtype": dtype, "shape": list(shapes[name]), "crc32": crcs[name]} for name in shapes}
+
+
+def read_weights(
+    path: Path, tensors: Mapping[str, Any], split: Callable[[str], bool] = lambda name: name.startswith("blocks/")
+) -> Iterator[tuple[str, int | None, np.ndarray]]:
+    """Yields (name, layer, array) for every tensor of a safetensors file, checking each against the manifest.
+
+    tensors: the file's part of the manifest. Tensors for which `split` holds come one layer at a time, the others whole
+    with layer None. Raises CheckpointError for a file that is missing, damaged, or not the one the manifest describes;
+    a wrong digest is seen only when the last part of its tensor has been read.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            if set(file.keys()) != set(tensors):
+                odd = sorted(set(file.keys()) ^ set(tensors))
+                raise CheckpointError(f"{path}: tensors differ from {MANIFEST}: {', '.join(odd[:5])}")
+            for name, entry in tensors.items():
+                view = file.get_slice(name)
+                if view.get_shape() != entry["shape"] or view.get_dtype() != _DTYPE_NAMES.get(entry["dtype"]):
+                    raise CheckpointError(
+                        f"{path}: {name} is {view.get_dtype()} {view.get_shape()}, "
+                        f"{MANIFEST} says {entry['dtype']} {entry['shape']}"
+                    )
+                crc = 0
+                for layer in range(entry["shape"][0]) if split(name) else [None]:
+                    array = file.get_tensor(name) if layer is None else view[layer]
+                    crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, crc)
+                    yield name, layer, array
+                if crc != entry["crc32"]:
+                    raise CheckpointError(
+                        f"{path}: {name} is damaged: CRC-32 {crc:08x}, {MANIFEST} says {entry['crc32']:08x}; "
+                        "convert or copy the model again"
+                    )
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated or damaged: {error}") from None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """manifest.json of a model folder: {"format_version", "tensors": {stage: {name: {dtype, shape, crc32}}}, ...}."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+        tensors = manifest["tensors"]
+        for stage in tensors:
+            for entry in tensors[stage].values():
+                if entry["dtype"] not in _DTYPE_NAMES or type(entry["crc32"]) is not int:
+                    raise ValueError(f"entry {entry}")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; {folder} is not a converted model") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a manifest: {type(error).__name__}: {str(error)[:100]}") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format {version!r}; this version reads format {FORMAT_VERSION}")
+    return manifest
