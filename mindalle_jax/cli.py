@@ -10,21 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from mindalle_jax.errors import MindalleError, OutputError, UsageError
+from mindalle_jax.files import check_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code (docs/cli.md has the table)."""
     arguments = _parser().parse_args(argv)
-    warnings.showwarning = _show_warning
-    try:
-        arguments.run(arguments)
-        return 0
-    except MindalleError as error:
-        print(f"mindalle {arguments.verb}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"mindalle {arguments.verb}: interrupted", file=sys.stderr)
-        return 130
+    return run_reporting(f"mindalle {arguments.verb}", lambda: arguments.run(arguments))
+
+
+def run_reporting(command: str, run: Callable[[], None]) -> int:
+    """Calls `run` and returns the exit code; what goes wrong becomes one message that starts with `command`."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            run()
+            return 0
+        except MindalleError as error:
+            print(f"{command}: {error}", file=sys.stderr)
+            return error.exit_code
+        except OSError as error:
+            print(f"{command}: {error}", file=sys.stderr)
+            return MindalleError.exit_code
+        except KeyboardInterrupt:
+            print(f"{command}: interrupted", file=sys.stderr)
+            return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,8 +97,9 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
 def run_convert(arguments: argparse.Namespace) -> None:
     """What `mindalle convert` does."""
     from mindalle_jax.interop.download import RELEASES, fetch_release
-    from mindalle_jax.interop.mindalle import export_checkpoint, import_checkpoint
+    from mindalle_jax.interop.mindalle import MODEL_MARKS, export_checkpoint, import_checkpoint
 
+    check_output(arguments.target, arguments.overwrite, MODEL_MARKS)  # before gigabytes are downloaded
     source = arguments.source
     if arguments.to == "torch":
         print(export_checkpoint(source, arguments.target, overwrite=arguments.overwrite))
@@ -109,12 +120,17 @@ def _sample(arguments: argparse.Namespace) -> None:
     if arguments.prompts_file:
         prompts += _read_prompts(arguments.prompts_file)
     out: Path = arguments.out
-    if not arguments.overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if any(not prompt.strip() for prompt in prompts):
+        raise UsageError("a prompt is blank")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} exists and is not a folder; name another place")
+    if not arguments.overwrite and out.exists() and any(out.iterdir()):
         raise OutputError(f"{out} exists and is not empty; name another place or pass --overwrite")
 
     from mindalle_jax.config import load_config
-    from mindalle_jax.pipeline import Dalle, ImageGPT, find_model
+    from mindalle_jax.pipeline import Dalle, ImageGPT, check_batch_size, class_prefix, find_model
     from mindalle_jax.sampling import DEFAULT_TOP_K, Settings, check_num_candidates
+    from mindalle_jax.tokenizer import TextTokenizer
 
     options: dict[str, Any] = {
         "top_k": getattr(arguments, "top_k", DEFAULT_TOP_K),
@@ -122,19 +138,22 @@ def _sample(arguments: argparse.Namespace) -> None:
         "temperature": arguments.temperature,
         "seed": _seed(arguments.seed),
     }
+    check_num_candidates(arguments.num_candidates)
+    check_batch_size(arguments.batch_size)
     folder = find_model(arguments.model)
     config = load_config(folder / "config.yaml")
     # Whatever can be wrong is told before gigabytes are loaded.
     Settings.make(config.stage2.vocab_size_img, **options)
-    check_num_candidates(arguments.num_candidates)
     if config.image_only and prompts:
         raise UsageError(f"{folder} draws without text; it takes --class-id at most, not a prompt")
     if not config.image_only and arguments.class_id is not None:
         raise UsageError(f"{folder} draws from text; --class-id is for image-only models")
     if not config.image_only and not prompts:
         raise UsageError("no prompt was given; write one in quotes, or name a file with --prompts-file")
-    if any(not prompt.strip() for prompt in prompts):
-        raise UsageError("a prompt is blank")
+    if config.image_only:
+        class_prefix(config.stage2, None if arguments.class_id is None else [arguments.class_id], 1)
+    elif (folder / "tokenizer").is_dir():  # not so in the folder of a VQGAN, which is refused below
+        TextTokenizer(folder / "tokenizer", config.dataset.context_length, config.stage2.vocab_size_txt)(prompts)
     options |= {
         "num_candidates": arguments.num_candidates,
         "batch_size": arguments.batch_size,
@@ -148,7 +167,6 @@ def _sample(arguments: argparse.Namespace) -> None:
         return
     model = Dalle.from_pretrained(folder, dtype=arguments.dtype)
     _say_device(model, time.perf_counter() - start)
-    model.tokenizer(prompts)  # tells what is wrong with any of them before the first is drawn
     if len(prompts) == 1:
         _finish(model.generate(prompts[0], **options), out, arguments.overwrite)
         return
@@ -175,7 +193,7 @@ def _say_device(model: Any, load_s: float) -> None:
 
 def _read_prompts(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     prompts = [line.strip() for line in lines if line.strip()]

@@ -1,20 +1,32 @@
 """Writing without losing anything: whole folders or none, free disk checked first, nothing silently overwritten."""
 
 import contextlib
-import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from mindalle_jax.errors import OutputError
+from mindalle_jax.errors import MindalleError, OutputError
 
 
-def check_output(path: Path, overwrite: bool) -> None:
-    """Raises OutputError if `path` exists and is not to be replaced."""
-    if os.path.lexists(path) and not overwrite:
+def check_output(path: Path, overwrite: bool, marks: Collection[str] = ()) -> None:
+    """Raises OutputError if `path` exists and is not to be replaced.
+
+    overwrite allows to replace an empty folder, or one that holds a file named in `marks`: a slip of the keyboard must
+    not cost somebody's documents.
+    """
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
         raise OutputError(f"{path} exists already; name another place or pass --overwrite to replace it")
+    if not path.is_dir():
+        raise OutputError(f"{path} is not a folder and is not replaced; name another place")
+    if any(path.iterdir()) and not any((path / mark).is_file() for mark in marks):
+        raise OutputError(
+            f"{path} is not empty and holds none of {', '.join(marks) or 'our files'}, so --overwrite does not "
+            "replace it; name another place"
+        )
 
 
 def check_free_disk(path: Path, need_bytes: int, what: str) -> None:
@@ -31,13 +43,15 @@ def check_free_disk(path: Path, need_bytes: int, what: str) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, overwrite: bool = False, marks: Collection[str] = ()) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
 
-    Raises OutputError if `path` exists (and overwrite is False), cannot be written, or the disk fills up.
+    Raises OutputError if `path` exists (overwrite and marks: see check_output), or for an OSError in the block: disk
+    full, not writable.
     """
     path = path.absolute()
-    check_output(path, overwrite)
+    check_output(path, overwrite, marks)
+    new_parents = [parent for parent in path.parents if not os.path.lexists(parent)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
@@ -46,24 +60,38 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         partial.chmod(0o777 & ~_umask())
         yield partial
-        _move_into_place(partial, path, overwrite)
-    except OSError as error:
-        if isinstance(error, OutputError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        check_output(path, overwrite, marks)  # again: it may have been hours
+        _move_into_place(partial, path)
+    except MindalleError as error:
+        if str(partial) not in str(error):
             raise
-        raise OutputError(f"{path}: {error.strerror}; nothing was left behind") from None
+        # The partial folder is gone when the message is read.
+        raise type(error)(str(error).replace(str(partial), str(path))) from None
+    except OSError as error:
+        name = "" if error.filename is None else f" ({str(error.filename).replace(str(partial), str(path))})"
+        raise OutputError(f"{path}: {error.strerror or error}{name}; nothing was left behind") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in new_parents:  # the innermost first; those that hold something stay
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
-def _move_into_place(partial: Path, path: Path, overwrite: bool) -> None:
-    check_output(path, overwrite)
-    if os.path.lexists(path):
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+def _move_into_place(partial: Path, path: Path) -> None:
+    if not os.path.lexists(path):
+        os.rename(partial, path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+    try:
         os.rename(path, old / path.name)
         os.rename(partial, path)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # what cannot be put back stays where it is
+            if os.path.lexists(old / path.name) and not os.path.lexists(path):
+                os.rename(old / path.name, path)
+            old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _umask() -> int:

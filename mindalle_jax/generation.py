@@ -81,5 +81,5 @@ class Generation:
         except OSError as error:
             if isinstance(error, OutputError):
                 raise
-            raise OutputError(f"{folder}: cannot be written: {error.strerror}") from None
+            raise OutputError(f"{folder}: cannot be written: {error.strerror or error}") from None
         return paths

@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import mindalle_jax
-from mindalle_jax.config import Config, load_config
-from mindalle_jax.errors import CheckpointError, UsageError
+from mindalle_jax.config import Config, Stage2Config, load_config
+from mindalle_jax.errors import CheckpointError, OutputError, UsageError
 from mindalle_jax.generation import Generation
 from mindalle_jax.interop.download import RELEASES, cache_dir, fetch_release
 from mindalle_jax.interop.key_maps import Stage, leaf_shapes, nest
@@ -37,7 +37,7 @@ from mindalle_jax.sampling import (
     sample_codes,
 )
 from mindalle_jax.tokenizer import TextTokenizer
-from mindalle_jax.weights import MANIFEST, read_manifest, read_weights
+from mindalle_jax.weights import MANIFEST, check_tensors, read_manifest, read_weights
 
 DType = Literal["bfloat16", "float32"]
 
@@ -51,9 +51,10 @@ class _Model:
         manifest = read_manifest(folder)
         if "stage2" not in manifest["tensors"]:
             raise CheckpointError(f"{folder}: holds a VQGAN only, nothing that draws codes")
-        self.mesh = mesh if mesh is not None else jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
-        if self.mesh.axis_names != ("data",):
-            raise UsageError(f"mesh must have the one axis 'data', not {self.mesh.axis_names}")
+        if mesh is not None and mesh.axis_names != ("data",):
+            raise UsageError(f"mesh must have the one axis 'data', not {mesh.axis_names}")
+        # Mesh and not make_mesh, whose axes are of the explicit kind by default.
+        self.mesh = Mesh(np.array(jax.devices()[:1]) if mesh is None else mesh.devices, ("data",))
         self.backend = self.mesh.devices.flat[0].platform
         # XLA on CPU has fast float32 matrix products only.
         self.dtype: DType = dtype or ("float32" if self.backend == "cpu" else "bfloat16")
@@ -130,7 +131,7 @@ class _Model:
             for first in range(0, len(codes), rows):
                 chunk = codes[first : first + rows]
                 padded = np.concatenate([chunk, np.repeat(chunk[:1], rows - len(chunk), axis=0)])
-                pictures = _decode(self._decoder, self.mesh, self._stage1, jax.device_put(padded, spread))
+                pictures = decode_pictures(self._decoder, self.mesh, self._stage1, jax.device_put(padded, spread))
                 chunks.append(pictures[: len(chunk)])
         return chunks
 
@@ -138,10 +139,9 @@ class _Model:
               batch_size: int | None, progress: bool) -> tuple[np.ndarray, int]:  # fmt: skip
         """Codes int32[P, n, h * w] of P prefixes int32[P, p], and the batch size used."""
         num_candidates = check_num_candidates(num_candidates)
+        check_batch_size(batch_size)
         if batch_size is None:
             batch_size = default_batch_size(num_candidates, self.backend)
-        elif type(batch_size) is not int or batch_size < 1:
-            raise UsageError(f"batch_size must be an integer of at least 1, not {batch_size!r}")
         length = self.config.stage2.hparams.ctx_len_img
         codes = []
         for row, name in zip(prefix_ids, names, strict=True):
@@ -348,7 +348,7 @@ class ImageGPT(_Model):
     def logits(self, codes: Any, labels: Any = None) -> jax.Array:
         """The forward pass: codes int[B, T], labels int[B] (class-conditional models only) -> f32[B, T, V]."""
         codes = self._check_sequence(codes)
-        image_logits, _ = self._forward(self._prefix(labels, len(codes)), codes)
+        image_logits, _ = self._forward(class_prefix(self.config.stage2, labels, len(codes)), codes)
         return image_logits
 
     def generate(
@@ -367,26 +367,36 @@ class ImageGPT(_Model):
         vocab_size = self.config.stage2.vocab_size_img
         settings = Settings.make(vocab_size, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
         name = "" if class_id is None else f"class {class_id}"
-        prefix = self._prefix(None if class_id is None else [class_id], 1)
+        prefix = class_prefix(self.config.stage2, None if class_id is None else [class_id], 1)
         codes, batch_size = self._draw(prefix, [name], num_candidates, settings, batch_size, progress)
         return _first(self._generation(codes, [name], settings, batch_size, progress))
 
-    def _prefix(self, labels: Any, rows: int) -> np.ndarray:
-        """Prefix ids int32[rows, 1]."""
-        classes = self.num_classes
-        if (labels is None) != (classes is None):
-            raise UsageError(
-                "this model is unconditional and takes no class"
-                if classes is None
-                else f"this model is class-conditional: name a class in [0, {classes})"
-            )
-        if labels is None:
-            return np.zeros((rows, 1), np.int32)
-        labels = np.asarray(labels)
-        if labels.ndim != 1:
-            raise UsageError(f"labels must be [B], not {list(labels.shape)}")
-        _check_ids(labels, classes or 1, "classes")
-        return labels[:, None].astype(np.int32)
+
+def check_batch_size(batch_size: int | None) -> None:
+    """Raises UsageError unless it is None or an integer of at least 1."""
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise UsageError(f"batch_size must be an integer of at least 1, not {batch_size!r}")
+
+
+def class_prefix(config: Stage2Config, labels: Any, rows: int) -> np.ndarray:
+    """Prefix ids int32[rows, 1] of the image-only model: labels int[rows], None for an unconditional one.
+
+    Raises UsageError for labels that the model does not know, or does not take.
+    """
+    classes = config.hparams.n_classes if config.use_cls_cond else None
+    if (labels is None) != (classes is None):
+        raise UsageError(
+            "this model is unconditional and takes no class"
+            if classes is None
+            else f"this model is class-conditional: name a class in [0, {classes})"
+        )
+    if labels is None:
+        return np.zeros((rows, 1), np.int32)
+    labels = np.asarray(labels)
+    if labels.ndim != 1:
+        raise UsageError(f"labels must be [B], not {list(labels.shape)}")
+    _check_ids(labels, classes or 1, "classes")
+    return labels[:, None].astype(np.int32)
 
 
 def find_model(path_or_name: str | os.PathLike[str]) -> Path:
@@ -399,11 +409,18 @@ def find_model(path_or_name: str | os.PathLike[str]) -> Path:
     if (path / MANIFEST).is_file():
         return path
     source = path.resolve()
-    stamps = sorted(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in source.glob("*.*"))
+    folder = source if source.is_dir() else source.parent
+    files = [*(source.glob("*.*") if source.is_dir() else [source, *folder.glob("config.yaml")])]
+    files += folder.glob("tokenizer/*")
+    stamps = sorted(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
     key = hashlib.sha256("\n".join([str(source), *stamps]).encode()).hexdigest()[:16]
     target = cache_dir() / "converted" / f"{source.name}-{key}"
     if not target.exists():
-        import_checkpoint(source, target)
+        try:
+            import_checkpoint(source, target)
+        except OutputError:
+            if not (target / MANIFEST).is_file():  # it is there if another process was quicker
+                raise
     return target
 
 
@@ -418,7 +435,7 @@ def _encode(model: VQGAN, params: dict[str, Any], images: jax.Array) -> Any:
 
 
 @partial(jax.jit, static_argnames=("model", "mesh"))
-def _decode(model: VQGAN, mesh: Mesh, params: dict[str, Any], codes: jax.Array) -> jax.Array:
+def decode_pictures(model: VQGAN, mesh: Mesh, params: dict[str, Any], codes: jax.Array) -> jax.Array:
     """f32[n, H, W, 3] in [0, 1] of codes int32[n, h, w], each device its share."""
 
     def decode(params: Any, codes: jax.Array) -> jax.Array:
@@ -431,11 +448,7 @@ def _decode(model: VQGAN, mesh: Mesh, params: dict[str, Any], codes: jax.Array) 
 
 def _load(folder: Path, stage: Stage, config: Config, manifest: Any, dtype: Any, mesh: Mesh) -> dict[str, Any]:
     """Parameters of a stage on every device of the mesh, the blocks one by one as `blocks_0`, `blocks_1`, ..."""
-    tensors = manifest["tensors"][stage]
-    found = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
-    if found != leaf_shapes(config, stage):
-        odd = sorted(name for name, _ in set(found.items()) ^ set(leaf_shapes(config, stage).items()))
-        raise CheckpointError(f"{folder}: weights of {stage} do not fit config.yaml: {', '.join(dict.fromkeys(odd))}")
+    tensors = check_tensors(folder, stage, manifest["tensors"][stage], leaf_shapes(config, stage))
     replicated = NamedSharding(mesh, P())
     leaves = {}
     for name, layer, array in read_weights(folder / f"{stage}.safetensors", tensors):

@@ -111,6 +111,11 @@ def default_batch_size(num_candidates: int, backend: str) -> int:
     return power if power <= 32 else min(128, 32 * math.ceil(num_candidates / 32))
 
 
+def segment_steps(length: int) -> int:
+    """Positions drawn by one call of the compiled loop: an eighth of a picture, or the largest part that divides it."""
+    return length // math.gcd(length, 8)
+
+
 def filter_logits(logits: jax.Array, settings: TracedSettings) -> jax.Array:
     """Temperature, then top-k, then top-p: logits [b, v] -> f32[b, v] with -inf for what is not to be drawn."""
     temperature = jnp.where(settings.temperature == 0, 1.0, settings.temperature)
@@ -134,7 +139,7 @@ def kth_largest(x: jax.Array, k: jax.Array) -> jax.Array:
         at_least = jnp.sum(ordered >= trial, axis=-1, keepdims=True, dtype=jnp.int32)
         return jnp.where(at_least >= k, trial, found)
 
-    found = jax.lax.fori_loop(0, 32, refine, jnp.zeros((x.shape[0], 1), jnp.uint32))
+    found = jax.lax.fori_loop(0, 32, refine, jnp.zeros((x.shape[0], 1), jnp.uint32), unroll=True)
     return jax.lax.bitcast_convert_type(jnp.where(found >= sign, found ^ sign, ~found), jnp.float32)
 
 
@@ -200,18 +205,18 @@ def sample_codes(
     if prefix_ids.min() < 0 or prefix_ids.max() >= _prefix_vocab_size(model):
         raise UsageError(f"prefix ids must lie in [0, {_prefix_vocab_size(model)})")
     rows = batch_size * mesh.size
-    # A chunk is drawn by several calls of one program, so that progress can be seen. Both divide the picture evenly.
-    steps = length // math.gcd(length, 8)
+    # A chunk is drawn by several calls of one program, so that progress can be seen.
+    steps = segment_steps(length)
     traced = settings.traced(vocab_size)
     result = np.empty((num_candidates, length), np.int32)
     with jax.threefry_partitionable(True):
-        logits, prefix = _prefill(model, params, prefix_ids)
+        logits, prefix = prefill(model, params, prefix_ids)
         for first in range(0, num_candidates, rows):
             count = min(rows, num_candidates - first)
             # Padding repeats the chunk's first candidate; what it draws is thrown away.
             candidates = np.where(np.arange(rows) < count, first + np.arange(rows), first).astype(np.int32)
             candidates = jax.device_put(candidates, NamedSharding(mesh, P("data")))
-            state = _start(model, mesh, batch_size, logits)
+            state = start_state(model, mesh, batch_size, logits)
             # One call is in flight while the codes of the one before it are fetched.
             waiting: list[tuple[int, jax.Array, jax.Array]] = []
 
@@ -222,7 +227,7 @@ def sample_codes(
                 on_progress(count * steps)
 
             for start in range(0, length, steps):
-                state, codes = _decode(model, mesh, steps, params, prefix, candidates, traced, state)
+                state, codes = decode_segment(model, mesh, steps, params, prefix, candidates, traced, state)
                 waiting.append((start, codes, state.bad_position.copy()))
                 if len(waiting) > 1:
                     collect()
@@ -231,14 +236,14 @@ def sample_codes(
 
 
 @partial(jax.jit, static_argnames="model")
-def _prefill(model: Transformer, params: dict[str, Any], prefix_ids: jax.Array) -> tuple[jax.Array, list[KV]]:
+def prefill(model: Transformer, params: dict[str, Any], prefix_ids: jax.Array) -> tuple[jax.Array, list[KV]]:
     """Logits of code 0, f32[v], and each layer's keys and values of the prefix; once a prompt."""
     result: Any = model.apply({"params": params}, prefix_ids, method="prefill")
     return result
 
 
 @partial(jax.jit, static_argnames=("model", "mesh", "batch_size"))
-def _start(model: Transformer, mesh: Mesh, batch_size: int, logits: jax.Array) -> DecodeState:
+def start_state(model: Transformer, mesh: Mesh, batch_size: int, logits: jax.Array) -> DecodeState:
     """The state before position 0, the same for every candidate."""
 
     def start(logits: jax.Array) -> DecodeState:
@@ -253,7 +258,7 @@ def _start(model: Transformer, mesh: Mesh, batch_size: int, logits: jax.Array) -
 
 
 @partial(jax.jit, static_argnames=("model", "mesh", "steps"), donate_argnames="state")
-def _decode(
+def decode_segment(
     model: Transformer,
     mesh: Mesh,
     steps: int,

@@ -102,11 +102,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
-        tensors = manifest["tensors"]
-        for stage in tensors:
-            for entry in tensors[stage].values():
-                if entry["dtype"] not in _DTYPE_NAMES or type(entry["crc32"]) is not int:
-                    raise ValueError(f"entry {entry}")
+        if version == FORMAT_VERSION:
+            _check_entries(manifest["tensors"])
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; {folder} is not a converted model") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -114,3 +111,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format {version!r}; this version reads format {FORMAT_VERSION}")
     return manifest
+
+
+def _check_entries(tensors: dict[str, Any]) -> None:
+    if "stage1" not in tensors or not set(tensors) <= set(STAGES):
+        raise ValueError(f"stages {list(tensors)}")
+    for stage in tensors.values():
+        for name, entry in stage.items():
+            sizes = [*entry["shape"], entry["crc32"]]
+            if entry["dtype"] not in _DTYPE_NAMES or not all(type(size) is int and size >= 0 for size in sizes):
+                raise ValueError(f"{name}: {entry}")
+
+
+def check_tensors(
+    folder: Path, stage: str, tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """The manifest's tensors of a stage in the order of `shapes`, which is what config.yaml asks for.
+
+    Raises CheckpointError naming all that differ.
+    """
+    found = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
+    if found != shapes:
+        odd = sorted({name for name, _ in found.items() ^ shapes.items()})
+        raise CheckpointError(f"{folder}: weights of {stage} do not fit config.yaml: {', '.join(odd)}")
+    return {name: tensors[name] for name in shapes}

@@ -4,6 +4,7 @@ A table row is (pattern of the Flax path, template of the PyTorch key). Every Fl
 PyTorch key is used exactly once, and the same rows serve both directions.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -73,6 +74,11 @@ class Slot(NamedTuple):
 
 def leaf_shapes(config: Config, stage: Stage) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of a stage by its path, in the layout of training and disk. Allocates nothing."""
+    return dict(_leaf_shapes(config, stage))
+
+
+@functools.cache  # tracing a network takes a second, and a conversion asks several times
+def _leaf_shapes(config: Config, stage: Stage) -> tuple[tuple[str, tuple[int, ...]], ...]:
     h1, h2 = config.stage1.hparams, config.stage2.hparams
     if stage == "stage1":
         images = jax.ShapeDtypeStruct((1, h1.resolution, h1.resolution, h1.in_channels), jnp.float32)
@@ -82,7 +88,7 @@ def leaf_shapes(config: Config, stage: Stage) -> dict[str, tuple[int, ...]]:
         codes = jax.ShapeDtypeStruct((1, h2.ctx_len_img), jnp.int32)
         variables = jax.eval_shape(Transformer(config.stage2).init, jax.random.key(0), prefix, codes)
     flat = flax.traverse_util.flatten_dict(variables["params"], sep="/")
-    return {path: tuple(leaf.shape) for path, leaf in sorted(flat.items())}
+    return tuple((path, tuple(leaf.shape)) for path, leaf in sorted(flat.items()))
 
 
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,6 +167,10 @@ def _hint(found: Mapping[str, Any], expected: Mapping[str, Any], stage: Stage) -
         return f" (this is a checkpoint of {'stage1' if stage == 'stage2' else 'stage2'})"
     if stage == "stage2" and "sos" in expected and "sos.weight" in found:
         return " (this is a class-conditional model: set stage2.use_cls_cond)"
+    if stage == "stage2" and "sos.weight" in expected and "sos" in found:
+        return " (this is an unconditional model: set stage2.use_cls_cond to false)"
+    if stage == "stage2" and "head_txt.weight" in expected and "head.weight" in found:
+        return " (this is an image-only model: set stage2.type to igpt)"
     if stage == "stage2" and "head_txt.weight" in found and "head.weight" in expected:
         return " (this is a text-to-image model, the config says igpt)"
     return ""

@@ -19,15 +19,17 @@ from tqdm import tqdm
 
 import mindalle_jax
 from mindalle_jax.config import Config, dump_config, load_config
-from mindalle_jax.errors import CheckpointError, ConfigError
+from mindalle_jax.errors import CheckpointError, ConfigError, OutputError
 from mindalle_jax.files import check_free_disk, new_folder
 from mindalle_jax.interop.key_maps import Slot, Stage, check_keys, count_parameters, leaf_shapes, slots
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
 from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE, TextTokenizer
-from mindalle_jax.weights import FORMAT_VERSION, MANIFEST, read_manifest, read_weights, write_weights
+from mindalle_jax.weights import FORMAT_VERSION, MANIFEST, check_tensors, read_manifest, read_weights, write_weights
 
 TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE)
 STAGE_FILES: dict[Stage, str] = {"stage1": "stage1_last.ckpt", "stage2": "stage2_last.ckpt"}
+MODEL_MARKS = (MANIFEST, STAGE_FILES["stage1"])
+"""A folder that holds one of these is a model, and may be replaced by another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +77,9 @@ def import_checkpoint(
             wanted[stage] = slots(parsed, stage)
             check_keys({key: ref.shape for key, (_, ref) in tensors.refs.items()}, wanted[stage], tensors.file, stage)
         parameters = sum(count_parameters(parsed, stage) for stage in stages)
+        _check_apart(source, target)
         check_free_disk(target, 4 * parameters + (64 << 20), "the converted model")
-        with new_folder(target, overwrite) as folder:
+        with new_folder(target, overwrite, MODEL_MARKS) as folder:
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "writer": f"mindalle-jax {mindalle_jax.__version__}",
@@ -96,7 +99,7 @@ def import_checkpoint(
             if "stage2" in stages and not parsed.image_only:
                 _copy_tokenizer(_tokenizer_folder(source), folder / "tokenizer")
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            _write_license_and_card(source, folder, parsed, parameters)
+            _write_license_and_card(source, folder, parsed, parameters, "stage2" in stages)
             start = time.perf_counter()
             with _progress(4 * parameters, "verifying") as bar:
                 for stage in stages:
@@ -116,16 +119,20 @@ def export_checkpoint(source: str | Path, target: str | Path, *, overwrite: bool
     manifest = read_manifest(source)
     config = load_config(source / "config.yaml")
     stages: list[Stage] = [stage for stage in STAGE_FILES if stage in manifest["tensors"]]
+    tensors = {
+        stage: check_tensors(source, stage, manifest["tensors"][stage], leaf_shapes(config, stage)) for stage in stages
+    }
     parameters = sum(count_parameters(config, stage) for stage in stages)
+    _check_apart(source, target)
     check_free_disk(target, 4 * parameters + (64 << 20), "the exported checkpoint")
     tensors_written = 0
-    with new_folder(target, overwrite) as folder:
+    with new_folder(target, overwrite, MODEL_MARKS) as folder:
         start = time.perf_counter()
         with _progress(4 * parameters, "exporting") as bar:
             for stage in stages:
                 table = slots(config, stage)
                 tensors_written += len(table)
-                arrays = _export_chunks(source / f"{stage}.safetensors", manifest["tensors"][stage], table, bar)
+                arrays = _export_chunks(source / f"{stage}.safetensors", tensors[stage], table, bar)
                 header = [(slot.torch_key, np.dtype(np.float32), slot.torch_shape) for slot in table]
                 write_torch_archive(folder / STAGE_FILES[stage], header, _in_order(arrays))
         write_s = time.perf_counter() - start
@@ -142,6 +149,12 @@ def export_checkpoint(source: str | Path, target: str | Path, *, overwrite: bool
                         bar.update(archive.read(ref).nbytes)  # reading checks the CRC-32 of each record
         verify_s = time.perf_counter() - start
     return Report(target, tensors_written, parameters, 4 * parameters, write_s, verify_s)
+
+
+def _check_apart(source: Path, target: Path) -> None:
+    """Raises OutputError if replacing `target` would delete `source`."""
+    if source.resolve().is_relative_to(target.resolve()):
+        raise OutputError(f"{target} is, or holds, what is converted: {source}; name another place")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,35 +308,43 @@ license_link: LICENSE
 # {title}
 
 Converted from `{source}` by mindalle-jax {version}: {parameters:,} parameters, float32.
-
-    from mindalle_jax import {cls}
-    model = {cls}.from_pretrained("PATH-OF-THIS-FOLDER")
-
+{example}
 - Pictures: {resolution} x {resolution} pixels only, {codes} codes out of {n_embed}.
 - {use}
 - Limits: trained on captions from the web; it reproduces their biases and errors, cannot spell, and counts badly.
 - Licence of the weights: see LICENSE.
 """
 
+EXAMPLE = """
+    from mindalle_jax import {cls}
+    model = {cls}.from_pretrained("PATH-OF-THIS-FOLDER")
+"""
 
-def _write_license_and_card(source: Path, folder: Path, config: Config, parameters: int) -> None:
+
+def _write_license_and_card(source: Path, folder: Path, config: Config, parameters: int, draws: bool) -> None:
     """The licence of the source if it has one, else what is known of it; and a model card."""
     own = (source if source.is_dir() else source.parent) / "LICENSE"
     if own.is_file():
         shutil.copyfile(own, folder / "LICENSE")
     else:
         (folder / "LICENSE").write_text(CODE_LICENSE_NOTE.format(source=source.name), encoding="utf-8")
-    text_to_image = not config.image_only
+    if not draws:
+        task, cls, use = "image-to-image", None, "A VQGAN alone: pictures to codes and back. Nothing in here draws."
+    elif config.image_only:
+        task, cls = "unconditional-image-generation", "ImageGPT"
+        use = "Pictures without text, by class or freely."
+    else:
+        task, cls, use = "text-to-image", "Dalle", "Text to image, English prompts."
     card = CARD.format(
-        task="text-to-image" if text_to_image else "unconditional-image-generation",
-        title=source.stem,
+        task=task,
+        title=source.name if source.is_dir() else source.stem,
         source=source.name,
         version=mindalle_jax.__version__,
         parameters=parameters,
-        cls="Dalle" if text_to_image else "ImageGPT",
+        example=EXAMPLE.format(cls=cls) if cls else "",
         resolution=config.stage1.hparams.resolution,
         codes=config.stage1.code_size**2,
         n_embed=config.stage1.n_embed,
-        use="Text to image, English prompts." if text_to_image else "Pictures without text, by class or freely.",
+        use=use,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -29,6 +29,7 @@ import numpy as np
 
 from mindalle_jax.errors import CheckpointError, MindalleError, OutputError
 from mindalle_jax.interop.torch_pickle import (
+    MAX_KEY_LENGTH,
     MAX_PICKLE_BYTES,
     STORAGE_DTYPES,
     PlainPickle,
@@ -104,7 +105,7 @@ class TorchArchive:
         if type(root) is not dict:
             raise CheckpointError(f"{self.path}: holds {describe(root)} where a dict of tensors should be")
         tensors: dict[str, TensorRef] = {}
-        for entries, (key, value) in enumerate(self._flatten(root, ())):
+        for entries, (key, value) in enumerate(self._flatten(root)):
             if entries >= MAX_ENTRIES:
                 raise CheckpointError(f"{self.path}: more than {MAX_ENTRIES} entries")
             if key in tensors:
@@ -117,17 +118,19 @@ class TorchArchive:
             raise CheckpointError(f"{self.path}: holds no tensors")
         return tensors
 
-    def _flatten(self, node: dict[Any, Any], prefix: tuple[str, ...]) -> Iterable[tuple[str, Any]]:
+    def _flatten(self, node: dict[Any, Any], prefix: str = "", depth: int = 1) -> Iterable[tuple[str, Any]]:
         """Every entry below `node`, dicts included, under its dotted key."""
-        if len(prefix) >= MAX_NESTING:
-            raise CheckpointError(f"{self.path}: {'.'.join(prefix)[:120]}: nested deeper than {MAX_NESTING}")
+        if depth > MAX_NESTING:
+            raise CheckpointError(f"{self.path}: {prefix[:120]}: nested deeper than {MAX_NESTING}")
         for name, value in node.items():
             if type(name) not in (str, int) or not str(name).isprintable():
-                raise CheckpointError(f"{self.path}: {'.'.join(prefix)[:120]}: {describe(name)} as a key")
-            keys = (*prefix, str(name))
-            yield ".".join(keys), value
+                raise CheckpointError(f"{self.path}: {prefix[:120]}{describe(name)} as a key")
+            key = f"{prefix}{name}"
+            if len(key) > MAX_KEY_LENGTH:
+                raise CheckpointError(f"{self.path}: {key[:120]}...: a key of more than {MAX_KEY_LENGTH} characters")
+            yield key, value
             if type(value) is dict:
-                yield from self._flatten(value, keys)
+                yield from self._flatten(value, f"{key}.", depth + 1)
 
     def read(self, ref: TensorRef) -> np.ndarray:
         """The tensor as a contiguous array that owns its data: `ref.dtype`, `ref.shape`, the bits of the file."""
@@ -184,11 +187,10 @@ def _cut(record: np.ndarray, ref: TensorRef) -> np.ndarray:
     if 0 in ref.shape:
         return np.empty(ref.shape, ref.dtype)
     itemsize = ref.dtype.itemsize
-    storage = record[ref.storage.start : ref.storage.stop]
-    elements = storage[: len(storage) // itemsize * itemsize].view(ref.dtype)[ref.offset :]
     # The stride of a dimension of 1 is never used and may be any number, one that overflows included.
-    strides = [stride * itemsize if size > 1 else 0 for size, stride in zip(ref.shape, ref.strides, strict=True)]
-    return np.array(np.lib.stride_tricks.as_strided(elements, ref.shape, strides, writeable=False), order="C")
+    strides = tuple(stride * itemsize if size > 1 else 0 for size, stride in zip(ref.shape, ref.strides, strict=True))
+    start = ref.storage.start + ref.offset * itemsize
+    return np.array(np.ndarray(ref.shape, ref.dtype, record.data, start, strides), order="C")
 
 
 # Files
@@ -285,6 +287,8 @@ class _ZipContainer:
                 self._fail(f"zip member {info.filename[:100]!r} is compressed, which torch never does")
             if info.flag_bits & 1:
                 self._fail(f"zip member {info.filename[:100]!r} is encrypted")
+            if not 0 <= info.header_offset <= size - info.file_size:  # also offsets too large for a seek
+                self._fail(f"truncated or damaged: zip member {info.filename[:100]!r} is outside of the file")
             members[info.filename] = info
         if sum(info.file_size for info in infos) > size:
             self._fail("truncated or damaged: its members are larger than the file")
@@ -398,8 +402,9 @@ def write_torch_archive(
             _add_member(archive, file, "data.pkl", _encode_pickle(specs))
             _add_member(archive, file, "byteorder", b"little")
             for key, (name, dtype, shape) in enumerate(specs):
+                where = f"{path}: {name}"
                 # No variable holds the tensor, or it would stay while read() makes the next one.
-                _add_member(archive, file, f"data/{key}", _as_bytes(_checked(read(name), name, dtype, shape)).data)
+                _add_member(archive, file, f"data/{key}", _checked_bytes(read(name), where, dtype, shape))
             _add_member(archive, file, "version", b"3\n")
     except OSError as error:
         if isinstance(error, MindalleError):  # from read()
@@ -407,10 +412,10 @@ def write_torch_archive(
         raise OutputError(f"{path}: {error.strerror or error}") from error
 
 
-def _checked(array: np.ndarray, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+def _checked_bytes(array: np.ndarray, where: str, dtype: np.dtype, shape: tuple[int, ...]) -> memoryview:
     if array.dtype != dtype or array.shape != shape:
-        raise CheckpointError(f"{name}: {array.dtype}{array.shape} instead of {dtype}{shape}")
-    return np.ascontiguousarray(array)
+        raise CheckpointError(f"{where}: {array.dtype}{array.shape} instead of {dtype}{shape}")
+    return _as_bytes(np.ascontiguousarray(array)).data
 
 
 def _add_member(archive: zipfile.ZipFile, file: BinaryIO, name: str, data: bytes | memoryview) -> None:

@@ -27,7 +27,9 @@ MAX_PICKLE_BYTES = 64 << 20
 MAX_OPCODES = 500_000
 MAX_DIMS = 16
 MAX_INT_BITS = 128  # the legacy magic number has 77
-MAX_LINE_BYTES = 4096  # a module or class name
+# Texts and tuples that a pickle can use many times, at two bytes a time, while we copy, hash or compare them each time.
+MAX_NAME_LENGTH = 500  # of a module or a class
+MAX_KEY_LENGTH = 1000  # of text in a dict
 
 # Storage classes of torch.save. numpy has no quantized or 32-bit complex type; those are refused by name.
 STORAGE_DTYPES = {
@@ -140,7 +142,7 @@ class _BoundedStream:
         return data
 
     def readline(self) -> bytes:
-        line = self._stream.readline(MAX_LINE_BYTES)
+        line = self._stream.readline(MAX_NAME_LENGTH)
         self.position += len(line)
         return line
 
@@ -148,7 +150,7 @@ class _BoundedStream:
 _MARK = object()
 _PUSH_ARGUMENT = frozenset(
     "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT SHORT_BINBYTES BINBYTES "
-    "BINBYTES8 BYTEARRAY8 SHORT_BINSTRING BINSTRING".split()
+    "BINBYTES8 BYTEARRAY8".split()
 )
 _PUSH_CONSTANT = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK, "EMPTY_TUPLE": ()}
 _PUSH_NEW = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set}
@@ -157,7 +159,7 @@ _OTHER_OPCODES = frozenset(
     "APPENDS ADDITEMS GLOBAL STACK_GLOBAL BINPERSID REDUCE NEWOBJ NEWOBJ_EX BUILD POP POP_MARK PROTO FRAME STOP".split()
 )
 # What pickle protocols 2 to 5 write for the objects torch.save accepts. The text opcodes of protocol 0 are not here,
-# nor the extension registry and the out-of-band buffers.
+# nor the byte strings of Python 2, the extension registry and the out-of-band buffers.
 _OPCODES = {
     opcode.code.encode("latin-1"): opcode
     for opcode in pickletools.opcodes
@@ -195,12 +197,21 @@ class _StackMachine:
             if code not in _OPCODES:
                 raise ValueError(f"byte {code!r} is not an opcode that torch.save writes")
             opcode = _OPCODES[code]
-            argument = opcode.arg.reader(self._stream) if opcode.arg else None
+            if opcode.name == "GLOBAL":  # not by pickletools, which undoes backslash escapes, and warns about them
+                argument = f"{self._read_line()}.{self._read_line()}"
+            else:
+                argument = opcode.arg.reader(self._stream) if opcode.arg else None
         except (ValueError, struct.error, OverflowError) as error:  # ValueError includes bad UTF-8
             self._fail(f"damaged, or not a checkpoint: {str(error)[:120]}")
         if isinstance(argument, int) and argument.bit_length() > MAX_INT_BITS:
             self._fail(f"an integer of {argument.bit_length()} bits")
         return opcode.name, argument
+
+    def _read_line(self) -> str:
+        line = self._stream.readline()
+        if not line.endswith(b"\n"):
+            raise ValueError("a name without an end")
+        return line[:-1].decode("utf-8")
 
     # Stack
 
@@ -260,7 +271,7 @@ class _StackMachine:
                 case "ADDITEMS":
                     self._add_items(self._pop_to_mark())
                 case "GLOBAL":
-                    push(Global(argument.replace(" ", ".", 1)))
+                    push(Global(argument))
                 case "STACK_GLOBAL":
                     push(self._stack_global(*self._pop_tuple(2)))
                 case "BINPERSID":
@@ -287,9 +298,11 @@ class _StackMachine:
 
     def _check_key(self, key: Any) -> Any:
         scalars = (str, bytes, int, float, bool, type(None))
+        if type(key) in (str, bytes) and len(key) > MAX_KEY_LENGTH:
+            self._fail(f"a key of {len(key)} characters")
         if type(key) in (*scalars, Global, Opaque):
             return key
-        if type(key) is tuple and all(type(item) in scalars for item in key):
+        if type(key) is tuple and len(key) <= MAX_DIMS and all(type(item) in scalars for item in key):
             return key
         self._fail(f"{describe(key)} as a key")
 
@@ -323,6 +336,8 @@ class _StackMachine:
     def _stack_global(self, module: Any, name: Any) -> Global:
         if type(module) is not str or type(name) is not str:
             self._fail("a global whose name is not text")
+        if len(module) > MAX_NAME_LENGTH or len(name) > MAX_NAME_LENGTH:
+            self._fail(f"a name of more than {MAX_NAME_LENGTH} characters")
         return Global(f"{module}.{name}")
 
     def _opaque(self, target: Any) -> Opaque:
@@ -337,7 +352,9 @@ class _StackMachine:
             return self._opaque(function)
         match function.path:
             case "collections.OrderedDict":
-                return self._ordered_dict(arguments)
+                if arguments:  # only Python 2 gave it its items here
+                    self._fail("an OrderedDict with arguments")
+                return {}
             case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2":
                 return self._tensor(arguments, is_v3=False)
             case "torch._utils._rebuild_tensor_v3":
@@ -347,15 +364,6 @@ class _StackMachine:
                     self._fail("a parameter without a tensor")
                 return arguments[0]
         return self._opaque(function)
-
-    def _ordered_dict(self, arguments: tuple[Any, ...]) -> dict[Any, Any]:
-        """OrderedDict(), filled by SETITEMS; or, from Python 2, OrderedDict([[key, value], ...])."""
-        if not arguments:
-            return {}
-        pairs = arguments[0]
-        if type(pairs) is not list or not all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
-            self._fail("the arguments of an OrderedDict are not pairs")
-        return {self._check_key(key): value for key, value in pairs}
 
     # Storages and tensors
 

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import random
+import resource
 import struct
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import tracemalloc
 import types
 import zipfile
 from collections import Counter, OrderedDict
+from contextlib import contextmanager
 from pathlib import Path
 
 import ml_dtypes
@@ -133,6 +135,7 @@ DTYPES = {
     "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
     "float8_e8m0fnu": ml_dtypes.float8_e8m0fnu,
 }
+NEWER = ("uint16", "uint32", "uint64", "float8")  # than torch's storage classes, of which there are no more
 LAYOUTS = [(is_zip, protocol) for is_zip in (True, False) for protocol in (2, 4)]
 layouts = pytest.mark.parametrize(("is_zip", "protocol"), LAYOUTS, ids=["zip-2", "zip-4", "legacy-2", "legacy-4"])
 
@@ -183,7 +186,10 @@ def test_every_dtype_and_view_is_bit_equal_to_torch_load(torch, tmp_path, dtype_
         same_again=base,
     )
     save(torch, {"state_dict": tensors}, tmp_path / "a.ckpt", is_zip, protocol)
-    assert_same(torch, load(tmp_path / "a.ckpt"), torch.load(tmp_path / "a.ckpt", weights_only=False)["state_dict"])
+    arrays = load(tmp_path / "a.ckpt")
+    assert_same(torch, arrays, tensors)
+    if is_zip or not dtype_name.startswith(NEWER):  # torch writes these into legacy files but fails to load them
+        assert_same(torch, arrays, torch.load(tmp_path / "a.ckpt", weights_only=False)["state_dict"])
 
 
 @layouts
@@ -267,13 +273,10 @@ def test_a_storage_that_is_a_view_of_a_legacy_storage_starts_at_its_offset(tmp_p
     """torch < 0.4 saved (view key, first element, length) with a storage, and counted tensor offsets from there."""
     view = b"(" + text("v") + integer(3) + integer(4) + b"t"
     tensor = tensor_pickle(size=(2,), offset=1, storage=storage_pickle(numel=integer(10), view=view))
-    path = write(tmp_path / "a.ckpt", legacy_bytes(state_dict_pickle(tensor), {"0": (10, np.arange(10, dtype="<f4"))}))
+    path = write(
+        tmp_path / "a.ckpt", legacy_bytes(state_dict_pickle(tensor), {"0": (10, np.arange(10, dtype="<f4").tobytes())})
+    )
     assert load(path)["w0"].tolist() == [4, 5]
-
-
-def test_an_ordered_dict_from_python_2_is_read(tmp_path):
-    pickled = b"\x80\x02ccollections\nOrderedDict\n](](U\x01w" + tensor_pickle() + b"ee\x85R."
-    assert load(write(tmp_path / "a.ckpt", zip_bytes(pickled)))["w"].tolist() == [0, 1, 2, 3]
 
 
 def test_the_stride_of_a_dimension_of_one_may_be_any_number(tmp_path):
@@ -342,10 +345,10 @@ def payload(protocol=2, function=os.system, argument="touch PWNED") -> bytes:
 
 # Tuples that each hold the one before ten times: 10 ** 12 leaves in 600 bytes, never to be walked or shown.
 LAUGHS = b"(" + b"K\x01" * 10 + b"tq\x00" + b"".join(
-    b"(" + b"h" + (bytes([i]) + b"h") * 9 + bytes([i]) + b"tq" + bytes([i + 1]) for i in range(12)
+    b"0(h" + (bytes([i]) + b"h") * 9 + bytes([i]) + b"tq" + bytes([i + 1]) for i in range(12)
 )  # fmt: skip
 LAUGHING_DICTS = b"}q\x00" + b"".join(
-    b"}q" + bytes([i + 1]) + b"(" + b"".join(text(str(k)) + b"h" + bytes([i]) for k in range(10)) + b"u"
+    b"0}q" + bytes([i + 1]) + b"(" + b"".join(text(str(k)) + b"h" + bytes([i]) for k in range(10)) + b"u"
     for i in range(12)
 )  # fmt: skip
 
@@ -364,6 +367,14 @@ def flipped(data: bytes, position: int, bit: int = 0) -> bytes:
 
 def encrypted(data: bytes) -> bytes:
     return flipped(data, data.index(b"PK\x01\x02") + 8)
+
+
+def member_at(offset: int) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("archive/data.pkl", state_dict_pickle(tensor_pickle()))
+        archive.infolist()[0].header_offset = offset
+    return out.getvalue()
 
 
 def wrong_local_name(data: bytes) -> bytes:
@@ -400,12 +411,14 @@ HOSTILE = {
     "compressed": (zipped(tensor_pickle(), compression=zipfile.ZIP_DEFLATED), "is compressed"),
     "zip bomb": (zip_bytes(b"N.", {"0": bytes(50 << 20)}, compression=zipfile.ZIP_DEFLATED), "is compressed"),
     "encrypted": (encrypted(GOOD), "is encrypted"),
+    "member past the end": (member_at(100_000), "is outside of the file"),
+    "member past any end": (member_at(1 << 63), "is outside of the file"),
     "local header with another name": (wrong_local_name(GOOD), "another name"),
     # Code
     "call at the root": (zip_bytes(b"\x80\x02" + payload() + b"."), "the Python object '.*system'"),
     "call as a weight": (zipped(payload()), "w0: the Python object '.*system', not a tensor"),
     "call of eval": (zipped(payload(4, eval, "open('PWNED', 'w')")), "the Python object 'builtins.eval'"),
-    "legacy call": (legacy(payload()), "the Python object '.*system'"),
+    "legacy call": (legacy(payload(), records={}), "the Python object '.*system'"),
     "getattr chain": (
         zip_bytes(b"\x80\x04\x8c\x08builtins\x8c\x07getattr\x93\x8c\x08builtins\x8c\x04eval\x93\x8c\x08__call__\x86R)R."),
         "the Python object 'builtins.getattr'",
@@ -414,7 +427,7 @@ HOSTILE = {
     "class, not an instance": (zipped(b"cos\nsystem\n"), "the Python object 'os.system'"),
     "call of a number": (zipped(b"K\x01)R"), "a call of 1"),
     "call as a parameter": (zipped(b"ctorch._utils\n_rebuild_parameter\n(" + payload() + b"tR"), "without a tensor"),
-    "line break in a name": (zipped(b"X\x05\0\0\0a\nb\nc" + text("d") + b"\x93"), r"'a\\\\nb\\\\nc.d'"),
+    "line break in a name": (zipped(b"X\x05\0\0\0a\nb\nc" + text("d") + b"\x93"), r"'a\\nb\\nc.d'"),
     "INST": (zipped(b"(" + text("touch PWNED") + b"ios\nsystem\n"), "byte b'i' is not an opcode"),
     "OBJ": (zipped(b"(cos\nsystem\n" + text("touch PWNED") + b"o"), "byte b'o' is not an opcode"),
     "extension registry": (zipped(b"\x82\x01"), "is not an opcode"),
@@ -464,7 +477,7 @@ HOSTILE = {
     "tensor of a number": (zipped(tensor_pickle(storage=b"K\x01")), "a tensor whose storage is 1"),
     # Structures
     "deep tuple": (zip_bytes(b"\x80\x02)" + b"\x85" * 2_000_000 + b"."), "more than 500000 opcodes"),
-    "deep list": (zip_bytes(b"\x80\x02" + b"]" * 300_000 + b"a" * 199_999 + b"."), "holds a list"),
+    "deep list": (zip_bytes(b"\x80\x02" + b"]" * 300_000 + b"a" * 199_990 + b"."), "holds a list"),
     "deep dicts": (zipped((b"}" + text("a")) * 100 + b"}" + b"s" * 100), "nested deeper than 64"),
     "laughing tuples": (zipped(LAUGHS), "w0: a tuple, not a tensor"),
     "laughing dicts": (zipped(LAUGHING_DICTS), "more than 200000 entries"),
@@ -477,9 +490,13 @@ HOSTILE = {
     ),
     "dict in itself": (zipped(b"}q\x00" + text("a") + b"h\x00s"), "nested deeper than 64"),
     "list as a key": (zipped(b"}]K\x01s"), "a list as a key"),
+    "tuple of 17 as a key": (zipped(b"}(" + b"N" * 17 + b"tNs"), "a tuple as a key"),
+    "long key": (zipped(b"}" + text("k" * 1001) + b"Ns"), "a key of 1001 characters"),
+    "long dotted key": (zipped((b"}" + text("k" * 400)) * 3 + b"}" + b"s" * 3), "a key of more than 1000 characters"),
+    "long name": (zipped(text("a" * 501) + text("b") + b"\x93"), "a name of more than 500 characters"),
     "key without a value": (zipped(b"}(K\x01u"), "a key without a value"),
     "keys that meet": (
-        zip_bytes(b"\x80\x02}(" + text("a.b") + tensor_pickle() + text("a") + b"}" + text("b") + tensor_pickle() + b"s" + b"u."),
+        zip_bytes(b"\x80\x02}" + text("a.b") + tensor_pickle() + b"s" + text("a") + b"}" + text("b") + b"}ss."),
         "a.b: appears twice",
     ),
     "number among the weights": (zipped(tensor_pickle(), b"K\x07"), "w1: 7, not a tensor"),
@@ -487,7 +504,7 @@ HOSTILE = {
     "no tensors": (zipped(), "holds no tensors"),
     "a tensor alone": (zip_bytes(b"\x80\x02" + tensor_pickle() + b"."), "holds a TensorRef where"),
     "surrogates in a key": (zip_bytes(b"\x80\x02}X\x03\0\0\0\xed\xa0\x80" + tensor_pickle() + b"s."), "as a key"),
-    "line break in a key": (zip_bytes(b"\x80\x02}" + text("a\nb") + tensor_pickle() + b"s."), r"'a\\\\nb' as a key"),
+    "line break in a key": (zip_bytes(b"\x80\x02}" + text("a\nb") + tensor_pickle() + b"s."), r"'a\\nb' as a key"),
     # Pickles
     "memo never set": (zipped(b"h\x07"), "memo 7 was never set"),
     "underflow": (zip_bytes(b"\x80\x02R."), "stack underflow"),
@@ -511,9 +528,10 @@ def audit(event: str, arguments: tuple) -> None:
 
 
 @pytest.fixture(scope="module")
-def audited():
+def audited(tmp_path_factory):
     """Runs a function and returns what it imported, executed or opened. (An audit hook cannot be taken back.)"""
     sys.addaudithook(audit)
+    load(write(tmp_path_factory.mktemp("warm") / "a.ckpt", GOOD))  # so that Python has what it imports on first use
 
     def run(function) -> list[str]:
         global audit_log
@@ -525,6 +543,21 @@ def audited():
             audit_log = None
 
     return run
+
+
+@contextmanager
+def memory_limit(extra_bytes: int):
+    """Fails allocations beyond what this process has and `extra_bytes` more, where the system can do that."""
+    if sys.platform != "linux":
+        yield
+        return
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    old = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + extra_bytes, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, old)
 
 
 @pytest.mark.parametrize("case", HOSTILE)
@@ -540,15 +573,10 @@ def test_hostile_files_are_refused_with_a_reason_and_run_nothing(case, tmp_path,
         except CheckpointError as error:
             caught.append(str(error))
 
-    tracemalloc.start()
     start = time.perf_counter()
-    try:
+    with memory_limit(256 << 20):
         events = audited(attempt)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert time.perf_counter() - start < 20
-    assert peak < 256 << 20
+    assert time.perf_counter() - start < 20  # the slowest, 500000 opcodes, takes 2
     assert events in ([], [f"open {path}"])
     assert os.listdir(tmp_path) == ["a.ckpt"]
     (message,) = caught
@@ -584,9 +612,10 @@ def test_paths_that_cannot_be_read_are_refused(tmp_path):
 
 
 def test_a_file_that_shrinks_while_open_is_refused(tmp_path):
-    with TorchArchive(write(tmp_path / "a.ckpt", GOOD)) as archive:
+    tensor = tensor_pickle((1 << 20,), storage=storage_pickle(numel=integer(1 << 20)))
+    with TorchArchive(write(tmp_path / "a.ckpt", zipped(tensor, records={"0": bytes(4 << 20)}))) as archive:
         (ref,) = archive.state_dict().values()
-        os.truncate(tmp_path / "a.ckpt", GOOD.index(FOUR_FLOATS) + 8)
+        os.truncate(tmp_path / "a.ckpt", 2 << 20)
         with pytest.raises(CheckpointError, match="storage 0: truncated"):
             archive.read(ref)
 
@@ -716,7 +745,6 @@ def test_every_flipped_bit_of_a_record_is_refused(tmp_path):
 
 # Writing
 
-NEWER = ("uint16", "uint32", "uint64", "float8")  # than torch's storage classes, which the written pickle names
 WRITABLE = {name: np.dtype(dtype) for name, dtype in DTYPES.items() if not name.startswith(NEWER)}
 
 

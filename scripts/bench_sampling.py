@@ -1,0 +1,181 @@
+"""Times sampling with random weights: prompt -> codes -> pictures. Needs no checkpoint.
+
+    python scripts/bench_sampling.py --preset 1.3b --candidates 96            # one GPU: the headline figure
+    python scripts/bench_sampling.py --preset 1.3b --candidates 1 --device cpu --segments 1
+    python scripts/bench_sampling.py --preset tiny
+
+Prints a table, then one JSON line. Compilation is timed apart. GB/step is what a step has to move at least as this code
+does it: the weights once, the keys and values of the prefix once and of every candidate's whole buffer, and the new
+ones written; its share of the copy bandwidth measured on the same device in the same run says how near the limit it is.
+"""
+
+import argparse
+import json
+import math
+import platform
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mindalle_jax.config import Config, load_config
+from mindalle_jax.interop.key_maps import Stage, leaf_shapes, nest
+from mindalle_jax.models.transformer import Transformer
+from mindalle_jax.models.vqgan import VQGAN
+from mindalle_jax.pipeline import decode_pictures
+from mindalle_jax.sampling import Settings, decode_segment, default_batch_size, prefill, segment_steps, start_state
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+PRESETS = {"1.3b": CONFIGS / "mindalle-1.3b.yaml", "tiny": CONFIGS / "tiny.yaml"}
+
+
+def random_params(config: Config, stage: Stage, dtype: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Parameters in the layout of sampling: gains 1, all else N(0, 0.02), drawn on the device."""
+    replicated = NamedSharding(mesh, P())
+    normal = jax.jit(
+        lambda key, shape: (0.02 * jax.random.normal(key, shape)).astype(dtype),
+        static_argnames="shape",
+        out_shardings=replicated,
+    )
+    leaves, number = {}, 0
+    for name, shape in leaf_shapes(config, stage).items():
+        blocks = name.startswith("blocks/")
+        for layer in range(shape[0]) if blocks else [None]:
+            part = name if layer is None else name.replace("blocks/", f"blocks_{layer}/", 1)
+            number += 1
+            if name.endswith("scale"):
+                leaves[part] = jax.device_put(jnp.ones(shape[1:] if blocks else shape, dtype), replicated)
+            else:
+                leaves[part] = normal(jax.random.key(number), shape[1:] if blocks else shape)
+    return nest(leaves)
+
+
+def copy_bandwidth(device: Any) -> float:
+    """Bytes per second, read and written, of copying an array much larger than any cache."""
+    x = jax.device_put(jnp.zeros((256 << 20) // 4, jnp.float32), device)
+    copy = jax.jit(lambda x: x + 1)
+    copy(x).block_until_ready()
+    best = math.inf
+    for _ in range(10):
+        start = time.perf_counter()
+        copy(x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * x.nbytes / best
+
+
+def bytes_per_step(config: Config, batch: int, itemsize: int) -> int:
+    """Least bytes of one decoding step of `batch` candidates on one device, with the whole image buffer read."""
+    h = config.stage2.hparams
+    weights = sum(
+        math.prod(shape)
+        for name, shape in leaf_shapes(config, "stage2").items()
+        if name.startswith(("blocks/", "ln_f", "head")) and not name.startswith("head_txt")
+    )
+    prefix = 1 if config.image_only else h.ctx_len_txt
+    kv = 2 * h.n_layers * h.embed_dim * (prefix + batch * (h.ctx_len_img + 1))
+    return (weights + kv) * itemsize
+
+
+def bench(config: Config, candidates: int, batch: int, dtype: str, device: Any, segments: int) -> dict[str, Any]:
+    """Runs everything twice, compilation and measurement; returns the figures."""
+    mesh = jax.sharding.Mesh(np.array([device]), ("data",))
+    model = Transformer(config.stage2, stacked=False, dtype=jnp.dtype(dtype))
+    vqgan = VQGAN(config.stage1, dtype=jnp.dtype(dtype))
+    params = random_params(config, "stage2", model.dtype, mesh)
+    stage1 = random_params(config, "stage1", jnp.float32, mesh)
+    jax.block_until_ready((params, stage1))
+    vocab_size, length = config.stage2.vocab_size_img, config.stage2.hparams.ctx_len_img
+    settings = Settings.make(vocab_size, seed=0, temperature=1.0, top_k=min(256, vocab_size), top_p=None)
+    traced = settings.traced(vocab_size)
+    steps = segment_steps(length)
+    prefix_ids = np.zeros(1 if config.image_only else config.stage2.hparams.ctx_len_txt, np.int32)
+    chunks = math.ceil(candidates / batch)
+
+    def codes_once() -> tuple[float, float, list[jax.Array]]:
+        """(seconds of the prefill, seconds of the steps, codes of the last chunk)"""
+        begin = time.perf_counter()
+        logits, prefix = prefill(model, params, prefix_ids)
+        jax.block_until_ready(prefix)
+        middle, parts = time.perf_counter(), []
+        for chunk in range(chunks):
+            ids = np.arange(chunk * batch, (chunk + 1) * batch, dtype=np.int32)
+            state, parts = start_state(model, mesh, batch, logits), []
+            for _ in range(segments):
+                state, part = decode_segment(model, mesh, steps, params, prefix, ids, traced, state)
+                parts.append(part)
+        jax.block_until_ready(parts)
+        return middle - begin, time.perf_counter() - middle, parts
+
+    start = time.perf_counter()
+    codes_once()
+    first_s = time.perf_counter() - start
+    prefill_s, steps_s, parts = codes_once()
+    codes = jnp.concatenate(parts, axis=1)
+    codes = jnp.pad(codes, ((0, 0), (0, length - codes.shape[1])))[:1].reshape(1, *[config.stage1.code_size] * 2)
+    jax.block_until_ready(decode_pictures(vqgan, mesh, stage1, codes))
+    start = time.perf_counter()
+    jax.block_until_ready(decode_pictures(vqgan, mesh, stage1, codes))
+    picture_s = time.perf_counter() - start
+    step_s = steps_s / (chunks * segments * steps)
+    moved, bandwidth = bytes_per_step(config, batch, jnp.dtype(dtype).itemsize), copy_bandwidth(device)
+    run_s = prefill_s + step_s * length * chunks
+    stats = device.memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return {
+        "candidates": candidates,
+        "batch": batch,
+        "compile_s": round(first_s - prefill_s - steps_s, 2),
+        "prefill_ms": round(prefill_s * 1e3, 2),
+        "ms_per_step": round(step_s * 1e3, 3),
+        "GB_per_step": round(moved / 1e9, 3),
+        "GB_per_s": round(moved / step_s / 1e9, 1),
+        "copy_GB_per_s": round(bandwidth / 1e9, 1),
+        "share_of_copy": round(moved / step_s / bandwidth, 3),
+        "codes_s": round(run_s, 3),
+        "codes_timed": f"{segments * steps} of {length} positions",
+        "decode_one_picture_ms": round(picture_s * 1e3, 2),
+        "images_per_s": round(candidates / (run_s + candidates * picture_s), 3),
+        "peak_memory_GB": round(peak / 1e9, 2),
+    }
+
+
+def main() -> None:
+    """Parses the command line, runs, prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="1.3b", help="which network (default: %(default)s)")
+    parser.add_argument("--candidates", type=int, default=96, help="pictures of one prompt (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, help="candidates at once (default: as mindalle sample)")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 on CPU, else bfloat16")
+    parser.add_argument("--device", choices=["cpu", "gpu", "tpu"], help="default: what JAX picks")
+    parser.add_argument("--segments", type=int, default=0, help="eighths of a picture to time, 0 for all (default: 0)")
+    arguments = parser.parse_args()
+    config = load_config(PRESETS[arguments.preset])
+    device = jax.devices(arguments.device)[0]
+    dtype = arguments.dtype or ("float32" if device.platform == "cpu" else "bfloat16")
+    batch = arguments.batch_size or default_batch_size(arguments.candidates, device.platform)
+    length = config.stage2.hparams.ctx_len_img
+    segments = arguments.segments or length // segment_steps(length)
+    with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+        figures = bench(config, arguments.candidates, batch, dtype, device, segments)
+    conditions = {
+        "bench": "sampling",
+        "preset": arguments.preset,
+        "device": device.device_kind,
+        "platform": device.platform,
+        "dtype": dtype,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+    for name, value in (conditions | figures).items():
+        print(f"{name:>24}  {value}")
+    print(json.dumps(conditions | figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Rehearses the life of a full-size checkpoint with random weights: make, convert, load, sample, export, compare.
+
+    python scripts/rehearse_full_size.py --work /tmp/rehearsal
+
+Nothing is downloaded. Each stage runs in a process of its own, so that its memory is its own. Prints a table, then one
+JSON line. Needs 17 GB of disk at full size, of which nothing is left unless --keep is given.
+"""
+
+import argparse
+import contextlib
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindalle_jax.config import Config, dump_config, load_config
+from mindalle_jax.files import check_free_disk, check_output
+from mindalle_jax.interop.key_maps import Stage, count_parameters, slots
+from mindalle_jax.interop.mindalle import STAGE_FILES, export_checkpoint, import_checkpoint
+from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
+from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def make(config: Config, folder: Path) -> dict[str, Any]:
+    """A checkpoint folder in the original's format: gains about 1, all else N(0, 0.02), different in every tensor."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump_config(config))
+    (folder / "tokenizer").mkdir()
+    vocab = ["[UNK]", "[PAD]", *(c + end for end in ("", "</w>") for c in "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-")]
+    vocab += [f"#{i}" for i in range(len(vocab), config.stage2.vocab_size_txt)]
+    (folder / "tokenizer" / VOCAB_FILE).write_text(json.dumps({token: i for i, token in enumerate(vocab)}))
+    (folder / "tokenizer" / MERGES_FILE).write_text("#version: 0.2\n")
+    stages: tuple[Stage, Stage] = ("stage1", "stage2")
+    for number, stage in enumerate(stages):
+        table = {slot.torch_key: slot for slot in slots(config, stage)}
+        places = {key: i for i, key in enumerate(table)}
+
+        def read(key: str, number: int = number, table: Any = table, places: Any = places) -> np.ndarray:
+            random = np.random.default_rng((number, places[key])).standard_normal(table[key].torch_shape, np.float32)
+            return random * np.float32(0.02) + np.float32(table[key].path.endswith("scale"))
+
+        header = [(key, np.dtype(np.float32), slot.torch_shape) for key, slot in table.items()]
+        write_torch_archive(folder / STAGE_FILES[stage], header, read)
+    return {"bytes": _size(folder)}
+
+
+def convert(source: Path, target: Path) -> dict[str, Any]:
+    """`mindalle convert`."""
+    report = import_checkpoint(source, target)
+    return {
+        "bytes": _size(target),
+        "write_s": round(report.write_s, 2),
+        "verify_s": round(report.verify_s, 2),
+        "GB_per_s": round(report.weight_bytes / 1e9 / report.write_s, 3),
+    }
+
+
+def sample(folder: Path, out: Path) -> dict[str, Any]:
+    """Loads the model and draws one picture of one candidate, from prompt to PNG."""
+    import jax
+
+    from mindalle_jax import Dalle
+
+    start = time.perf_counter()
+    model = Dalle.from_pretrained(folder)
+    loaded = time.perf_counter()
+    generation = model.generate("a painting of a cat", num_candidates=1, progress=True)
+    drawn = time.perf_counter()
+    again = model.generate("another prompt", num_candidates=1, seed=1, progress=True)
+    done = time.perf_counter()
+    (picture,) = generation.save(out)
+    return {
+        "load_s": round(loaded - start, 2),
+        "first_picture_s": round(drawn - loaded, 2),
+        "second_picture_s": round(done - drawn, 2),
+        "different_codes": int((generation.codes != again.codes).sum()),
+        "picture_bytes": picture.stat().st_size,
+        "device": jax.devices()[0].device_kind,
+        "dtype": model.dtype,
+    }
+
+
+def export(folder: Path, target: Path) -> dict[str, Any]:
+    """`mindalle convert --to torch`."""
+    report = export_checkpoint(folder, target)
+    return {
+        "bytes": _size(target),
+        "write_s": round(report.write_s, 2),
+        "verify_s": round(report.verify_s, 2),
+        "GB_per_s": round(report.weight_bytes / 1e9 / report.write_s, 3),
+    }
+
+
+def compare(first: Path, second: Path) -> dict[str, Any]:
+    """Whether two folders in the original's format hold the same tensors, bit for bit."""
+    tensors = 0
+    for name in STAGE_FILES.values():
+        with TorchArchive(first / name) as a, TorchArchive(second / name) as b:
+            left, right = a.state_dict(), b.state_dict()
+            if set(left) != set(right):
+                raise SystemExit(f"{name}: keys differ: {sorted(set(left) ^ set(right))[:5]}")
+            for key in left:
+                x, y = a.read(left[key]), b.read(right[key])
+                if x.dtype != y.dtype or x.shape != y.shape or x.tobytes() != y.tobytes():
+                    raise SystemExit(f"{name}: {key} differs")
+                tensors += 1
+    return {"equal_tensors": tensors}
+
+
+def main() -> None:
+    """Runs the stages, each in a child process."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="rehearse_full_size.py"
+    )
+    parser.add_argument("--work", type=Path, required=True, help="a new folder to work in")
+    parser.add_argument(
+        "--config", type=Path, default=CONFIGS / "mindalle-1.3b.yaml", help="which network (default: %(default)s)"
+    )
+    parser.add_argument("--keep", action="store_true", help="leave the folder behind (default: it is removed)")
+    parser.add_argument("--stage", choices=["make", "convert", "sample", "export", "compare"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    config, work = load_config(arguments.config), arguments.work
+    source, converted, exported = work / "source", work / "converted", work / "exported"
+    if arguments.stage:
+        run = {
+            "make": lambda: make(config, source),
+            "convert": lambda: convert(source, converted),
+            "sample": lambda: sample(converted, work / "pictures"),
+            "export": lambda: export(converted, exported),
+            "compare": lambda: compare(source, exported),
+        }[arguments.stage]
+        with _peak_memory() as memory:
+            start = time.perf_counter()
+            result = run() | {"seconds": round(time.perf_counter() - start, 2)}
+        print(json.dumps(result | memory))
+        return
+
+    check_output(work, overwrite=False)
+    parameters = {stage: count_parameters(config, stage) for stage in STAGE_FILES}
+    check_free_disk(work, 3 * 4 * sum(parameters.values()) + (256 << 20), "the rehearsal")
+    work.mkdir(parents=True)
+    results: dict[str, Any] = {}
+    try:
+        for stage in ("make", "convert", "sample", "export", "compare"):
+            command = [sys.executable, __file__, "--work", str(work), "--config", str(arguments.config)]
+            child = subprocess.run([*command, "--stage", stage], stdout=subprocess.PIPE, text=True)
+            if child.returncode:
+                raise SystemExit(f"stage {stage} failed")
+            results[stage] = json.loads(child.stdout.strip().splitlines()[-1])
+            print(f"{stage:8}", *(f"{key}={value}" for key, value in results[stage].items()))
+    finally:
+        if not arguments.keep:
+            shutil.rmtree(work, ignore_errors=True)
+    import jax
+
+    print(
+        json.dumps(
+            {
+                "rehearsal": arguments.config.stem,
+                "parameters": parameters,
+                **results,
+                "jax": jax.__version__,
+                "python": platform.python_version(),
+            }
+        )
+    )
+
+
+@contextlib.contextmanager
+def _peak_memory() -> Iterator[dict[str, int]]:
+    """Fills in the peak of this process's anonymous memory, sampled every 20 ms (Linux), in MB of 10**6 bytes.
+
+    Anonymous memory is what the process itself holds; pages of files that the kernel can drop at will do not count.
+    """
+    result: dict[str, int] = {}
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("RssAnon:"):
+                    result["peak_anon_MB"] = max(result.get("peak_anon_MB", 0), int(line.split()[1]) * 1024 // 10**6)
+            stop.wait(0.02)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    if Path("/proc/self/status").exists():
+        thread.start()
+    yield result
+    stop.set()
+    if thread.is_alive():
+        thread.join()
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+if __name__ == "__main__":
+    main()

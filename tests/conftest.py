@@ -1,0 +1,192 @@
+"""What all tests share: eight CPU devices, a cache folder of their own, and small models in every format.
+
+The environment is set before anything imports jax, which reads it once.
+"""
+
+import os
+
+DEVICES = 8
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
+# Where a person told JAX to keep compiled programs is none of the tests' business: they count compilations.
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+import dataclasses  # noqa: E402
+import json  # noqa: E402
+import string  # noqa: E402
+from collections.abc import Mapping  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from mindalle_jax import Dalle  # noqa: E402
+from mindalle_jax.config import Config, dump_config, parse_config  # noqa: E402
+from mindalle_jax.interop.key_maps import Stage, leaf_shapes, nest, slots  # noqa: E402
+from mindalle_jax.interop.mindalle import STAGE_FILES, import_checkpoint  # noqa: E402
+from mindalle_jax.interop.torch_archive import write_torch_archive  # noqa: E402
+from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE  # noqa: E402
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+
+MERGES = ["c a", "ca t</w>", "t h", "th e</w>", "a n", "an d</w>", "d o", "do g</w>", "e r", "1 2</w>"]
+"""Merges of the tiny vocabulary: cat, the, and, dog, and the ends of 12."""
+
+
+def _tiny_vocab() -> dict[str, int]:
+    characters = [*string.ascii_lowercase, *string.digits, *"!?,.-'&éü東"]
+    tokens = ["[UNK]", "[PAD]", *characters, *(c + "</w>" for c in characters)]
+    tokens += [merge.replace(" ", "") for merge in MERGES]
+    return {token: i for i, token in enumerate(tokens)}
+
+
+# 32 x 32 pixels, 8 x 8 codes out of 80, 2 layers of width 32 with 4 heads, 12 text positions. No two sizes are equal
+# where exchanging them would go unseen.
+TINY = """
+dataset: {tokenizer_type: CharBPE, context_length: 12, image_resolution: 32}
+stage1:
+  type: vqgan
+  embed_dim: 16
+  n_embed: 80
+  hparams: {z_channels: 24, resolution: 32, ch: 32, ch_mult: [1, 1, 2], num_res_blocks: 1, attn_resolutions: [8]}
+stage2:
+  type: transformer1d
+  vocab_size_txt: 110
+  vocab_size_img: 80
+  hparams: {embed_dim: 32, n_layers: 2, n_heads: 4, ctx_len_img: 64, ctx_len_txt: 12}
+"""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if len(jax.devices()) != DEVICES:
+        raise pytest.UsageError(f"the tests need {DEVICES} CPU devices, jax has {jax.devices()}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of this run: tests never touch that of the user."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["MINDALLE_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder with arrays of the original implementation."""
+    if not GOLDEN.is_dir():
+        pytest.skip("reference arrays of the original implementation are not beside this checkout")
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def oracle():
+    """The module torch_oracle: the same networks in PyTorch."""
+    torch = pytest.importorskip("torch", reason="the oracle is torch, pinned for Python 3.11 only")
+    import torch_oracle
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # thousands of tiny operations: waiting for a second thread costs more than the work
+    yield torch_oracle
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Config:
+    """The configuration of the tiny text-to-image model."""
+    return parse_config(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_igpt_config(tiny_config: Config) -> Config:
+    """A class-conditional image-only model of the same sizes, 5 classes."""
+    hparams = dataclasses.replace(tiny_config.stage2.hparams, n_classes=5)
+    stage2 = dataclasses.replace(tiny_config.stage2, type="igpt", use_cls_cond=True, hparams=hparams)
+    return dataclasses.replace(tiny_config, stage2=stage2)
+
+
+def random_tensors(config: Config, stage: Stage, seed: int = 0) -> dict[str, np.ndarray]:
+    """A float32 state_dict of a stage, every parameter off its initial value, activations and logits of order one."""
+    rng = np.random.default_rng([seed, stage == "stage2"])
+    tensors = {}
+    for slot in slots(config, stage):
+        key, shape = slot.torch_key, slot.torch_shape
+        if key.endswith("bias"):
+            mean, std = 0.0, 0.1
+        elif len(shape) == 1:  # gains of norms
+            mean, std = 1.0, 0.2
+        elif "emb" in key or key.startswith("sos"):  # embedding tables and the codebook
+            mean, std = 0.0, 0.5
+        else:
+            mean, std = 0.0, float(np.prod(shape[1:])) ** -0.5
+        tensors[key] = (mean + std * rng.standard_normal(shape)).astype(np.float32)
+    return tensors
+
+
+def write_original_folder(folder: Path, config: Config, seed: int = 0) -> Path:
+    """A folder in the original's format with random weights: config.yaml, tokenizer/, the two .ckpt files."""
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    (folder / "tokenizer" / VOCAB_FILE).write_text(json.dumps(_tiny_vocab(), ensure_ascii=False), encoding="utf-8")
+    (folder / "tokenizer" / MERGES_FILE).write_text("\n".join(["#version: 0.2", *MERGES, ""]), encoding="utf-8")
+    for stage, name in STAGE_FILES.items():
+        tensors = random_tensors(config, stage, seed)
+        header = [(key, array.dtype, array.shape) for key, array in tensors.items()]
+        write_torch_archive(folder / name, header, tensors.__getitem__)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_folder():
+    """write_folder(folder, config, seed=0) -> folder: a folder in the original's format with random weights."""
+    return write_original_folder
+
+
+def flax_params(config: Config, stage: Stage, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters in the layout of training from a state_dict of NumPy arrays, by the project's own tables."""
+    leaves = {path: np.full(shape, np.nan, np.float32) for path, shape in leaf_shapes(config, stage).items()}
+    table = slots(config, stage)
+    assert {slot.torch_key: slot.torch_shape for slot in table} == {k: tuple(v.shape) for k, v in tensors.items()}
+    for slot in table:
+        part = leaves[slot.path][slot.index]
+        part[...] = slot.from_torch(np.asarray(tensors[slot.torch_key])).reshape(part.shape)
+    assert not any(np.isnan(leaf).any() for leaf in leaves.values()), "a part of a parameter was not filled"
+    return nest(leaves)
+
+
+@pytest.fixture(scope="session")
+def to_params():
+    """to_params(config, stage, tensors) -> parameters of the Flax network from a PyTorch state_dict as NumPy arrays."""
+    return flax_params
+
+
+@pytest.fixture(scope="session")
+def random_params():
+    """random_params(config, stage, seed=0) -> random parameters of the Flax network in the layout of training."""
+    return lambda config, stage, seed=0: flax_params(config, stage, random_tensors(config, stage, seed))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_config: Config) -> Path:
+    """The tiny text-to-image model in the original's format. Read only: copy it before changing it."""
+    return write_original_folder(tmp_path_factory.mktemp("original") / "tiny", tiny_config)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """The tiny model converted. Read only: copy it before changing it."""
+    return import_checkpoint(tiny_folder, tmp_path_factory.mktemp("converted") / "tiny").target
+
+
+@pytest.fixture(scope="session")
+def tiny_dalle(tiny_model_folder: Path) -> Dalle:
+    """The tiny model loaded, float32, on one device."""
+    return Dalle.from_pretrained(tiny_model_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_igpt_model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_igpt_config: Config) -> Path:
+    """The tiny image-only model converted. Read only: copy it before changing it."""
+    source = write_original_folder(tmp_path_factory.mktemp("original") / "tiny-igpt", tiny_igpt_config)
+    return import_checkpoint(source, tmp_path_factory.mktemp("converted") / "tiny-igpt").target

@@ -1,0 +1,82 @@
+"""The compiled decoding loop, read as text: what no timing on a small machine would show."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from mindalle_jax.config import load_config
+from mindalle_jax.interop.key_maps import leaf_shapes
+from mindalle_jax.models.transformer import Transformer, unstack_blocks
+from mindalle_jax.sampling import Settings, decode_segment, prefill, segment_steps, start_state
+
+BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def loop(request):
+    """(config, jaxpr, compiled) of one call of the decoding loop of the tiny preset."""
+    config = load_config(request.config.rootpath / "configs" / "tiny.yaml")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    h = config.stage2.hparams
+    stacked = Transformer(config.stage2).init(
+        jax.random.key(0), np.zeros((1, h.ctx_len_txt), np.int32), np.zeros((1, h.ctx_len_img), np.int32)
+    )
+    model, params = Transformer(config.stage2, stacked=False), unstack_blocks(stacked["params"])
+    logits, prefix = prefill(model, params, np.zeros(h.ctx_len_txt, np.int32))
+    state = start_state(model, mesh, BATCH, logits)
+    traced = Settings.make(64, seed=0, temperature=1.0, top_k=16, top_p=None).traced(64)
+    arguments = (params, prefix, np.arange(BATCH, dtype=np.int32), traced, state)
+    steps = segment_steps(h.ctx_len_img)
+    jaxpr = jax.make_jaxpr(decode_segment, static_argnums=(0, 1, 2))(model, mesh, steps, *arguments)
+    return config, str(jaxpr), decode_segment.lower(model, mesh, steps, *arguments).compile()
+
+
+def test_one_scan_over_the_positions(loop):
+    """A data-dependent loop would wait for the host, or for a flag on the device, at every step."""
+    config, jaxpr, _ = loop
+    steps = segment_steps(config.stage2.hparams.ctx_len_img)
+    scans = re.findall(r"\blength=(\d+)\b[^]]*\bunroll=(\d+)\b", jaxpr)  # (length, positions a trip)
+    assert [length for length, unroll in scans if unroll != length] == [str(steps)]
+    assert " while[" not in jaxpr
+
+
+def test_every_loop_has_a_static_trip_count(loop):
+    """The compiler must know it, to unroll, or to record one graph a step."""
+    config, _, compiled = loop
+    loops = [line for line in compiled.as_text().splitlines() if re.search(r"\bwhile\(", line)]
+    counts = [re.search(r'"known_trip_count":\{"n":"(\d+)"', line) for line in loops]
+    assert loops and all(counts)
+    steps = segment_steps(config.stage2.hparams.ctx_len_img)
+    assert sum(int(count[1]) == steps for count in counts) == 1
+
+
+def test_no_copy_of_weights_or_cache(loop):
+    """A scan over stacked layers, or a cache carried the wrong way, copies gigabytes at every step."""
+    config, _, compiled = loop
+    h = config.stage2.hparams
+    shapes = {(BATCH, h.n_heads, h.ctx_len_img, h.embed_dim // h.n_heads)}
+    for name, shape in leaf_shapes(config, "stage2").items():
+        if len(shape) > 2 or name.startswith("head"):
+            matrix = shape[1:] if name.startswith("blocks/") else shape
+            shapes |= {matrix, matrix[::-1], (int(np.prod(matrix[:-1])), matrix[-1])}
+    text = compiled.as_text()
+    produced = re.findall(r"= \w+\[([\d,]+)\]\S* (\w[\w-]*)\(", text)
+    assert any(tuple(map(int, dims.split(","))) in shapes for dims, _ in produced), "the shapes are not in the program"
+    moved = [
+        (op, dims)
+        for dims, op in produced
+        if op in ("copy", "transpose", "convert", "slice", "concatenate") and tuple(map(int, dims.split(","))) in shapes
+    ]
+    assert moved == []
+
+
+def test_temporary_memory_is_far_below_the_cache(loop):
+    """The cache is updated in place: what is donated comes back as the same memory."""
+    config, _, compiled = loop
+    h = config.stage2.hparams
+    cache_bytes = 2 * 4 * BATCH * h.n_layers * h.ctx_len_img * h.embed_dim
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache_bytes
+    assert memory.temp_size_in_bytes < cache_bytes / 4
