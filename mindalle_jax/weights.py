@@ -66,7 +66,7 @@ def read_weights(
 
     tensors: the file's part of the manifest. Tensors for which `split` holds come one layer at a time, the others whole
     with layer None. Raises CheckpointError for a file that is missing, damaged, or not the one the manifest describes;
-    a wrong digest is seen only when the last part of its tensor has been read.
+    a wrong digest is seen when the last part of its tensor is read, and that part is not given out.
     """
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -80,16 +80,18 @@ def read_weights(
                         f"{path}: {name} is {view.get_dtype()} {view.get_shape()}, "
                         f"{MANIFEST} says {entry['dtype']} {entry['shape']}"
                     )
+                layers = list(range(entry["shape"][0])) if split(name) else [None]
                 crc = 0
-                for layer in range(entry["shape"][0]) if split(name) else [None]:
+                for layer in layers:
                     array = file.get_tensor(name) if layer is None else view[layer]
                     crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, crc)
+                    # Before the last part goes out: a caller who has all parts need not ask for another.
+                    if layer == layers[-1] and crc != entry["crc32"]:
+                        raise CheckpointError(
+                            f"{path}: {name} is damaged: CRC-32 {crc:08x}, {MANIFEST} says {entry['crc32']:08x}; "
+                            "convert or copy the model again"
+                        )
                     yield name, layer, array
-                if crc != entry["crc32"]:
-                    raise CheckpointError(
-                        f"{path}: {name} is damaged: CRC-32 {crc:08x}, {MANIFEST} says {entry['crc32']:08x}; "
-                        "convert or copy the model again"
-                    )
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing") from None
     except (safetensors.SafetensorError, OSError) as error:

@@ -14,7 +14,7 @@ os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 import dataclasses  # noqa: E402
 import json  # noqa: E402
 import string  # noqa: E402
-from collections.abc import Mapping  # noqa: E402
+from collections.abc import Iterator, Mapping  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -70,6 +70,20 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["MINDALLE_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[float]]:
+    """A list that grows by one, the seconds taken, with every program that XLA compiles."""
+    seconds: list[float] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seconds
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture(scope="session")

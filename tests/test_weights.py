@@ -126,6 +126,17 @@ def test_one_flipped_bit_anywhere_is_refused_by_name(tmp_path):
     read_all(path, manifest)
 
 
+def test_the_last_part_of_a_damaged_tensor_is_not_given_out(tmp_path):
+    """The check once came after it, so that a caller who took just as many parts as there are never saw it."""
+    path = tmp_path / "x.safetensors"
+    manifest, _ = write_random(path)
+    flip(path, data_ranges(path)["blocks/fc/kernel"][0], 0)
+    parts = read_weights(path, manifest)
+    assert [next(parts)[:2], next(parts)[:2]] == [("blocks/fc/kernel", 0), ("blocks/fc/kernel", 1)]
+    with pytest.raises(CheckpointError, match="blocks/fc/kernel is damaged"):
+        next(parts)
+
+
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_one_flipped_bit_keeps_a_model_from_loading(model, stage):
     path = model / f"{stage}.safetensors"

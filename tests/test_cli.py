@@ -1,0 +1,742 @@
+"""cli.py: what a person types, and what they get: files, one message, and an exit code."""
+
+import json
+import os
+import pickle
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mindalle_jax import Dalle, ImageGPT, cli, errors, pipeline
+from mindalle_jax.interop import mindalle
+from mindalle_jax.interop.mindalle import import_checkpoint
+from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
+from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def mindalle_cli(capsys):
+    """mindalle_cli("sample", ...) -> (exit code, standard output, standard error)."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as exit:  # argparse
+            code = exit.code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def sample(mindalle_cli, tiny_model_folder, out):
+    """Draws two candidates with the tiny model; two everywhere, so that one program is compiled."""
+
+    def run(*arguments, model=tiny_model_folder) -> tuple[int, str, str]:
+        return mindalle_cli("sample", "--model", model, "--out", out, "--num-candidates", 2, *arguments)
+
+    return run
+
+
+@pytest.fixture
+def not_loaded(monkeypatch):
+    """Fails when weights are loaded: what is wrong with a command is told before."""
+
+    def fail(*_, **__):
+        pytest.fail("the weights were loaded")
+
+    monkeypatch.setattr(Dalle, "from_pretrained", fail)
+    monkeypatch.setattr(ImageGPT, "from_pretrained", fail)
+
+
+def message(err: str, verb: str = "sample") -> str:
+    """The one line of an error, where there is nothing else."""
+    assert err.startswith(f"mindalle {verb}: ") and err.endswith("\n") and err.count("\n") == 1, err
+    return err[len(f"mindalle {verb}: ") : -1]
+
+
+def meta(folder: Path) -> dict:
+    return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+
+
+def codes(folder: Path) -> np.ndarray:
+    """Codes [n, h * w] by meta.json."""
+    return np.asarray([picture["codes"] for picture in meta(folder)["pictures"]])
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# What sample writes
+
+
+def test_pictures_are_named_by_seed_and_candidate(sample, out, tiny_dalle):
+    code, stdout, _ = sample("a cat and the dog", "--seed", 7)
+    assert code == 0
+    assert tree(out) == ["grid.png", "meta.json", "seed7_candidate000.png", "seed7_candidate001.png"]
+    assert stdout == f"2 pictures, {out / 'grid.png'} and {out / 'meta.json'}\n"
+    expected = tiny_dalle.generate("a cat and the dog", num_candidates=2, seed=7)
+    np.testing.assert_array_equal(codes(out), expected.codes)
+    for i in range(2):
+        with Image.open(out / f"seed7_candidate00{i}.png") as picture:
+            np.testing.assert_array_equal(np.asarray(picture), expected.images[i])
+    with Image.open(out / "grid.png") as grid:
+        assert min(grid.size) >= 32
+
+
+def test_meta_json_is_enough_to_draw_again(sample, out, tiny_dalle, tiny_model_folder):
+    assert sample("a cat", "--seed", 3, "--top-k", 20, "--top-p", 0.9, "--temperature", 0.8)[0] == 0
+    m = meta(out)
+    assert (m["seed"], m["top_k"], m["top_p"], m["temperature"]) == (3, 20, 0.9, 0.8)
+    assert (m["num_candidates"], m["batch_size"], m["dtype"], m["prompts"]) == (2, 2, "float32", ["a cat"])
+    assert m["model"] == str(tiny_model_folder) and set(m["versions"]) == {"mindalle-jax", "jax", "python"}
+    assert [(p["file"], p["prompt"], p["seed"], p["candidate"]) for p in m["pictures"]] == [
+        (f"seed3_candidate00{i}.png", "a cat", 3, i) for i in range(2)
+    ]
+    settings = {key: m[key] for key in ("seed", "top_k", "top_p", "temperature", "num_candidates", "batch_size")}
+    np.testing.assert_array_equal(codes(out), tiny_dalle.generate_codes(m["prompts"][0], **settings))
+
+
+def test_each_of_several_prompts_has_a_folder(sample, out, tmp_path):
+    """Two that are the same, and what is no name for a file, included."""
+    (tmp_path / "prompts.txt").write_text("The DOG!\n\n  a cat  \r\n../../etc\n!?\n", encoding="utf-8")
+    code, stdout, _ = sample("a cat", "--prompts-file", tmp_path / "prompts.txt")
+    assert code == 0
+    names = ["000-a-cat", "001-the-dog", "002-a-cat", "003-etc", "004-prompt"]
+    assert sorted(os.listdir(out)) == names and stdout.count("2 pictures") == 5
+    prompts = ["a cat", "The DOG!", "a cat", "../../etc", "!?"]
+    assert [meta(out / name)["prompts"] for name in names] == [[prompt] for prompt in prompts]
+    np.testing.assert_array_equal(codes(out / names[0]), codes(out / names[2]))
+    assert not np.array_equal(codes(out / names[0]), codes(out / names[1]))
+    assert sorted(os.listdir(out / names[0]))[:2] == ["grid.png", "meta.json"]
+    assert sorted(os.listdir(tmp_path)) == ["out", "prompts.txt"]
+
+
+def test_a_prompts_file_from_windows(sample, out, tmp_path):
+    """Its byte order mark was once an unknown character at the start of the first prompt."""
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa cat\r\n".encode())
+    assert sample("--prompts-file", tmp_path / "prompts.txt")[0] == 0
+    assert meta(out)["prompts"] == ["a cat"]
+
+
+def test_overwrite_replaces_files_of_the_same_names(sample, out):
+    assert sample("a cat", "--seed", 1)[0] == 0
+    (out / "mine.txt").write_text("mine")
+    before = codes(out)
+    assert sample("the dog", "--seed", 1)[0] == 6
+    np.testing.assert_array_equal(codes(out), before)
+    assert sample("the dog", "--seed", 1, "--overwrite")[0] == 0
+    assert meta(out)["prompts"] == ["the dog"] and not np.array_equal(codes(out), before)
+    assert (out / "mine.txt").read_text() == "mine"
+
+
+def test_an_empty_folder_is_as_good_as_none(sample, out):
+    out.mkdir()
+    assert sample("a cat")[0] == 0
+
+
+def test_the_device_is_told_on_stderr(sample):
+    _, stdout, err = sample("a cat")
+    lines = err.splitlines()
+    assert re.fullmatch(r"tiny, loaded in \d+\.\d s; cpu \(cpu\), float32", lines[0])
+    assert "No GPU or TPU is in use" in lines[1] and "pip install 'mindalle-jax[cuda]'" in lines[1]
+    assert "GPU" not in stdout and "cpu" not in stdout
+
+
+def test_temperature_0_is_greedy(sample, out, tiny_dalle):
+    assert sample("a cat", "--temperature", 0)[0] == 0
+    np.testing.assert_array_equal(codes(out)[0], codes(out)[1])
+    np.testing.assert_array_equal(codes(out), tiny_dalle.generate_codes("a cat", num_candidates=2, top_k=1))
+
+
+def test_a_random_seed_is_told(sample, out):
+    assert sample("a cat", "--seed", "random")[0] == 0
+    first = meta(out)
+    assert 0 <= first["seed"] < 2**32
+    assert (out / f"seed{first['seed']}_candidate000.png").is_file()
+    shutil.rmtree(out)
+    assert sample("a cat", "--seed", "random")[0] == 0
+    assert meta(out)["seed"] != first["seed"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--top-k", "off", "--top-p", "off", "--seed", 2**32 - 1],
+        ["--top-k", 80, "--top-p", 1, "--temperature", 50, "--batch-size", 2],
+    ],
+    ids=["off", "limits"],
+)
+def test_the_ends_of_the_ranges_work(sample, options):
+    assert sample("a cat", *options)[0] == 0
+
+
+def test_special_tokens_in_a_prompt_are_text(sample, out, tiny_dalle):
+    assert sample("a [PAD] cat")[0] == 0
+    ids, pad = tiny_dalle.tokenize("a [PAD] cat")[0], tiny_dalle.tokenizer.pad_id
+    text = ids[: np.flatnonzero(ids != pad)[-1] + 1]
+    assert pad not in text and len(text) == 7  # a [ p a d ] cat
+    np.testing.assert_array_equal(codes(out), tiny_dalle.generate_codes("a [PAD] cat", num_candidates=2))
+    assert meta(out)["prompts"] == ["a [PAD] cat"]
+
+
+@pytest.mark.filterwarnings("always")
+@pytest.mark.parametrize(
+    ("prompt", "warning"),
+    [
+        ("cat " * 20, "warning: 'cat cat cat cat cat cat cat cat cat c...' has 20 tokens; the first 12 are used"),
+        (
+            "кот и пёс",
+            "tokens of 'кот и пёс' are unknown to the vocabulary; the pictures will hardly follow it",
+        ),
+        ("🐈🐈", "tokens of '🐈🐈' are unknown to the vocabulary"),
+    ],
+    ids=["too long", "unknown script", "emoji"],
+)
+def test_a_prompt_that_is_hardly_followed_is_a_warning(sample, prompt, warning):
+    code, stdout, err = sample(prompt)
+    assert code == 0 and warning not in stdout
+    assert sum(warning in line for line in err.splitlines()) == 1
+
+
+def test_a_folder_in_the_originals_format_is_converted_into_the_cache(
+    sample, out, tiny_folder, cache_folder, tiny_dalle
+):
+    assert sample("a cat", model=tiny_folder)[0] == 0
+    np.testing.assert_array_equal(codes(out), tiny_dalle.generate_codes("a cat", num_candidates=2))
+    converted = pipeline.find_model(tiny_folder)
+    assert converted.parent == cache_folder / "converted" and (converted / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("changed", ["config.yaml", f"tokenizer/{VOCAB_FILE}", "stage2_last.ckpt"])
+def test_a_source_that_changed_is_converted_again(tmp_path, tiny_folder, changed):
+    """Changes of the tokenizer once went unseen."""
+    source = Path(shutil.copytree(tiny_folder, tmp_path / "source"))
+    first = pipeline.find_model(source)
+    assert pipeline.find_model(source) == first
+    os.utime(source / changed, ns=(0, 0))
+    assert pipeline.find_model(source) != first
+
+
+def test_a_source_file_that_changed_is_converted_again(tmp_path, tiny_igpt_config, write_folder):
+    """A transfer checkpoint given as a file once had no time stamp at all."""
+    write_folder(tmp_path, tiny_igpt_config)
+    both = {}
+    for stage in ("stage1", "stage2"):
+        with TorchArchive(tmp_path / f"{stage}_last.ckpt") as archive:
+            both |= {f"{stage}.{key}": archive.read(ref) for key, ref in archive.state_dict().items()}
+    path = tmp_path / "both.ckpt"
+    write_torch_archive(path, [(key, a.dtype, a.shape) for key, a in both.items()], both.__getitem__)
+    first = pipeline.find_model(path)
+    (tmp_path / "unrelated.txt").write_text("x")
+    assert pipeline.find_model(path) == first
+    os.utime(path, ns=(0, 0))
+    assert pipeline.find_model(path) != first
+
+
+def test_another_process_may_convert_first(tmp_path, tiny_folder, monkeypatch):
+    source = Path(shutil.copytree(tiny_folder, tmp_path / "source"))
+
+    def slower(source, target):
+        import_checkpoint(source, target)  # the other process
+        return import_checkpoint(source, target)
+
+    monkeypatch.setattr(pipeline, "import_checkpoint", slower)
+    assert (pipeline.find_model(source) / "manifest.json").is_file()
+
+
+# Image-only models
+
+
+def test_a_class_is_drawn(sample, out, tiny_igpt_model_folder):
+    code, _, err = sample("--class-id", 3, model=tiny_igpt_model_folder)
+    assert code == 0 and "tiny-igpt, loaded in" in err
+    assert meta(out)["prompts"] == ["class 3"]
+    expected = ImageGPT.from_pretrained(tiny_igpt_model_folder).generate(3, num_candidates=2)
+    np.testing.assert_array_equal(codes(out), expected.codes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["a cat"], "draws without text; it takes --class-id at most, not a prompt"),
+        (["a cat", "--class-id", 3], "draws without text; it takes --class-id at most, not a prompt"),
+        ([], r"this model is class-conditional: name a class in \[0, 5\)"),
+        (["--class-id", 5], r"classes must lie in \[0, 5\), not \[5, 5\]"),
+        (["--class-id", -1], r"classes must lie in \[0, 5\), not \[-1, -1\]"),
+        (["--class-id", 2**70], "class"),
+    ],
+    ids=["prompt", "prompt and class", "no class", "over", "negative", "huge"],
+)
+def test_a_class_that_does_not_work_is_told(sample, not_loaded, out, tiny_igpt_model_folder, arguments, text):
+    code, stdout, err = sample(*arguments, model=tiny_igpt_model_folder)
+    assert (code, stdout) == (2, "") and re.search(text, message(err))
+    assert not out.exists()
+
+
+# Arguments of sample that are refused, before weights are loaded and with nothing written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([""], "a prompt is blank"),
+        ([" \t\n"], "a prompt is blank"),
+        (["a cat", ""], "a prompt is blank"),
+        (["x" * 10_000], r"has 10,000 characters; at most 2,000 are taken"),
+        (["a cat", "x" * 1_000_000], r"has 1,000,000 characters; at most 2,000 are taken"),
+        (["a\0cat"], r"the prompt 'a\\x00cat' holds a NUL character"),
+        (["a \udc80 cat"], r"the prompt 'a \\udc80 cat' is not valid text: lone surrogate at character 2"),
+        ([], "no prompt was given; write one in quotes, or name a file with --prompts-file"),
+        (["a cat", "--class-id", 3], "draws from text; --class-id is for image-only models"),
+        (["a cat", "--top-k", 0], r"top_k must be an integer in \[1, 80\] .*not 0$"),
+        (["a cat", "--top-k", -1], r"top_k must be an integer in \[1, 80\] .*not -1$"),
+        (["a cat", "--top-k", 81], r"top_k must be an integer in \[1, 80\] \(the number of codes\).*not 81$"),
+        (["a cat", "--top-k", 256], "not 256$"),  # the default, when somebody asks for it
+        (["a cat", "--top-p", 0], r"top_p must be a number in \(0, 1\], or None for off; not 0.0"),
+        (["a cat", "--top-p", -1], r"top_p must be a number in \(0, 1\], or None for off; not -1.0"),
+        (["a cat", "--top-p", "nan"], r"top_p must be a number in \(0, 1\], or None for off; not nan"),
+        (["a cat", "--top-p", 2], r"top_p must be a number in \(0, 1\], or None for off; not 2.0"),
+        (["a cat", "--temperature", -1], "temperature must be a finite number > 0, or 0 for greedy; not -1.0"),
+        (["a cat", "--temperature", "inf"], "temperature must be a finite number > 0, or 0 for greedy; not inf"),
+        (["a cat", "--temperature", "nan"], "temperature must be a finite number > 0, or 0 for greedy; not nan"),
+        (["a cat", "--num-candidates", 0], r"num_candidates must be an integer in \[1, 1000\], not 0"),
+        (["a cat", "--num-candidates", -1], r"num_candidates must be an integer in \[1, 1000\], not -1"),
+        (["a cat", "--num-candidates", 1_000_000], r"num_candidates must be an integer in \[1, 1000\], not 1000000"),
+        (["a cat", "--seed", -1], r"seed must be an integer in \[0, 4294967296\), not -1"),
+        (["a cat", "--seed", 2**32 + 5], r"seed must be an integer in \[0, 4294967296\), not 4294967301"),
+        (["a cat", "--seed", "1.5"], r"--seed must be an integer in \[0, 4294967296\), or random; not '1.5'"),
+        (["a cat", "--batch-size", 0], "batch_size must be an integer of at least 1, not 0"),
+        (["a cat", "--batch-size", -8], "batch_size must be an integer of at least 1, not -8"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "_".join(str(part)[:12] for part in value if part != "a cat"),
+)
+def test_an_argument_out_of_range_is_one_line(sample, not_loaded, tmp_path, arguments, text):
+    code, stdout, err = sample(*arguments)
+    assert (code, stdout) == (2, "")
+    assert re.search(text, message(err)) and len(err) < 300
+    assert tree(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--top-k", "many"], "argument --top-k: invalid int or off value: 'many'"),
+        (["--top-k", "1.5"], "argument --top-k: invalid int or off value: '1.5'"),
+        (["--top-p", "much"], "argument --top-p: invalid float or off value: 'much'"),
+        (["--temperature", "hot"], "argument --temperature: invalid float value: 'hot'"),
+        (["--num-candidates", "1e3"], "argument --num-candidates: invalid int value: '1e3'"),
+        (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+        (["--topk", "5"], "unrecognized arguments: --topk"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_is_no_number_or_option_is_a_usage_error(sample, not_loaded, arguments, text):
+    code, stdout, err = sample("a cat", *arguments)
+    assert (code, stdout) == (2, "") and text in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["nonsense"], ["sample"], ["sample", "a cat", "--model", "x"], ["convert", "x"]]
+)
+def test_an_incomplete_command_is_a_usage_error(mindalle_cli, arguments):
+    code, stdout, err = mindalle_cli(*arguments)
+    assert (code, stdout) == (2, "") and err.startswith("usage: mindalle")
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda path: path.write_bytes("une tête".encode("latin-1")), "cannot be read as UTF-8 text: 'utf-8' codec"),
+        (lambda path: path.write_bytes("a cat".encode("utf-16")), "cannot be read as UTF-8 text"),
+        (lambda path: path.write_text("\n \n"), "prompts.txt: holds no prompt"),
+        (lambda path: path.mkdir(), "cannot be read as UTF-8 text: .*directory"),
+        (lambda path: None, "cannot be read as UTF-8 text: .*No such file"),
+        (lambda path: path.write_bytes(b"a cat\na\0dog\n"), "holds a NUL character"),
+    ],
+    ids=["latin-1", "utf-16", "blank", "folder", "missing", "NUL"],
+)
+def test_a_prompts_file_that_cannot_be_used_is_told(sample, not_loaded, tmp_path, make, text):
+    make(tmp_path / "prompts.txt")
+    code, _, err = sample("--prompts-file", tmp_path / "prompts.txt")
+    assert code == 2 and re.search(text, message(err))
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "text"),
+    [
+        (lambda out: (out.mkdir(), (out / "old.txt").touch()), [], "exists and is not empty; .* or pass --overwrite"),
+        (lambda out: out.write_text("mine"), [], "exists and is not a folder; name another place"),
+        (lambda out: out.write_text("mine"), ["--overwrite"], "exists and is not a folder; name another place"),
+    ],
+    ids=["not empty", "file", "file, overwrite"],
+)
+def test_a_place_that_is_taken_is_told_before_the_model_is_loaded(
+    sample, not_loaded, tmp_path, out, make, options, text
+):
+    make(out)
+    before = tree(tmp_path)
+    code, stdout, err = sample("a cat", *options)
+    assert (code, stdout) == (6, "") and re.search(text, message(err))
+    assert tree(tmp_path) == before
+
+
+def test_a_place_that_cannot_be_written_is_told(sample, mindalle_cli, tmp_path, tiny_model_folder):
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / "file" / "out"
+    code, _, err = mindalle_cli("sample", "a cat", "--model", tiny_model_folder, "--out", out, "--num-candidates", 2)
+    assert code == 6 and err.splitlines()[-1] == f"mindalle sample: {out}: cannot be written: Not a directory"
+
+
+# Models that sample refuses
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "text"),
+    [
+        (lambda m: shutil.rmtree(m), 4, r"no such folder, and no known name \(minDALL-E/1.3B\)"),
+        (lambda m: (m / "manifest.json").unlink(), 4, "not a checkpoint folder of the original"),
+        (lambda m: (m / "manifest.json").write_text("{"), 4, "manifest.json: not a manifest"),
+        (lambda m: (m / "config.yaml").unlink(), 3, "config.yaml: cannot be read"),
+        (lambda m: (m / "config.yaml").write_text("stage2: {vocab_size: 5}"), 3, "unknown field stage2.vocab_size;"),
+        (lambda m: (m / "stage2.safetensors").unlink(), 4, "stage2.safetensors: missing"),
+        (lambda m: os.truncate(m / "stage1.safetensors", 9999), 4, "stage1.safetensors: truncated or damaged"),
+        (lambda m: shutil.rmtree(m / "tokenizer"), 4, "bpe-16k-vocab.json: missing"),
+        (lambda m: (m / "tokenizer" / MERGES_FILE).write_text("a b c\n"), 4, "line 1 is not a pair of tokens: 'a b c'"),
+    ],
+    ids=[
+        "no folder", "no manifest", "bad manifest", "no config", "bad config", "no weights", "truncated",
+        "no tokenizer", "bad merges",
+    ],
+)  # fmt: skip
+def test_a_damaged_model_is_one_line(sample, tmp_path, tiny_model_folder, out, change, code, text):
+    model = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+    change(model)
+    got, stdout, err = sample("a cat", model=model)
+    assert (got, stdout) == (code, "") and re.search(text, message(err))
+    assert not out.exists()
+
+
+def test_a_vqgan_alone_does_not_draw(sample, tmp_path, tiny_folder):
+    shutil.copyfile(tiny_folder / "config.yaml", tmp_path / "config.yaml")
+    shutil.copyfile(tiny_folder / "stage1_last.ckpt", tmp_path / "vqgan.ckpt")
+    import_checkpoint(tmp_path / "vqgan.ckpt", tmp_path / "model")
+    code, _, err = sample("a cat", model=tmp_path / "model")
+    assert code == 4 and "holds a VQGAN only" in message(err)
+
+
+def test_weights_that_overflow_are_an_error_and_no_picture(sample, tmp_path, tiny_folder, out):
+    """Finite in the file, infinite when multiplied."""
+    source = Path(shutil.copytree(tiny_folder, tmp_path / "source"))
+    edit_checkpoint(source / "stage2_last.ckpt", lambda t: t["head_img.weight"].fill(3e38))
+    code, stdout, err = sample("a cat", model=source)
+    assert (code, stdout) == (7, "")
+    assert "mindalle sample: NaN or infinite logits at step 0 of candidate 0: the weights are damaged" in err
+    assert not out.exists()
+
+
+# Convert
+
+
+def edit_checkpoint(path: Path, edit) -> None:
+    """Rewrites a checkpoint after `edit(tensors)` has changed the dict of its tensors, or returned another."""
+    with TorchArchive(path) as archive:
+        tensors = {key: archive.read(ref) for key, ref in archive.state_dict().items()}
+    result = edit(tensors)
+    tensors = result if isinstance(result, dict) else tensors
+    path.unlink()
+    write_torch_archive(path, [(key, a.dtype, a.shape) for key, a in tensors.items()], tensors.__getitem__)
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+class Code:
+    """Makes a folder named `ran` beside the checkpoint, when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path.with_name("ran")),)
+
+
+def hide_code(path: Path, among_tensors: bool) -> None:
+    """In the place of the tensors, or beside them, where Lightning puts its state."""
+    edit_checkpoint(path, lambda t: t)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    code = pickle.dumps(Code(path), 2)[2:-1]  # without its header and its end
+    tree = members["archive/data.pkl"]
+    members["archive/data.pkl"] = (
+        b"\x80\x02}X\x0a\0\0\0state_dict" + code + b"s."
+        if among_tensors
+        else tree[:-1] + b"X\x09\0\0\0callbacks" + code + b"s."
+    )
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+STAGE2 = "stage2_last.ckpt"
+DAMAGE = {
+    "truncated": (lambda s: os.truncate(s / STAGE2, 50_000), 4, f"{STAGE2}: truncated or damaged"),
+    "web page": (lambda s: (s / STAGE2).write_text("<!DOCTYPE html><p>Sign in"), 4, f"{STAGE2}: looks like a web page"),
+    "empty": (lambda s: (s / STAGE2).write_bytes(b""), 4, f"{STAGE2}: is empty"),
+    "flipped bit": (lambda s: flip_bit(s / STAGE2), 4, f"{STAGE2}: .*CRC does not match"),
+    "wrong keys": (
+        lambda s: edit_checkpoint(s / STAGE2, lambda t: {f"module.{k}": a for k, a in t.items()}),
+        4,
+        r"does not fit the stage2 of config.yaml, \d+ differences \(all keys start with 'module.'",
+    ),
+    "wrong shapes": (
+        lambda s: edit_checkpoint(s / STAGE2, lambda t: t.update({"ln_f.bias": np.ones(31, np.float32)})),
+        4,
+        "1 differences:\n  shape       ln_f.bias is .31., the config says .32.",
+    ),
+    "other stage": (
+        lambda s: shutil.copyfile(s / "stage1_last.ckpt", s / STAGE2), 4, r"\(this is a checkpoint of stage1\)"
+    ),
+    "NaN weights": (
+        lambda s: edit_checkpoint(s / STAGE2, lambda t: t["ln_f.bias"].fill(np.nan)), 4, "ln_f.bias holds NaN"
+    ),
+    "pickled code": (lambda s: hide_code(s / STAGE2, True), 4, f"{STAGE2}: holds .* where a dict of tensors should be"),
+    "no tokenizer": (lambda s: shutil.rmtree(s / "tokenizer"), 4, f"{VOCAB_FILE}: missing; the folder needs"),
+    "vocabulary too large": (
+        lambda s: (s / "tokenizer" / VOCAB_FILE).write_text(json.dumps({f"t{i}": i for i in range(111)})),
+        4,
+        "has ids up to 110, but the text embedding has 110 rows",
+    ),
+    "unknown field": (
+        lambda s: (s / "config.yaml").write_text("stage2: {hparams: {n_layer: 2}}"),
+        3,
+        "unknown field stage2.hparams.n_layer; did you mean n_layers",
+    ),
+    "no config": (lambda s: (s / "config.yaml").unlink(), 3, "config.yaml: missing; put it beside the weights"),
+    "no source": (lambda s: shutil.rmtree(s), 4, "source: no such file or folder"),
+    "one stage": (lambda s: (s / STAGE2).unlink(), 4, f"{STAGE2} missing; the folder needs both stages"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_source_is_told_and_leaves_nothing(mindalle_cli, tmp_path, tiny_folder, damage):
+    change, code, text = DAMAGE[damage]
+    source = Path(shutil.copytree(tiny_folder, tmp_path / "source"))
+    change(source)
+    before = tree(tmp_path)
+    got, stdout, err = mindalle_cli("convert", source, tmp_path / "deep" / "target")
+    assert (got, stdout) == (code, "")
+    (start,) = re.finditer("^mindalle convert: ", err, re.MULTILINE)  # after the progress, where there was some
+    told = err[start.start() :]
+    assert re.search(text, told) and str(source) in told
+    assert told.count("\n") == 1 or "differences" in told.splitlines()[0]
+    assert tree(tmp_path) == before, "something was left behind, or code in the file was run"
+
+
+def test_code_beside_the_weights_is_ignored(mindalle_cli, tmp_path, tiny_folder):
+    """pickle.load would run it; that is what the file is made for."""
+    source = Path(shutil.copytree(tiny_folder, tmp_path / "source"))
+    hide_code(source / STAGE2, False)
+    assert mindalle_cli("convert", source, tmp_path / "a")[0] == 0
+    assert not (source / "ran").exists()
+    with zipfile.ZipFile(source / STAGE2) as archive, archive.open("archive/data.pkl") as file:
+        Naive(file).load()
+    assert (source / "ran").exists(), "the file is harmless, and this test proves nothing"
+
+
+class Naive(pickle.Unpickler):
+    """Does what it is told, but for tensors."""
+
+    def persistent_load(self, _):
+        return None
+
+    def find_class(self, module, name):
+        return (lambda *_: None) if module.startswith("torch") else super().find_class(module, name)
+
+
+def test_convert_and_back(mindalle_cli, tmp_path, tiny_folder):
+    code, stdout, err = mindalle_cli("convert", tiny_folder, tmp_path / "a")
+    assert code == 0 and stdout.startswith(f"{tmp_path / 'a'}: ") and stdout.count("\n") == 1
+    assert "converting: 100%" in err and "verifying: 100%" in err
+    assert mindalle_cli("convert", tmp_path / "a", tmp_path / "b", "--to", "torch")[0] == 0
+    assert mindalle_cli("convert", tmp_path / "b", tmp_path / "c")[0] == 0
+    assert (tmp_path / "a" / "stage2.safetensors").read_bytes() == (tmp_path / "c" / "stage2.safetensors").read_bytes()
+
+
+def test_convert_takes_the_config_from_elsewhere(mindalle_cli, tmp_path, tiny_folder):
+    shutil.copyfile(tiny_folder / "stage1_last.ckpt", tmp_path / "vqgan.ckpt")
+    assert mindalle_cli("convert", tmp_path / "vqgan.ckpt", tmp_path / "a")[0] == 4  # not the published VQGAN
+    arguments = ["convert", tmp_path / "vqgan.ckpt", tmp_path / "a", "--config", tiny_folder / "config.yaml"]
+    assert mindalle_cli(*arguments)[0] == 0
+
+
+def test_convert_to_a_place_that_is_taken(mindalle_cli, tmp_path, tiny_folder, tiny_model_folder):
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "thesis.txt").write_text("mine")
+    shutil.copytree(tiny_model_folder, tmp_path / "model")
+    before = tree(tmp_path)
+    code, _, err = mindalle_cli("convert", tiny_folder, tmp_path / "model")
+    assert code == 6 and message(err, "convert").endswith(
+        "exists already; name another place or pass --overwrite to replace it"
+    )
+    code, _, err = mindalle_cli("convert", tiny_folder, tmp_path / "documents", "--overwrite")
+    assert code == 6 and "--overwrite does not replace it" in message(err, "convert")
+    assert tree(tmp_path) == before
+    assert mindalle_cli("convert", tiny_folder, tmp_path / "model", "--overwrite")[0] == 0
+
+
+def test_the_target_is_looked_at_before_anything_is_downloaded(mindalle_cli, tmp_path, monkeypatch):
+    from mindalle_jax.interop import download
+
+    monkeypatch.setattr(download, "fetch_release", lambda *_, **__: pytest.fail("5 GB were downloaded"))
+    code, _, err = mindalle_cli("convert", "minDALL-E/1.3B", tmp_path)
+    assert code == 6 and "exists already" in message(err, "convert")
+
+
+def test_a_download_that_fails_is_told(mindalle_cli, tmp_path):
+    arguments = ["convert", "minDALL-E/1.3B", tmp_path / "a", "--download-from", tmp_path / "missing.tar.gz"]
+    code, _, err = mindalle_cli(*arguments)
+    assert code == 5 and "missing.tar.gz': no such file" in message(err, "convert")
+    assert not (tmp_path / "a").exists()
+
+
+def test_download_from_goes_with_a_name(mindalle_cli, tmp_path, tiny_folder):
+    code, _, err = mindalle_cli("convert", tiny_folder, tmp_path / "a", "--download-from", "x.tar.gz")
+    assert code == 2 and "--download-from goes with a name to download (minDALL-E/1.3B)" in message(err, "convert")
+
+
+# Whatever the verb
+
+
+@pytest.mark.parametrize("verb", ["sample", "convert"])
+def test_an_interruption_is_exit_code_130(sample, mindalle_cli, monkeypatch, tmp_path, tiny_folder, verb):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Dalle, "generate", interrupt)
+    monkeypatch.setattr(mindalle, "write_weights", interrupt)
+    code, stdout, err = sample("a cat") if verb == "sample" else mindalle_cli("convert", tiny_folder, tmp_path / "a")
+    assert (code, stdout) == (130, "") and err.splitlines()[-1] == f"mindalle {verb}: interrupted"
+    assert tree(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(5, "Input/output error", "/some/file"), errors.MindalleError("said so")],
+    ids=["OSError", "MindalleError"],
+)
+def test_an_error_without_a_code_of_its_own_is_1(mindalle_cli, monkeypatch, tmp_path, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(mindalle, "import_checkpoint", fail)
+    code, _, err = mindalle_cli("convert", "x", tmp_path / "a")
+    assert code == 1 and message(err, "convert") == str(error)
+
+
+def test_the_process_keeps_its_own_warnings(sample):
+    """main() may be called from a program, which has its own way to show them."""
+    import warnings
+
+    before = warnings.showwarning
+    assert sample("")[0] == 2
+    assert warnings.showwarning is before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        ([], ["sample", "convert"]),
+        (
+            ["sample"],
+            ["--prompts-file", "N pictures a prompt (default: 16)", "(default: 256, or all codes", "(default: off)",
+             "0 is greedy (default: 1.0)", "or random (default: 0)", "(None: float32 on CPU) (default: None)"],
+        ),
+        (["convert"], ["SRC", "DST", "the format to make (default: jax)", "(default: False)"]),
+    ],
+    ids=["mindalle", "sample", "convert"],
+)  # fmt: skip
+def test_help_shows_the_defaults(mindalle_cli, arguments, texts):
+    code, stdout, err = mindalle_cli(*arguments, "--help")
+    text = " ".join(stdout.split())
+    assert (code, err) == (0, "")
+    assert [part for part in texts if part not in text] == []
+
+
+# As processes
+
+
+def python(*arguments, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_the_command_in_a_process(tmp_path, tiny_folder):
+    (tmp_path / "out").write_text("taken")
+    done = python("-m", "mindalle_jax.cli", "sample", "a cat", "--model", "x", "--out", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (6, "")
+    assert message(done.stderr) == f"{tmp_path / 'out'} exists and is not a folder; name another place"
+
+
+def test_the_conversion_script_does_the_same(tmp_path, tiny_folder, tiny_model_folder):
+    done = python("-m", "convert.mindalle", tiny_folder, tmp_path / "a")
+    assert done.returncode == 0 and done.stdout.startswith(f"{tmp_path / 'a'}: ")
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (tmp_path / "a", tiny_model_folder)]
+    assert manifests[0] == manifests[1]
+
+
+def test_ctrl_c_in_a_process(tmp_path):
+    """A named pipe as prompts file: the command waits in it for as long as the test likes."""
+    pipe = tmp_path / "prompts"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "mindalle_jax.cli", "sample", "--model", "x", "--out", str(tmp_path / "out")]
+    child = subprocess.Popen([*command, "--prompts-file", str(pipe)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    with open(pipe, "w"):  # returns when the child has opened it too
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+    assert (child.returncode, message(err)) == (130, "interrupted")
+
+
+# The documentation
+
+
+def test_the_table_of_exit_codes_is_errors_py():
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (\w*) ?\| (.+) \|$", text, re.MULTILINE)
+    classes = [errors.MindalleError, *errors.MindalleError.__subclasses__()]
+    expected = {cls.exit_code: cls.__name__ for cls in classes} | {0: "", 130: ""}
+    assert len(expected) == len(classes) + 2, "two errors have the same code"
+    assert [(int(code), name) for code, name, _ in rows] == sorted(expected.items())
+
+
+def test_the_examples_of_the_documentation_are_commands():
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    assert {command[1] for command in commands} == {"sample", "convert"}
+    for command in commands:
+        assert command[0] == "mindalle"
+        cli._parser().parse_args(command[1:])  # exits where it does not parse
