@@ -12,8 +12,7 @@ https://arena.kakaocdn.net/brainrepo/models/minDALL-E/57b008f02ceaa02b779c8b7463
 import argparse
 import sys
 
-from mindalle_jax.cli import add_convert_arguments, run_convert
-from mindalle_jax.errors import MindalleError
+from mindalle_jax.cli import add_convert_arguments, run_convert, run_reporting
 
 
 def main() -> int:
@@ -25,12 +24,7 @@ def main() -> int:
     )
     add_convert_arguments(parser)
     arguments = parser.parse_args()
-    try:
-        run_convert(arguments)
-    except MindalleError as error:
-        print(f"convert.mindalle: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_reporting("convert.mindalle", lambda: run_convert(arguments))
 
 
 if __name__ == "__main__":

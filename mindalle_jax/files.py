@@ -1,6 +1,7 @@
 """Writing without losing anything: whole folders or none, free disk checked first, nothing silently overwritten."""
 
 import contextlib
+import io
 import os
 import shutil
 import tempfile
@@ -29,7 +30,7 @@ def check_output(path: Path, overwrite: bool, marks: Collection[str] = ()) -> No
         )
 
 
-def check_free_disk(path: Path, need_bytes: int, what: str) -> None:
+def check_free_disk(path: Path, need_bytes: int, what: str, remedy: str = "name a place on another disk") -> None:
     """Raises OutputError, stating the need, if the disk that will hold `path` has less than `need_bytes` free."""
     folder = path.absolute()
     while not folder.exists():
@@ -38,8 +39,30 @@ def check_free_disk(path: Path, need_bytes: int, what: str) -> None:
     if free_bytes < need_bytes:
         raise OutputError(
             f"{what} needs {need_bytes / 1e9:.1f} GB under {folder}, where {free_bytes / 1e9:.1f} GB are free; "
-            "free some space or name a place on another disk"
+            f"free some space or {remedy}"
         )
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns OSError into OutputError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: {reason(error)}") from error
+
+
+def write_all(file: io.FileIO, block: bytes) -> None:
+    """Writes all of `block`, which an unbuffered file may take in pieces. Raises OutputError."""
+    view = memoryview(block)
+    while view:
+        with disk_errors(Path(str(file.name))):
+            view = view[file.write(view) :]
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, without the number and the path that str(OSError) has."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 @contextlib.contextmanager

@@ -454,7 +454,8 @@ def _load(folder: Path, stage: Stage, config: Config, manifest: Any, dtype: Any,
     for name, layer, array in read_weights(folder / f"{stage}.safetensors", tensors):
         if layer is not None:
             name = name.replace("blocks/", f"blocks_{layer}/", 1)
-        leaves[name] = jax.device_put(array.astype(dtype, copy=False), replicated)
+        # A copy: on CPU the device array shares the memory of the NumPy array, which here is the mapped file.
+        leaves[name] = jax.device_put(np.array(array, dtype), replicated)
     return nest(leaves)
 
 

@@ -62,10 +62,10 @@ class Settings:
             top_k = min(top_k, vocab_size)
         elif top_k is not None and (not _is(top_k, numbers.Integral) or not 1 <= top_k <= vocab_size):
             raise UsageError(
-                f"top_k must be an integer in [1, {vocab_size}] (the number of codes), or None for off; not {top_k!r}"
+                f"top_k must be an integer in [1, {vocab_size}] (the number of codes), or off (None); not {top_k!r}"
             )
         if top_p is not None and (not _is(top_p, numbers.Real) or not 0 < top_p <= 1):
-            raise UsageError(f"top_p must be a number in (0, 1], or None for off; not {top_p!r}")
+            raise UsageError(f"top_p must be a number in (0, 1], or off (None); not {top_p!r}")
         return cls(
             int(seed),
             float(temperature),

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import gzip
 import hashlib
 import http.client
 import io
@@ -24,42 +23,24 @@ import json
 import logging
 import os
 import re
-import secrets
 import shutil
 import socket
 import ssl
-import tarfile
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
-from tqdm import tqdm
+from mindalle_jax.errors import DownloadError, MindalleError, OutputError, UsageError
+from mindalle_jax.files import check_free_disk, disk_errors, reason, write_all
+from mindalle_jax.interop.unpack import CHUNK_BYTES, FILES, LARGER_CACHE, progress, unpack
 
-from mindalle_jax.errors import CheckpointError, DownloadError, MindalleError, OutputError, UsageError
-
-FILES = (
-    "config.yaml",
-    "tokenizer/bpe-16k-vocab.json",
-    "tokenizer/bpe-16k-merges.txt",
-    "stage1_last.ckpt",
-    "stage2_last.ckpt",
-)
-"""What an unpacked release holds: all of it, and nothing else."""
 TIMEOUT_S = 30.0
 """For connecting, and for each wait for more bytes."""
 RETRY_DELAYS_S = (1.0, 4.0, 16.0)
 """Pauses before the retries of a transient error. They start anew whenever the download got further than before."""
-CHUNK_BYTES = 1 << 20
-MAX_UNPACKED_BYTES = 16 << 30
-MAX_MEMBERS = 64
-MAX_EXTENSION_BYTES = 1 << 20
-"""Of a tar extension header (long names, pax records), which tarfile reads into memory, and of data after the end."""
-
 log = logging.getLogger(__name__)
 _sleep = time.sleep  # Tests replace it.
 
@@ -126,13 +107,13 @@ def fetch_release(name: str, *, source: str | None = None, cache: Path | None = 
         for leftover in folder.parent.glob(f".{folder.name}.unpack-*"):  # Its process died, else it held the lock.
             shutil.rmtree(leftover, ignore_errors=True)
         if local is not None:
-            _check_disk(folder.parent, release.unpacked_bytes, "unpacking")
+            check_free_disk(folder.parent, release.unpacked_bytes, "unpacking", LARGER_CACHE)
             _check_file(local, release.md5)
             unpack(local, folder, root=release.root)
         else:
             have = sum(p.stat().st_size for p in (archive, _part_path(archive)) if p.exists())
             need = max(0, release.download_bytes - have) + release.unpacked_bytes
-            _check_disk(folder.parent, need, f"downloading and unpacking {name}")
+            check_free_disk(folder.parent, need, f"downloading and unpacking {name}", LARGER_CACHE)
             _download(source or release.url, archive, release.md5)
             unpack(archive, folder, root=release.root)
             archive.unlink()
@@ -147,92 +128,6 @@ def download(url: str, path: Path, *, md5: str) -> None:
     """
     with _locked(path):
         _download(url, path, md5)
-
-
-def unpack(archive: Path, folder: Path, *, root: str) -> None:
-    """Copies the FILES below `root`/ of a tar.gz to `folder`, which must not exist and appears only when complete.
-
-    Only regular files with exactly these names are written; links, devices, other names, duplicates and more than
-    MAX_UNPACKED_BYTES are refused. Raises CheckpointError (damaged, refused, incomplete) and OutputError (disk).
-    """
-    if os.path.lexists(folder):
-        raise OutputError(f"{folder} exists already; remove it or choose another folder")
-    temporary = folder.with_name(f".{folder.name}.unpack-{secrets.token_hex(4)}")
-    try:
-        with _disk_errors(temporary):
-            (temporary / "tokenizer").mkdir(parents=True)
-        # gzip.open and not tarfile's own "r|gz", which ignores the checksum that ends a gzip file.
-        with open(archive, "rb") as raw, gzip.open(raw) as stream:
-            _copy_members(archive, raw, stream, temporary, root)
-        with _disk_errors(folder):
-            os.rename(temporary, folder)
-    except MindalleError:
-        raise
-    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{archive}: not a tar.gz, or damaged: {_reason(error)}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # After the rename there is nothing by that name.
-
-
-# Unpacking
-
-
-class _Header(tarfile.TarInfo):
-    """Refuses huge extension headers before tarfile reads them into memory."""
-
-    @classmethod
-    def frombuf(cls, buf, encoding, errors):
-        member = super().frombuf(buf, encoding, errors)
-        is_extension = member.type in (b"x", b"g", b"X", b"L", b"K")  # pax, pax global, Solaris pax, GNU long names
-        if is_extension and member.size > MAX_EXTENSION_BYTES:
-            raise tarfile.ReadError(f"extension header of {member.size} bytes")
-        return member
-
-
-def _copy_members(archive: Path, raw: BinaryIO, stream: gzip.GzipFile, folder: Path, root: str) -> None:
-    """Writes the members to `folder`; `raw` is the file below `stream`, for the progress in compressed bytes."""
-    wanted = {f"{root}/{file}": folder / file for file in FILES}
-    seen, total_bytes = set(), 0
-    size = os.fstat(raw.fileno()).st_size
-    with (
-        tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK_BYTES, tarinfo=_Header) as tar,
-        _progress(f"unpacking {archive.name}", size) as bar,
-    ):
-        for count, member in enumerate(tar):
-            name = member.name.removeprefix("./")
-            total_bytes += member.size
-            if count >= MAX_MEMBERS:
-                raise CheckpointError(f"{archive}: more than {MAX_MEMBERS} members")
-            if member.isdir() and name in (".", root, f"{root}/tokenizer"):
-                continue
-            if name not in wanted:
-                raise CheckpointError(f"{archive}: unexpected member {member.name!r:.80}; allowed: {', '.join(wanted)}")
-            if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
-                raise CheckpointError(f"{archive}: {name} is not a regular file (tar type {member.type!r})")
-            if name in seen:
-                raise CheckpointError(f"{archive}: {name} is there twice")
-            if member.size < 0 or total_bytes > MAX_UNPACKED_BYTES:
-                raise CheckpointError(f"{archive}: {name} would unpack to {total_bytes / 1e9:.1f} GB or more")
-            seen.add(name)
-            _check_disk(folder, member.size, f"unpacking {name}")
-            with _create(wanted[name]) as file:
-                source = tar.extractfile(member)  # Never None for a regular file; raises where the data is cut short.
-                while source and (block := source.read(CHUNK_BYTES)):
-                    _write(file, block)
-                    bar.update(raw.tell() - bar.n)
-                with _disk_errors(wanted[name]):
-                    os.fsync(file.fileno())
-        if len(stream.read(MAX_EXTENSION_BYTES + 1)) > MAX_EXTENSION_BYTES:  # Reading to the end checks the CRC.
-            raise CheckpointError(f"{archive}: more data after the end of the archive")
-    if missing := [name for name in wanted if name not in seen]:
-        raise CheckpointError(f"{archive}: not in the archive: {', '.join(missing)}")
-
-
-def _create(path: Path) -> io.FileIO:
-    """A new file, never through a link; unbuffered, so that no write is left for close()."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    with _disk_errors(path):
-        return io.FileIO(path, "w", opener=lambda name, _: os.open(name, flags, 0o666))
 
 
 # Downloading
@@ -263,7 +158,7 @@ class _Part:
             entity = _Entity(str(note["url"]), str(note["validator"]), int(note["length"]))
         except (OSError, ValueError, TypeError, KeyError):
             return self.start(self.entity)
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             self.file.seek(0)
             self.md5, self.size, self.entity = _hash(self.file, self.path.name), self.file.tell(), entity
         if self.size > entity.length:
@@ -272,12 +167,12 @@ class _Part:
     def start(self, entity: _Entity) -> None:
         """Empties the file; what follows is the start of `entity`."""
         self.entity, self.size, self.md5 = entity, 0, _md5()
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             self.file.truncate(0)  # First the bytes, then the note: never a note about other bytes.
             self.note_path.write_text(json.dumps(dataclasses.asdict(entity)))
 
     def append(self, block: bytes) -> None:
-        _write(self.file, block)
+        write_all(self.file, block)
         self.md5.update(block)
         self.size += len(block)
 
@@ -305,7 +200,7 @@ class _Part:
 
 @contextlib.contextmanager
 def _open_part(path: Path) -> Iterator[_Part]:
-    with _disk_errors(_part_path(path)):
+    with disk_errors(_part_path(path)):
         file = io.FileIO(_part_path(path), "a+")
     with file:
         part = _Part(path, file)
@@ -332,7 +227,7 @@ def _download(url: str, path: Path, md5: str) -> None:
             raise DownloadError(
                 f"{url}: got {part.size} bytes with MD5 {part.md5.hexdigest()}, expected {md5}; they were removed"
             )
-        with _disk_errors(path):
+        with disk_errors(path):
             os.fsync(part.file.fileno())
             os.replace(part.path, path)
             part.remove()
@@ -362,8 +257,8 @@ def _receive(url: str, part: _Part) -> None:
         return
     with _connect(url, part) as response:
         length = part.entity.length
-        _check_disk(part.path.parent, length - part.size, f"downloading {url}")
-        with _progress(part.path.name.removesuffix(".part"), length, part.size) as bar:
+        check_free_disk(part.path.parent, length - part.size, f"downloading {url}", LARGER_CACHE)
+        with progress(part.path.name.removesuffix(".part"), length, part.size) as bar:
             while part.size != length:
                 block = response.read1(CHUNK_BYTES)
                 if not block:
@@ -481,7 +376,7 @@ def _md5():
 def _hash(file: io.FileIO, name: str):
     """The MD5 of the rest of `file`, as an object that can take more."""
     md5 = _md5()
-    with _progress(f"checking {name}", os.fstat(file.fileno()).st_size) as bar:
+    with progress(f"checking {name}", os.fstat(file.fileno()).st_size) as bar:
         while block := file.read(CHUNK_BYTES):
             md5.update(block)
             bar.update(len(block))
@@ -506,7 +401,7 @@ def _check_file(path: Path, md5: str) -> None:
 def _locked(path: Path) -> Iterator[None]:
     """Holds `path`.lock, which dies with the process, and says whom it waits for."""
     lock_path = path.with_name(path.name + ".lock")
-    with _disk_errors(lock_path):
+    with disk_errors(lock_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = io.FileIO(lock_path, "a+")
     with lock:
@@ -519,44 +414,13 @@ def _locked(path: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             log.warning("%s: no locks on this disk (%s); run one download at a time", path.parent, _reason(error))
-        with _disk_errors(lock_path):
+        with disk_errors(lock_path):
             lock.truncate(0)
-        _write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        write_all(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
-
-
-def _check_disk(folder: Path, need_bytes: int, purpose: str) -> None:
-    free_bytes = shutil.disk_usage(folder).free
-    if need_bytes > free_bytes:
-        raise OutputError(
-            f"{purpose} needs {need_bytes / 1e9:.1f} GB in {folder}, where {free_bytes / 1e9:.1f} GB are free; "
-            "free some, or set MINDALLE_CACHE to a folder on a larger disk"
-        )
-
-
-def _write(file: io.FileIO, block: bytes) -> None:
-    """Writes all of `block`, which an unbuffered file may take in pieces."""
-    view = memoryview(block)
-    while view:
-        with _disk_errors(Path(str(file.name))):
-            view = view[file.write(view) :]
-
-
-@contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turns OSError into OutputError about `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path}: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
-    cause = error.reason if type(error) is urllib.error.URLError else error
-    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-
-
-def _progress(name: str, total_bytes: int, done_bytes: int = 0) -> tqdm:
-    """A bar on a terminal, nothing in a log."""
-    total = None if total_bytes < 0 else total_bytes
-    return tqdm(desc=name, total=total, initial=done_bytes, unit="B", unit_scale=True, disable=None)
+    """As files.reason, of what lies inside a URLError."""
+    inner = error.reason if type(error) is urllib.error.URLError else error
+    return reason(inner) if isinstance(inner, BaseException) else str(inner)

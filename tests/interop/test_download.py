@@ -29,7 +29,9 @@ import pytest
 
 from mindalle_jax.errors import CheckpointError, DownloadError, OutputError, UsageError
 from mindalle_jax.interop import download as module
-from mindalle_jax.interop.download import FILES, RELEASES, Release, cache_dir, download, fetch_release, unpack
+from mindalle_jax.interop import unpack as unpack_module
+from mindalle_jax.interop.download import RELEASES, Release, cache_dir, download, fetch_release
+from mindalle_jax.interop.unpack import FILES, unpack
 
 NAME = "minDALL-E/1.3B"
 BODY = random.Random(0).randbytes(300_000)
@@ -144,7 +146,7 @@ def sleeps(monkeypatch):
 
 
 class Bars(list):
-    """Stands for `module._progress`: records the bars, and interrupts when `done` reaches `interrupt_at` bytes."""
+    """Stands for `progress`: records the bars, and interrupts when `done` reaches `interrupt_at` bytes."""
 
     interrupt_at = float("inf")
 
@@ -173,7 +175,9 @@ class Bar:
 
 @pytest.fixture
 def bars(monkeypatch):
-    monkeypatch.setattr(module, "_progress", bars := Bars())
+    bars = Bars()
+    for user in (module, unpack_module):
+        monkeypatch.setattr(user, "progress", bars)
     return bars
 
 
@@ -562,7 +566,7 @@ def free_disk(monkeypatch, free_bytes):
 
 def test_full_disk_is_noticed_before_the_first_byte(server, tmp_path, monkeypatch):
     free_disk(monkeypatch, 1000)
-    with pytest.raises(OutputError, match=r"downloading http.* needs 0\.0 GB in .* where 0\.0 GB are free; free some"):
+    with pytest.raises(OutputError, match=r"downloading http.* needs 0\.0 GB under .* where 0\.0 GB are free"):
         download(server.url, tmp_path / "file.tar.gz", md5=BODY_MD5)
     assert left_behind(tmp_path) == []
 
@@ -593,10 +597,10 @@ def test_folder_that_cannot_be_written(server, tmp_path):
 
 def test_progress_is_a_bar_in_bytes(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with module._progress("1.3B.tar.gz", 2_000_000, 1_000_000) as bar:
+    with unpack_module.progress("1.3B.tar.gz", 2_000_000, 1_000_000) as bar:
         bar.update(500_000)
     assert re.search(r"1\.3B\.tar\.gz: +75%.*1\.50M/2\.00M", capsys.readouterr().err)
-    with module._progress("1.3B.tar.gz", -1) as bar:
+    with unpack_module.progress("1.3B.tar.gz", -1) as bar:
         assert bar.total is None
 
 
@@ -759,7 +763,7 @@ def test_hostile_archives_leave_nothing_behind(tmp_path, case):
 
 
 def test_budget_counts_all_members(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MAX_UNPACKED_BYTES", sum(map(len, CONTENT.values())) - 1)
+    monkeypatch.setattr(unpack_module, "MAX_UNPACKED_BYTES", sum(map(len, CONTENT.values())) - 1)
     (tmp_path / "a.tar.gz").write_bytes(tar_gz(GOOD))
     with pytest.raises(CheckpointError, match=r"stage2_last\.ckpt would unpack to 0\.0 GB or more"):
         unpack(tmp_path / "a.tar.gz", tmp_path / "model", root="1.3B")
@@ -787,7 +791,7 @@ def test_existing_folder_is_not_touched(tmp_path):
 def test_full_disk_is_noticed_before_unpacking_a_member(tmp_path, monkeypatch):
     (tmp_path / "a.tar.gz").write_bytes(tar_gz(GOOD))
     free_disk(monkeypatch, 10)
-    with pytest.raises(OutputError, match=r"unpacking 1\.3B/config\.yaml needs 0\.0 GB in .* 0\.0 GB are free"):
+    with pytest.raises(OutputError, match=r"unpacking 1\.3B/config\.yaml needs 0\.0 GB under .* 0\.0 GB are free"):
         unpack(tmp_path / "a.tar.gz", tmp_path / "model", root="1.3B")
     assert left_behind(tmp_path) == ["a.tar.gz"]
 
@@ -956,8 +960,8 @@ def test_disk_for_archive_and_folder_is_asked_for_at_the_start(tmp_path, monkeyp
     with pytest.raises(OutputError) as error:
         fetch_release(NAME, cache=tmp_path)
     assert str(error.value) == (
-        f"downloading and unpacking {NAME} needs 10.6 GB in {tmp_path / 'minDALL-E'}, where 3.0 GB are free; "
-        "free some, or set MINDALLE_CACHE to a folder on a larger disk"
+        f"downloading and unpacking {NAME} needs 10.6 GB under {tmp_path / 'minDALL-E'}, where 3.0 GB are free; "
+        "free some space or set MINDALLE_CACHE to a folder on a larger disk"
     )
     with open(tmp_path / "minDALL-E" / "1.3B.tar.gz.part", "wb") as part:
         part.truncate(4_000_000_000)  # Sparse: takes no disk.

@@ -1,0 +1,263 @@
+"""config.yaml: its defaults, and what is said about a file or an override that is wrong."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from mindalle_jax.config import Config, dump_config, load_config, parse_config
+from mindalle_jax.errors import ConfigError
+
+DEFAULTS = {
+    "dataset": {
+        "dataset": None,
+        "transforms": "dalle-vqvae",
+        "tokenizer_type": "CharBPE",
+        "context_length": 64,
+        "image_resolution": 256,
+        "bpe_pdrop": None,
+    },
+    "stage1": {
+        "type": "vqgan",
+        "embed_dim": 256,
+        "n_embed": 16384,
+        "hparams": {
+            "double_z": False,
+            "z_channels": 256,
+            "resolution": 256,
+            "in_channels": 3,
+            "out_ch": 3,
+            "ch": 128,
+            "ch_mult": [1, 1, 2, 2, 4],
+            "num_res_blocks": 2,
+            "attn_resolutions": [16],
+            "pdrop": 0.0,
+        },
+    },
+    "stage2": {
+        "type": "transformer1d",
+        "vocab_size_txt": 16384,
+        "vocab_size_img": 16384,
+        "use_cls_cond": None,
+        "hparams": {
+            "embed_dim": 1536,
+            "n_layers": 42,
+            "n_heads": 24,
+            "n_dense_layers": None,  # n_layers
+            "ctx_len_img": 256,
+            "ctx_len_txt": 64,
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "mlp_bias": True,
+            "attn_bias": True,
+            "gelu_use_approx": False,
+            "use_head_txt": True,
+            "n_classes": None,
+        },
+    },
+    "optimizer": {
+        "opt_type": "adamW",
+        "base_lr": 1e-4,
+        "weight_decay": 1e-4,
+        "betas": [0.9, 0.99],
+        "grad_clip_norm": 1.0,
+        "sched_type": "cosine",
+        "max_steps": 0,
+        "min_lr": 0.0,
+    },
+    "experiment": {
+        "local_batch_size": 4,
+        "total_batch_size": 512,
+        "valid_batch_size": 32,
+        "epochs": 10,
+        "save_ckpt_freq": 2,
+        "test_freq": 1,
+        "use_amp": True,
+    },
+}
+
+
+def test_the_defaults_are_the_released_models():
+    """A file may leave any field out; a default that drifted would load another network."""
+    assert yaml.safe_load(dump_config(Config())) == DEFAULTS
+    assert parse_config("") == parse_config("stage2:\n") == Config()
+    assert Config().stage1.code_size == 16
+    assert not Config().image_only
+
+
+def test_the_references_are_read(golden):
+    """Files as the original wrote them."""
+    config = load_config(golden / "model" / "config.yaml")
+    assert (config.stage2.vocab_size_txt, config.stage1.hparams.ch_mult) == (253, (1, 2, 2))
+    config = load_config(golden / "igpt_cls.yaml")
+    assert config.image_only and config.stage2.hparams.n_classes == 10
+    assert config.optimizer.betas == (0.9, 0.95) and config.experiment.total_batch_size == 4
+
+
+@pytest.mark.parametrize("name", ["tiny_config", "tiny_igpt_config"])
+def test_what_is_written_reads_back_equal(request, name):
+    config = request.getfixturevalue(name)
+    assert parse_config(dump_config(config)) == config
+    rates = dataclasses.replace(config.optimizer, base_lr=1e-5, min_lr=1.25e-7)
+    config = dataclasses.replace(config, optimizer=rates)
+    assert parse_config(dump_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-4", 1e-4), ("5E3", 5e3), ("1.5e-3", 1.5e-3), (".5e1", 5.0), ("-1e+2", -100.0), ("2", 2.0)]
+)
+def test_exponents_without_a_dot_are_numbers(text, value):
+    """YAML 1.1 reads 1e-4 as text; the recipes of the original are full of them."""
+    for config in (parse_config(f"optimizer: {{base_lr: {text}}}"), parse_config("", [f"optimizer.base_lr={text}"])):
+        assert config.optimizer.base_lr == value and type(config.optimizer.base_lr) is float
+
+
+@pytest.mark.parametrize("text", ["e4", "1e", "1e4x", "'1e-4'", "0x1e4q"])
+def test_what_only_looks_like_an_exponent_stays_text(text):
+    with pytest.raises(ConfigError, match="optimizer.base_lr must be of type float"):
+        parse_config(f"optimizer: {{base_lr: {text}}}")
+
+
+# ---------------------------------------- unknown and mistyped
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stage3: {}", r"unknown field stage3; did you mean stage\d"),
+        ("stage2: {hparams: {n_layer: 3}}", r"unknown field stage2.hparams.n_layer; did you mean n_layers"),
+        ("stage2: {n_layers: 3}", r"unknown field stage2.n_layers; "),
+        ("experiment: {epoch: 3}", r"unknown field experiment.epoch; did you mean epochs"),
+        ("dataset: {zzzzzz: 3}", r"unknown field dataset.zzzzzz; the fields are dataset, transforms"),
+        ("1: 2", r"unknown field 1; "),
+        ("stage2: {hparams: {n_layers: '3'}}", r"stage2.hparams.n_layers must be of type int, not '3' \(str\)"),
+        ("stage2: {hparams: {n_layers: 3.0}}", r"n_layers must be of type int, not 3.0 \(float\)"),
+        ("stage2: {hparams: {n_layers: true}}", r"n_layers must be of type int, not True \(bool\)"),
+        ("stage2: {hparams: {n_layers: null}}", r"n_layers must be of type int, not None"),
+        ("stage2: {hparams: {mlp_bias: 1}}", r"mlp_bias must be of type bool, not 1"),
+        ("stage2: {hparams: {n_classes: ten}}", r"n_classes must be of type int, not 'ten'"),
+        ("stage2: {type: gpt}", r"stage2.type must be 'transformer1d' or 'igpt', not 'gpt'"),
+        ("stage2: {type: [igpt]}", r"stage2.type must be 'transformer1d' or 'igpt'"),
+        ("stage1: {hparams: {ch_mult: 3}}", r"ch_mult must be a list of int, not 3"),
+        ("stage1: {hparams: {ch_mult: [1, a]}}", r"ch_mult\[1\] must be of type int, not 'a'"),
+        ("optimizer: {base_lr: fast}", r"base_lr must be of type float, not 'fast'"),
+        ("optimizer: {base_lr: true}", r"base_lr must be of type float, not True"),
+        ("stage1: 5", r"stage1 must be a mapping of fields, not 5"),
+        ("[1, 2]", r"the file must be a mapping of fields"),
+        ("just text", r"the file must be a mapping of fields"),
+        ("a: [", r"not valid YAML"),
+        ("a: !!python/object/apply:os.system [x]", r"not valid YAML"),
+        ("a: 2001-99-99", r"not valid YAML"),
+        ("[" * 5000, r"not valid YAML"),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_would_be_right(text, message):
+    """A misspelt field that is ignored trains for a day with the default."""
+    with pytest.raises(ConfigError, match=message) as raised:
+        parse_config(text)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
+
+
+def test_errors_name_the_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    with pytest.raises(ConfigError, match="config.yaml: cannot be read"):
+        load_config(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="config.yaml: cannot be read"):
+        load_config(path)
+    path.write_text("stage4: {}")
+    with pytest.raises(ConfigError, match="config.yaml: unknown field stage4"):
+        load_config(path)
+
+
+# ---------------------------------------- overrides
+
+
+def test_overrides_apply_in_order(tmp_path):
+    """On top of the file, also where it has no such section; values are YAML."""
+    path = tmp_path / "config.yaml"
+    path.write_text("optimizer: {base_lr: 3e-4}\nexperiment:\n")
+    overrides = [
+        "optimizer.base_lr=1e-3",
+        "optimizer.base_lr=2e-3",
+        "optimizer.betas=[0.8, 0.9]",
+        "experiment.epochs=3",
+        "stage2.hparams.attn_pdrop=0.1",
+        "dataset.dataset=imagenet",
+        " experiment.use_amp =false",
+    ]
+    config = load_config(path, overrides)
+    assert (config.optimizer.base_lr, config.optimizer.betas) == (2e-3, (0.8, 0.9))
+    assert (config.experiment.epochs, config.experiment.use_amp) == (3, False)
+    assert (config.stage2.hparams.attn_pdrop, config.dataset.dataset) == (0.1, "imagenet")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.base_lr", "not of the form section.key=value"),
+        ("=3", "not of the form section.key=value"),
+        ("optimizer.lr=3", "unknown field optimizer.lr; did you mean"),
+        ("optimizer.betas.first=3", "override 'optimizer.betas.first=3': 'betas' is not a section|must be a list"),
+        ("optimizer=3", "optimizer must be a mapping"),
+        ("experiment.epochs=ten", "experiment.epochs must be of type int, not 'ten'"),
+        ("experiment.epochs=", "experiment.epochs must be of type int, not"),
+        ("experiment.epochs=[", "not valid YAML"),
+        ("optimizer.base_lr.x=3", "optimizer.base_lr"),
+        ("..=3", "unknown field"),
+    ],
+)
+def test_wrong_overrides_are_refused(override, message):
+    """On the command line, where a typing error is likeliest."""
+    with pytest.raises(ConfigError, match=message) as raised:
+        parse_config("optimizer: {base_lr: 1e-4}", [override])
+    assert "\n" not in str(raised.value)
+
+
+# ---------------------------------------- contradictions
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stage2.hparams.n_heads=5"], "embed_dim 32 must be a multiple of n_heads 5"),
+        (["stage2.hparams.n_dense_layers=3"], "n_dense_layers 3 must equal n_layers 2"),
+        (["stage2.hparams.ctx_len_img=60"], "ctx_len_img 60 must be the codes of a picture: 8 x 8 = 64"),
+        (["stage2.hparams.ctx_len_txt=13"], "ctx_len_txt 13 must equal dataset.context_length 12"),
+        (["stage2.vocab_size_img=81"], "vocab_size_img 81 must equal stage1.n_embed 80"),
+        (["dataset.image_resolution=64"], "image_resolution 64 and stage1.hparams.resolution 32 must be equal"),
+        (["stage1.hparams.resolution=30", "dataset.image_resolution=30"], "resolution 30 must be a multiple of 4"),
+        (["stage1.hparams.ch=48"], "ch must be a multiple of 32"),
+        (["stage1.hparams.ch_mult=[]"], "ch_mult must list positive numbers"),
+        (["stage1.hparams.ch_mult=[1, 0, 2]"], "ch_mult must list positive numbers"),
+        (["stage1.hparams.double_z=true"], "double_z true"),
+        (["stage2.type=igpt", "stage2.use_cls_cond=true"], "use_cls_cond needs stage2.hparams.n_classes"),
+        (["stage2.type=igpt", "stage2.use_cls_cond=true", "stage2.hparams.n_classes=0"], "needs .*n_classes"),
+        (["stage2.hparams.n_layers=0"], "n_layers must be at least 1, not 0"),
+        (["stage2.hparams.embed_dim=-32"], "embed_dim must be at least 1, not -32"),
+        (["stage1.n_embed=0"], "n_embed must be at least 1"),
+        (["dataset.context_length=0"], "context_length must be at least 1"),
+        (["stage1.hparams.num_res_blocks=0"], "num_res_blocks must be at least 1"),
+        (["stage2.hparams.attn_pdrop=1.0"], r"attn_pdrop is a probability in \[0, 1\), not 1.0"),
+        (["stage2.hparams.embd_pdrop=-0.1"], "embd_pdrop is a probability"),
+        (["stage2.hparams.resid_pdrop=.nan"], "resid_pdrop is a probability"),
+        (["stage1.hparams.pdrop=2"], "pdrop is a probability"),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(tiny_config, overrides, message):
+    """At the first look, not after the weights are loaded, or never, with a wrong picture."""
+    with pytest.raises(ConfigError, match=message) as raised:
+        parse_config(dump_config(tiny_config), overrides)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_the_image_only_model_ignores_is_not_checked(tiny_config):
+    """It has no text: the original's recipes leave ctx_len_txt as it was."""
+    config = parse_config(dump_config(tiny_config), ["stage2.type=igpt", "stage2.hparams.ctx_len_txt=99"])
+    assert config.image_only
+
+
+def test_an_equal_n_dense_layers_is_accepted(tiny_config):
+    config = parse_config(dump_config(tiny_config), ["stage2.hparams.n_dense_layers=2"])
+    assert config.stage2.hparams.n_dense_layers == 2
