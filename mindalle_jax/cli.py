@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mindalle_jax.errors import MindalleError, OutputError, UsageError
-from mindalle_jax.files import check_output
+from mindalle_jax.files import check_output, check_writable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,13 +122,13 @@ def _sample(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     if any(not prompt.strip() for prompt in prompts):
         raise UsageError("a prompt is blank")
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} exists and is not a folder; name another place")
+    check_writable(out)
     if not arguments.overwrite and out.exists() and any(out.iterdir()):
         raise OutputError(f"{out} exists and is not empty; name another place or pass --overwrite")
 
     from mindalle_jax.config import load_config
-    from mindalle_jax.pipeline import Dalle, ImageGPT, check_batch_size, class_prefix, find_model
+    from mindalle_jax.interop.mindalle import find_model
+    from mindalle_jax.pipeline import Dalle, ImageGPT, check_batch_size, class_prefix
     from mindalle_jax.sampling import DEFAULT_TOP_K, Settings, check_num_candidates
     from mindalle_jax.tokenizer import TextTokenizer
 

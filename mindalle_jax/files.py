@@ -32,15 +32,20 @@ def check_output(path: Path, overwrite: bool, marks: Collection[str] = ()) -> No
 
 def check_free_disk(path: Path, need_bytes: int, what: str, remedy: str = "name a place on another disk") -> None:
     """Raises OutputError, stating the need, if the disk that will hold `path` has less than `need_bytes` free."""
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = _nearest_existing(path)
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < need_bytes:
         raise OutputError(
             f"{what} needs {need_bytes / 1e9:.1f} GB under {folder}, where {free_bytes / 1e9:.1f} GB are free; "
             f"free some space or {remedy}"
         )
+
+
+def check_writable(path: Path) -> None:
+    """Raises OutputError if `path`, or the folder that it would be made in, is not a folder that can be written to."""
+    folder = _nearest_existing(path)
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{path}: {folder} is not a folder that can be written to; name another place")
 
 
 @contextlib.contextmanager
@@ -115,6 +120,13 @@ def _move_into_place(partial: Path, path: Path) -> None:
             old.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _nearest_existing(path: Path) -> Path:
+    path = path.absolute()
+    while not os.path.lexists(path):
+        path = path.parent
+    return path
 
 
 def _umask() -> int:

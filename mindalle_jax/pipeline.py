@@ -21,12 +21,11 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import mindalle_jax
-from mindalle_jax.config import Config, Stage2Config, load_config
-from mindalle_jax.errors import CheckpointError, OutputError, UsageError
+from mindalle_jax.config import Stage2Config, load_config
+from mindalle_jax.errors import CheckpointError, UsageError
 from mindalle_jax.generation import Generation
-from mindalle_jax.interop.download import RELEASES, cache_dir, fetch_release
-from mindalle_jax.interop.key_maps import Stage, leaf_shapes, nest
-from mindalle_jax.interop.mindalle import import_checkpoint
+from mindalle_jax.interop.download import cache_dir
+from mindalle_jax.interop.mindalle import find_model
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.sampling import (
@@ -37,7 +36,7 @@ from mindalle_jax.sampling import (
     sample_codes,
 )
 from mindalle_jax.tokenizer import TextTokenizer
-from mindalle_jax.weights import MANIFEST, check_tensors, read_manifest, read_weights
+from mindalle_jax.weights import MANIFEST, load_params, read_manifest
 
 DType = Literal["bfloat16", "float32"]
 
@@ -48,8 +47,7 @@ class _Model:
     def __init__(self, folder: Path, dtype: DType | None, mesh: Mesh | None):
         self.folder = folder
         self.config = load_config(folder / "config.yaml")
-        manifest = read_manifest(folder)
-        if "stage2" not in manifest["tensors"]:
+        if "stage2" not in read_manifest(folder)["tensors"]:
             raise CheckpointError(f"{folder}: holds a VQGAN only, nothing that draws codes")
         if mesh is not None and mesh.axis_names != ("data",):
             raise UsageError(f"mesh must have the one axis 'data', not {mesh.axis_names}")
@@ -66,8 +64,8 @@ class _Model:
         self._encoder, self._decoder = VQGAN(self.config.stage1), VQGAN(self.config.stage1, dtype=compute)
         self._digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
         # Stage 1 is small, and codes are computed in float32 whatever the dtype.
-        self._stage1 = _load(folder, "stage1", self.config, manifest, jnp.dtype("float32"), self.mesh)
-        self._stage2 = _load(folder, "stage2", self.config, manifest, compute, self.mesh)
+        self._stage1 = load_params(folder, "stage1", self.config, jnp.dtype("float32"), self.mesh)
+        self._stage2 = load_params(folder, "stage2", self.config, compute, self.mesh)
 
     @classmethod
     def from_pretrained(
@@ -399,31 +397,6 @@ def class_prefix(config: Stage2Config, labels: Any, rows: int) -> np.ndarray:
     return labels[:, None].astype(np.int32)
 
 
-def find_model(path_or_name: str | os.PathLike[str]) -> Path:
-    """The converted folder of a path or a known name; converts and downloads into the cache as needed."""
-    path = Path(path_or_name).expanduser()
-    if not path.exists():
-        if str(path_or_name) not in RELEASES:
-            raise CheckpointError(f"{path_or_name}: no such folder, and no known name ({', '.join(RELEASES)})")
-        path = fetch_release(str(path_or_name))
-    if (path / MANIFEST).is_file():
-        return path
-    source = path.resolve()
-    folder = source if source.is_dir() else source.parent
-    files = [*(source.glob("*.*") if source.is_dir() else [source, *folder.glob("config.yaml")])]
-    files += folder.glob("tokenizer/*")
-    stamps = sorted(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
-    key = hashlib.sha256("\n".join([str(source), *stamps]).encode()).hexdigest()[:16]
-    target = cache_dir() / "converted" / f"{source.name}-{key}"
-    if not target.exists():
-        try:
-            import_checkpoint(source, target)
-        except OutputError:
-            if not (target / MANIFEST).is_file():  # it is there if another process was quicker
-                raise
-    return target
-
-
 @partial(jax.jit, static_argnames="model")
 def _forward(model: Transformer, params: dict[str, Any], prefix_ids: jax.Array, codes: jax.Array) -> Any:
     return model.apply({"params": params}, prefix_ids, codes)
@@ -444,19 +417,6 @@ def decode_pictures(model: VQGAN, mesh: Mesh, params: dict[str, Any], codes: jax
 
     spread = jax.shard_map(decode, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False)
     return spread(params, codes)
-
-
-def _load(folder: Path, stage: Stage, config: Config, manifest: Any, dtype: Any, mesh: Mesh) -> dict[str, Any]:
-    """Parameters of a stage on every device of the mesh, the blocks one by one as `blocks_0`, `blocks_1`, ..."""
-    tensors = check_tensors(folder, stage, manifest["tensors"][stage], leaf_shapes(config, stage))
-    replicated = NamedSharding(mesh, P())
-    leaves = {}
-    for name, layer, array in read_weights(folder / f"{stage}.safetensors", tensors):
-        if layer is not None:
-            name = name.replace("blocks/", f"blocks_{layer}/", 1)
-        # A copy: on CPU the device array shares the memory of the NumPy array, which here is the mapped file.
-        leaves[name] = jax.device_put(np.array(array, dtype), replicated)
-    return nest(leaves)
 
 
 def _use_compilation_cache() -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import numbers
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -217,22 +217,36 @@ def sample_codes(
             candidates = np.where(np.arange(rows) < count, first + np.arange(rows), first).astype(np.int32)
             candidates = jax.device_put(candidates, NamedSharding(mesh, P("data")))
             state = start_state(model, mesh, batch_size, logits)
-            # One call is in flight while the codes of the one before it are fetched.
-            waiting: list[tuple[int, jax.Array, jax.Array]] = []
-
-            def collect(first: int = first, count: int = count, waiting: list = waiting) -> None:
-                start, codes, bad_position = waiting.pop(0)
-                _check_finite(np.asarray(bad_position)[:count], first)
-                result[first : first + count, start : start + steps] = np.asarray(codes)[:count]
+            parts = _decode_chunk(model, mesh, params, prefix, candidates, traced, state)
+            for start, (codes, bad_position) in zip(range(0, length, steps), parts, strict=True):
+                _check_finite(bad_position[:count], first)
+                result[first : first + count, start : start + steps] = codes[:count]
                 on_progress(count * steps)
-
-            for start in range(0, length, steps):
-                state, codes = decode_segment(model, mesh, steps, params, prefix, candidates, traced, state)
-                waiting.append((start, codes, state.bad_position.copy()))
-                if len(waiting) > 1:
-                    collect()
-            collect()
     return result
+
+
+def _decode_chunk(
+    model: Transformer,
+    mesh: Mesh,
+    params: dict[str, Any],
+    prefix: list[KV],
+    candidates: jax.Array,
+    settings: TracedSettings,
+    state: DecodeState,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (codes int32[b, steps], bad positions int32[b]) until the pictures are complete.
+
+    One call is in flight while the result of the one before it is fetched.
+    """
+    length = model.config.hparams.ctx_len_img
+    steps = segment_steps(length)
+    waiting = None
+    for _ in range(length // steps):
+        state, codes = decode_segment(model, mesh, steps, params, prefix, candidates, settings, state)
+        if waiting is not None:
+            yield jax.device_get(waiting)
+        waiting = codes, state.bad_position.copy()  # a copy: the next call takes the state's memory
+    yield jax.device_get(waiting)
 
 
 @partial(jax.jit, static_argnames="model")

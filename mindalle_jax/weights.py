@@ -17,11 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import safetensors
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mindalle_jax.config import Config
 from mindalle_jax.errors import CheckpointError
+from mindalle_jax.interop.key_maps import Stage, leaf_shapes, nest
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -155,3 +159,19 @@ def check_tensors(
         odd = sorted({name for name, _ in found.items() ^ shapes.items()})
         raise CheckpointError(f"{folder}: weights of {stage} do not fit config.yaml: {', '.join(odd)}")
     return {name: tensors[name] for name in shapes}
+
+
+def load_params(folder: Path, stage: Stage, config: Config, dtype: np.dtype, mesh: Mesh) -> dict[str, Any]:
+    """Parameters of a stage in `dtype` on every device of the mesh, in the layout of sampling.
+
+    The blocks come one by one, as `blocks_0`, `blocks_1`, ...; no more than one tensor is held twice.
+    """
+    tensors = check_tensors(folder, stage, read_manifest(folder)["tensors"][stage], leaf_shapes(config, stage))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    leaves = {}
+    for name, layer, array in read_weights(folder / f"{stage}.safetensors", tensors):
+        if layer is not None:
+            name = name.replace("blocks/", f"blocks_{layer}/", 1)
+        # A copy: on CPU the device array shares the memory of the NumPy array, which here is the mapped file.
+        leaves[name] = jax.device_put(np.array(array, dtype), replicated)
+    return nest(leaves)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mindalle_jax.errors import CheckpointError, MindalleError, OutputError
-from mindalle_jax.files import check_free_disk, check_output, new_folder
+from mindalle_jax.files import check_free_disk, check_output, check_writable, new_folder
 
 MARKS = ("manifest.json",)
 
@@ -209,3 +209,12 @@ def test_too_little_disk_states_the_need_and_the_place(tmp_path, monkeypatch):
         f"the model needs 5.6 GB under {tmp_path}, where 1.5 GB are free; "
         "free some space or name a place on another disk"
     )
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path):
+    """Pictures that took minutes to draw are not lost for want of a folder."""
+    check_writable(tmp_path / "new" / "folder")
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OutputError, match="file is not a folder that can be written to; name another place"):
+            check_writable(path)

@@ -5,8 +5,10 @@ Both directions stream tensor by tensor through the tables of key_maps.py; PyTor
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ import mindalle_jax
 from mindalle_jax.config import Config, dump_config, load_config
 from mindalle_jax.errors import CheckpointError, ConfigError, OutputError
 from mindalle_jax.files import check_free_disk, new_folder
+from mindalle_jax.interop.download import RELEASES, cache_dir, fetch_release
 from mindalle_jax.interop.key_maps import Slot, Stage, check_keys, count_parameters, leaf_shapes, slots
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
 from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE, TextTokenizer
@@ -155,6 +158,31 @@ def _check_apart(source: Path, target: Path) -> None:
     """Raises OutputError if replacing `target` would delete `source`."""
     if source.resolve().is_relative_to(target.resolve()):
         raise OutputError(f"{target} is, or holds, what is converted: {source}; name another place")
+
+
+def find_model(path_or_name: str | os.PathLike[str]) -> Path:
+    """The converted folder of a path or a known name; converts and downloads into the cache as needed."""
+    path = Path(path_or_name).expanduser()
+    if not path.exists():
+        if str(path_or_name) not in RELEASES:
+            raise CheckpointError(f"{path_or_name}: no such folder, and no known name ({', '.join(RELEASES)})")
+        path = fetch_release(str(path_or_name))
+    if (path / MANIFEST).is_file():
+        return path
+    source = path.resolve()
+    folder = source if source.is_dir() else source.parent
+    files = [*(source.glob("*.*") if source.is_dir() else [source, *folder.glob("config.yaml")])]
+    files += folder.glob("tokenizer/*")
+    stamps = sorted(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+    key = hashlib.sha256("\n".join([str(source), *stamps]).encode()).hexdigest()[:16]
+    target = cache_dir() / "converted" / f"{source.name}-{key}"
+    if not target.exists():
+        try:
+            import_checkpoint(source, target)
+        except OutputError:
+            if not (target / MANIFEST).is_file():  # it is there if another process was quicker
+                raise
+    return target
 
 
 @dataclasses.dataclass(frozen=True)
