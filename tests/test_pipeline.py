@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import mindalle_jax.pipeline
 from mindalle_jax import Dalle, Generation, ImageGPT
 from mindalle_jax.errors import CheckpointError, ConfigError, OutputError, UsageError
 from mindalle_jax.interop.key_maps import count_parameters
@@ -496,40 +495,41 @@ def test_the_compilation_cache_is_under_the_users_cache_folder(tiny_dalle, cache
 
 
 @pytest.fixture
-def conversions(monkeypatch):
-    """Counts what is converted on the fly."""
-    done = []
+def conversions(cache_folder):
+    """conversions(name): what was converted on the fly from a folder of that name, {folder: when its manifest was}."""
 
-    def convert(source, target, **kwargs):
-        done.append(source)
-        return import_checkpoint(source, target, **kwargs)
+    def find(name: str) -> dict:
+        folders = (cache_folder / "converted").glob(f"{name}-*")
+        return {folder: (folder / MANIFEST).stat().st_mtime_ns for folder in folders}
 
-    monkeypatch.setattr(mindalle_jax.pipeline, "import_checkpoint", convert)
-    return done
+    return find
 
 
-def test_an_original_folder_is_converted_once(tiny_folder, tiny_dalle, tmp_path, conversions, cache_folder):
+def test_an_original_folder_is_converted_once(tiny_folder, tiny_dalle, tmp_path, conversions):
     """Into the cache, not beside it; 5 GB are not written at every start, but again when the source has changed."""
     source = shutil.copytree(tiny_folder, tmp_path / "downloaded")
     files = sorted(source.rglob("*"))
-    codes = [Dalle.from_pretrained(source).generate_codes("the cat", num_candidates=3) for _ in range(2)]
-    assert len(conversions) == 1
-    assert sorted(source.rglob("*")) == files
-    np.testing.assert_array_equal(*codes)
-    np.testing.assert_array_equal(codes[0], tiny_dalle.generate_codes("the cat", num_candidates=3))
+    first = Dalle.from_pretrained(source)
+    done = conversions("downloaded")
+    assert list(done) == [first.folder]
+    codes = first.generate_codes("the cat", num_candidates=3)
+    np.testing.assert_array_equal(codes, tiny_dalle.generate_codes("the cat", num_candidates=3))
+    second = Dalle.from_pretrained(str(source))
     with contextlib.chdir(tmp_path):  # the same folder by another name
-        assert Dalle.from_pretrained("downloaded").folder.is_relative_to(cache_folder / "converted")
-    assert len(conversions) == 1
+        third = Dalle.from_pretrained("downloaded")
+    assert second.folder == third.folder == first.folder
+    assert conversions("downloaded") == done
+    assert sorted(source.rglob("*")) == files
     config = (source / "config.yaml").read_text(encoding="utf-8")
     (source / "config.yaml").write_text(config + "\n# changed\n", encoding="utf-8")
-    Dalle.from_pretrained(source)
-    assert len(conversions) == 2
+    assert Dalle.from_pretrained(source).folder != first.folder
+    assert len(conversions("downloaded")) == 2
 
 
 def test_a_converted_folder_is_taken_as_it_is(tiny_model_folder, conversions):
     assert Dalle.from_pretrained(tiny_model_folder).folder == tiny_model_folder
     assert Dalle.from_pretrained(str(tiny_model_folder)).folder == tiny_model_folder
-    assert conversions == []
+    assert conversions(tiny_model_folder.name) == {}
 
 
 def test_a_failed_conversion_leaves_nothing_in_the_cache(tiny_folder, tmp_path, cache_folder):

@@ -114,6 +114,12 @@ def test_top_p_takes_the_lower_id_among_equals():
     np.testing.assert_allclose(actual_probs(logits, top_p=0.6)[0], [2 / 7, 5 / 7, 0, 0], atol=1e-6)
 
 
+def test_top_p_stops_where_the_mass_is_reached():
+    """Strictly below p: four codes of exactly 1/4 (exact in float32 too) and p = 1/2 leave two, not three."""
+    probs = actual_probs(np.zeros((1, 4), np.float32), top_p=0.5)
+    np.testing.assert_array_equal(probs[0], [0.5, 0.5, 0, 0])
+
+
 def test_a_tiny_top_p_keeps_the_most_likely_code():
     """Never nothing: an empty set would turn into NaN or code 0. Among equals it is the lowest id."""
     logits = hard_logits()

@@ -16,7 +16,7 @@ from mindalle_jax.models.transformer import Transformer, unstack_blocks
 KINDS = ("text", "class", "free")
 
 TOLERANCE = 1e-4
-"""Absolute, on logits of order 1 in float32: 80 times what the two programs were seen to differ by (1.2e-6)."""
+"""Absolute, on logits of order 1 in float32: 40 times what the two programs were seen to differ by (2.3e-6)."""
 
 
 def config_of(kind: str, *, vocab_txt=50, vocab_img=40, n_classes=7, **hparams) -> Config:
@@ -96,7 +96,7 @@ def small(kind: str, **changes) -> Config:
     return config_of(kind, **(sizes | changes))
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(21))
 def test_logits_agree_with_pytorch(oracle, to_params, seed):
     """Any shape of the network, not the released one alone: no biases, approximate GELU, one text position or class."""
     import torch
@@ -173,7 +173,7 @@ def test_a_code_is_seen_by_later_positions_only(random_params):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stacked_and_unstacked_blocks_are_the_same_network(random_params, kind):
-    """Two layouts, one network; what remains is the order of additions in what XLA compiles (1e-6 of logits of 1)."""
+    """Two layouts, one network; what may remain is the order of additions in what XLA compiles."""
     config = small(kind, n_layers=3)
     params = random_params(config, "stage2")
     inputs = random_inputs(config, 2)
@@ -236,7 +236,7 @@ def test_bfloat16_logits_are_near_float32(random_params, stacked):
 
 @pytest.mark.parametrize("attention", DECODE_ATTENTION)
 def test_bfloat16_decoding_is_near_the_forward_pass(random_params, attention):
-    """The cache is bfloat16 too; the same derivation, with both sides rounded."""
+    """The cache is bfloat16 too; the same derivation and bound (0.03 was seen)."""
     config = small("text", embed_dim=64)
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), unstack_blocks(random_params(config, "stage2")))
     prefix_ids, codes = random_inputs(config, 2)
@@ -244,7 +244,7 @@ def test_bfloat16_decoding_is_near_the_forward_pass(random_params, attention):
     model = Transformer(config.stage2, stacked=False, dtype=jnp.bfloat16, attention=attention)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(model.new_cache(1)))
     expected, _ = forward(model, params, prefix_ids, codes)
-    assert np.abs(decode(model, params, prefix_ids[0], codes) - expected).max() < 0.15
+    assert np.abs(decode(model, params, prefix_ids[0], codes) - expected).max() < 0.1
 
 
 def test_parameter_counts_are_the_published_ones():

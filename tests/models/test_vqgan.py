@@ -18,12 +18,12 @@ CONFIGS = [
     ((1,), 8, (), 1, 16, 16, 40),  # one level: nothing is resampled
     ((1, 1), 16, (8,), 1, 32, 32, 64),
     ((1, 2), 16, (16,), 1, 24, 16, 50),  # widths change, attention at the finest level, z_channels != embed_dim
-    ((2, 1), 16, (8, 16), 2, 8, 40, 30),  # narrower downwards; attention at every level
+    ((2, 1), 16, (8, 16), 1, 8, 40, 30),  # narrower downwards; attention at every level
     ((1, 2, 2), 32, (8,), 2, 20, 12, 90),
     ((1, 1, 2, 3), 32, (4,), 1, 16, 16, 33),
     ((1, 3, 1), 24, (12, 6), 1, 10, 6, 64),  # no power of two
     ((2, 2), 12, (7,), 1, 16, 48, 20),  # no level has this resolution
-    ((1, 2), 20, (10,), 3, 64, 8, 128),
+    ((1, 2), 20, (10,), 2, 64, 8, 128),
     ((1, 1, 1, 1, 2), 32, (2, 16), 1, 16, 16, 64),  # five levels, as the released model; 2 x 2 codes
 ]
 
