@@ -10,12 +10,14 @@ stacked. Both sides work in chunks of at most one layer, so memory stays far bel
 
 import json
 import math
+import mmap
+import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import ml_dtypes
@@ -29,6 +31,8 @@ from mindalle_jax.interop.key_maps import Stage, leaf_shapes, nest
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+SYNC_BYTES = 128 << 20
+"""Bytes written between two calls of _to_disk."""
 STAGES = ("stage1", "stage2")
 
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -55,14 +59,34 @@ def write_weights(
         file.write(struct.pack("<Q", len(text)) + text)
         for name, array in chunks:
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-            writing = writer.submit(file.write, data)  # the digest meanwhile
+            writing = writer.submit(_write, file, data)  # the digest meanwhile
             crcs[name] = zlib.crc32(data, crcs[name])
             written[name] += len(data)
             writing.result()
+        _to_disk(file)
     for name, entry in header.items():
         if written[name] != entry["data_offsets"][1] - entry["data_offsets"][0]:
             raise AssertionError(f"{name}: {written[name]} bytes were given for shape {entry['shape']}")
     return {name: {"dtype": dtype, "shape": list(shapes[name]), "crc32": crcs[name]} for name in shapes}
+
+
+def _write(file: BinaryIO, data: memoryview) -> None:
+    before = file.tell()
+    file.write(data)
+    if before // SYNC_BYTES != file.tell() // SYNC_BYTES:
+        _to_disk(file)
+
+
+def _to_disk(file: BinaryIO) -> None:
+    """Forces what was written to the disk, and out of the page cache.
+
+    So a verification reads the disk and not memory, and the kernel need not find memory for gigabytes of dirty pages,
+    which was the slowest part of a conversion where it was measured (docs/log.md).
+    """
+    file.flush()
+    os.fsync(file.fileno())
+    if hasattr(os, "posix_fadvise"):  # Linux
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_weights(path: Path, tensors: Mapping[str, Any]) -> Iterator[tuple[str, int | None, np.ndarray]]:
@@ -73,13 +97,16 @@ def read_weights(path: Path, tensors: Mapping[str, Any]) -> Iterator[tuple[str, 
     one the manifest describes; a wrong digest is seen when the last part of its tensor is read, and that part is not
     given out.
     """
-    for name, (dtype, shape, start) in _locate(path, tensors).items():
-        # Mapped and not read through the safetensors library, which copies first and takes twice the time.
-        leaf = np.memmap(path, dtype, "r", start, shape) if math.prod(shape) else np.zeros(shape, dtype)
+    places = _locate(path, tensors)
+    # Mapped and not read through the safetensors library, which copies first and takes twice the time.
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    for name, (dtype, shape, start) in places.items():
+        leaf = np.ndarray(shape, dtype, mapped, start)
         layers = list(range(shape[0])) if name.startswith("blocks/") else [None]
         crc = 0
         for layer in layers:
-            array = np.asarray(leaf if layer is None else leaf[layer])
+            array = leaf if layer is None else leaf[layer]
             crc = zlib.crc32(array.reshape(-1).view(np.uint8).data, crc)
             # Before the last part goes out: a caller who has all parts need not ask for another.
             if layer == layers[-1] and crc != tensors[name]["crc32"]:
