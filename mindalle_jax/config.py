@@ -6,6 +6,7 @@ is. A file may leave any field out. Unknown fields and values of the wrong type 
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -197,7 +198,7 @@ _Loader.add_implicit_resolver(
 
 def _parse_yaml(text: str) -> Any:
     try:
-        tree = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one more float pattern
+        tree = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"not valid YAML: {' '.join(str(error).split())[:200]}") from None
     return {} if tree is None else tree
@@ -324,6 +325,23 @@ def _check(config: Config) -> None:
         config.image_only and bool(s2.use_cls_cond) and (h2.n_classes is None or h2.n_classes < 1),
         "stage2.use_cls_cond needs stage2.hparams.n_classes, the number of classes",
     )
+    refuse(
+        (h1.in_channels, h1.out_ch) != (3, 3),
+        f"stage1.hparams.in_channels and out_ch must be 3 (red, green, blue), not {h1.in_channels} and {h1.out_ch}",
+    )
+    optimizer, experiment = config.optimizer, config.experiment
+    for path, value in [
+        *[(f"optimizer.{k}", getattr(optimizer, k)) for k in ("base_lr", "weight_decay", "max_steps", "min_lr")],
+        ("optimizer.grad_clip_norm", optimizer.grad_clip_norm),
+    ]:
+        refuse(not 0 <= value < math.inf, f"{path} must be a finite number of at least 0, not {value}")
+    refuse(
+        len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas),
+        f"optimizer.betas must be two numbers in [0, 1), not {list(optimizer.betas)}",
+    )
+    for field in dataclasses.fields(experiment):
+        value = getattr(experiment, field.name)
+        refuse(value < 1 and value is not False, f"experiment.{field.name} must be at least 1, not {value}")
     for path, rate in [
         ("stage1.hparams.pdrop", h1.pdrop),
         *[(f"stage2.hparams.{k}", getattr(h2, k)) for k in ("embd_pdrop", "resid_pdrop", "attn_pdrop")],

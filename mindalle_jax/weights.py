@@ -8,18 +8,20 @@ Tensors are named by their Flax path (blocks/qkv/weight) in the layout of traini
 stacked. Both sides work in chunks of at most one layer, so memory stays far below the size of the file.
 """
 
+import functools
 import json
 import math
 import mmap
-import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
+import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
@@ -27,16 +29,47 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mindalle_jax.config import Config
 from mindalle_jax.errors import CheckpointError
-from mindalle_jax.interop.key_maps import Stage, leaf_shapes, nest
+from mindalle_jax.files import SYNC_BYTES, to_disk
+from mindalle_jax.models.transformer import Transformer
+from mindalle_jax.models.vqgan import VQGAN
 
+Stage = Literal["stage1", "stage2"]
+"""stage1: the VQGAN. stage2: the transformer."""
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-SYNC_BYTES = 128 << 20
-"""Bytes written between two calls of _to_disk."""
 STAGES = ("stage1", "stage2")
 
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """NumPy's names of the dtypes that weights may have -> those of safetensors."""
+
+
+def leaf_shapes(config: Config, stage: Stage) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of a stage by its path, in the layout of training and disk. Allocates nothing."""
+    return dict(_leaf_shapes(config, stage))
+
+
+@functools.cache  # tracing a network takes a second, and a conversion asks several times
+def _leaf_shapes(config: Config, stage: Stage) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    h1, h2 = config.stage1.hparams, config.stage2.hparams
+    if stage == "stage1":
+        images = jax.ShapeDtypeStruct((1, h1.resolution, h1.resolution, h1.in_channels), jnp.float32)
+        variables = jax.eval_shape(VQGAN(config.stage1).init, jax.random.key(0), images)
+    else:
+        prefix = jax.ShapeDtypeStruct((1, 1 if config.image_only else h2.ctx_len_txt), jnp.int32)
+        codes = jax.ShapeDtypeStruct((1, h2.ctx_len_img), jnp.int32)
+        variables = jax.eval_shape(Transformer(config.stage2).init, jax.random.key(0), prefix, codes)
+    flat = flax.traverse_util.flatten_dict(variables["params"], sep="/")
+    return tuple((path, tuple(leaf.shape)) for path, leaf in sorted(flat.items()))
+
+
+def count_parameters(config: Config, stage: Stage) -> int:
+    """Number of parameters of a stage."""
+    return sum(math.prod(shape) for shape in leaf_shapes(config, stage).values())
+
+
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": x} -> {"a": {"b": x}}."""
+    return flax.traverse_util.unflatten_dict(dict(leaves), sep="/")
 
 
 def write_weights(
@@ -63,7 +96,7 @@ def write_weights(
             crcs[name] = zlib.crc32(data, crcs[name])
             written[name] += len(data)
             writing.result()
-        _to_disk(file)
+        to_disk(file)
     for name, entry in header.items():
         if written[name] != entry["data_offsets"][1] - entry["data_offsets"][0]:
             raise AssertionError(f"{name}: {written[name]} bytes were given for shape {entry['shape']}")
@@ -74,19 +107,7 @@ def _write(file: BinaryIO, data: memoryview) -> None:
     before = file.tell()
     file.write(data)
     if before // SYNC_BYTES != file.tell() // SYNC_BYTES:
-        _to_disk(file)
-
-
-def _to_disk(file: BinaryIO) -> None:
-    """Forces what was written to the disk, and out of the page cache.
-
-    So a verification reads the disk and not memory, and the kernel need not find memory for gigabytes of dirty pages,
-    which was the slowest part of a conversion where it was measured (docs/log.md).
-    """
-    file.flush()
-    os.fsync(file.fileno())
-    if hasattr(os, "posix_fadvise"):  # Linux
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        to_disk(file)
 
 
 def read_weights(path: Path, tensors: Mapping[str, Any]) -> Iterator[tuple[str, int | None, np.ndarray]]:

@@ -24,10 +24,11 @@ import pytest  # noqa: E402
 
 from mindalle_jax import Dalle  # noqa: E402
 from mindalle_jax.config import Config, dump_config, parse_config  # noqa: E402
-from mindalle_jax.interop.key_maps import Stage, leaf_shapes, nest, slots  # noqa: E402
+from mindalle_jax.interop.key_maps import slots  # noqa: E402
 from mindalle_jax.interop.mindalle import STAGE_FILES, import_checkpoint  # noqa: E402
 from mindalle_jax.interop.torch_archive import write_torch_archive  # noqa: E402
 from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE  # noqa: E402
+from mindalle_jax.weights import Stage, leaf_shapes, nest  # noqa: E402
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 

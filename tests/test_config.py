@@ -105,7 +105,7 @@ def test_what_is_written_reads_back_equal(request, name):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1e-4", 1e-4), ("5E3", 5e3), ("1.5e-3", 1.5e-3), (".5e1", 5.0), ("-1e+2", -100.0), ("2", 2.0)]
+    ("text", "value"), [("1e-4", 1e-4), ("5E3", 5e3), ("1.5e-3", 1.5e-3), (".5e1", 5.0), ("+1e+2", 100.0), ("2", 2.0)]
 )
 def test_exponents_without_a_dot_are_numbers(text, value):
     """YAML 1.1 reads 1e-4 as text; the recipes of the original are full of them."""
@@ -232,6 +232,13 @@ def test_wrong_overrides_are_refused(override, message):
         (["stage1.hparams.ch_mult=[]"], "ch_mult must list positive numbers"),
         (["stage1.hparams.ch_mult=[1, 0, 2]"], "ch_mult must list positive numbers"),
         (["stage1.hparams.double_z=true"], "double_z true"),
+        (["stage1.hparams.out_ch=1"], "in_channels and out_ch must be 3"),
+        (["optimizer.base_lr=.nan"], "base_lr must be a finite number of at least 0, not nan"),
+        (["optimizer.max_steps=-3"], "max_steps must be a finite number of at least 0, not -3"),
+        (["optimizer.betas=[0.9]"], "betas must be two numbers"),
+        (["optimizer.betas=[0.9, 1.0]"], "betas must be two numbers"),
+        (["experiment.epochs=0"], "epochs must be at least 1, not 0"),
+        (["experiment.total_batch_size=-1"], "total_batch_size must be at least 1, not -1"),
         (["stage2.type=igpt", "stage2.use_cls_cond=true"], "use_cls_cond needs stage2.hparams.n_classes"),
         (["stage2.type=igpt", "stage2.use_cls_cond=true", "stage2.hparams.n_classes=0"], "needs .*n_classes"),
         (["stage2.hparams.n_layers=0"], "n_layers must be at least 1, not 0"),

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mindalle_jax.config import load_config
-from mindalle_jax.interop.key_maps import leaf_shapes
 from mindalle_jax.models.transformer import Transformer, unstack_blocks
 from mindalle_jax.sampling import Settings, decode_segment, prefill, segment_steps, start_state
+from mindalle_jax.weights import leaf_shapes
 
 BATCH = 4
 

@@ -4,24 +4,15 @@ A table row is (pattern of the Flax path, template of the PyTorch key). Every Fl
 PyTorch key is used exactly once, and the same rows serve both directions.
 """
 
-import functools
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import flax
-import flax.traverse_util
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mindalle_jax.config import Config
 from mindalle_jax.errors import CheckpointError
-from mindalle_jax.models.transformer import Transformer
-from mindalle_jax.models.vqgan import VQGAN
-
-Stage = Literal["stage1", "stage2"]
+from mindalle_jax.weights import Stage, leaf_shapes
 
 VQGAN_ROWS = [
     (r"codebook", "quantize.embedding.weight"),
@@ -70,30 +61,6 @@ class Slot(NamedTuple):
     @property
     def _is_convolution(self) -> bool:
         return self.path.endswith("kernel")
-
-
-def leaf_shapes(config: Config, stage: Stage) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of a stage by its path, in the layout of training and disk. Allocates nothing."""
-    return dict(_leaf_shapes(config, stage))
-
-
-@functools.cache  # tracing a network takes a second, and a conversion asks several times
-def _leaf_shapes(config: Config, stage: Stage) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    h1, h2 = config.stage1.hparams, config.stage2.hparams
-    if stage == "stage1":
-        images = jax.ShapeDtypeStruct((1, h1.resolution, h1.resolution, h1.in_channels), jnp.float32)
-        variables = jax.eval_shape(VQGAN(config.stage1).init, jax.random.key(0), images)
-    else:
-        prefix = jax.ShapeDtypeStruct((1, 1 if config.image_only else h2.ctx_len_txt), jnp.int32)
-        codes = jax.ShapeDtypeStruct((1, h2.ctx_len_img), jnp.int32)
-        variables = jax.eval_shape(Transformer(config.stage2).init, jax.random.key(0), prefix, codes)
-    flat = flax.traverse_util.flatten_dict(variables["params"], sep="/")
-    return tuple((path, tuple(leaf.shape)) for path, leaf in sorted(flat.items()))
-
-
-def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a/b": x} -> {"a": {"b": x}}."""
-    return flax.traverse_util.unflatten_dict(dict(leaves), sep="/")
 
 
 def slots(config: Config, stage: Stage) -> list[Slot]:
@@ -174,8 +141,3 @@ def _hint(found: Mapping[str, Any], expected: Mapping[str, Any], stage: Stage) -
     if stage == "stage2" and "head_txt.weight" in found and "head.weight" in expected:
         return " (this is a text-to-image model, the config says igpt)"
     return ""
-
-
-def count_parameters(config: Config, stage: Stage) -> int:
-    """Number of parameters of a stage."""
-    return sum(math.prod(shape) for shape in leaf_shapes(config, stage).values())

@@ -24,10 +24,20 @@ from mindalle_jax.config import Config, dump_config, load_config
 from mindalle_jax.errors import CheckpointError, ConfigError, OutputError
 from mindalle_jax.files import check_free_disk, new_folder
 from mindalle_jax.interop.download import RELEASES, cache_dir, fetch_release
-from mindalle_jax.interop.key_maps import Slot, Stage, check_keys, count_parameters, leaf_shapes, slots
+from mindalle_jax.interop.key_maps import Slot, check_keys, slots
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
 from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE, TextTokenizer
-from mindalle_jax.weights import FORMAT_VERSION, MANIFEST, check_tensors, read_manifest, read_weights, write_weights
+from mindalle_jax.weights import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Stage,
+    check_tensors,
+    count_parameters,
+    leaf_shapes,
+    read_manifest,
+    read_weights,
+    write_weights,
+)
 
 TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE)
 STAGE_FILES: dict[Stage, str] = {"stage1": "stage1_last.ckpt", "stage2": "stage2_last.ckpt"}

@@ -28,6 +28,7 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 
 from mindalle_jax.errors import CheckpointError, MindalleError, OutputError
+from mindalle_jax.files import SYNC_BYTES, to_disk
 from mindalle_jax.interop.torch_pickle import (
     MAX_KEY_LENGTH,
     MAX_PICKLE_BYTES,
@@ -398,14 +399,18 @@ def write_torch_archive(
     if len({name for name, _, _ in specs}) != len(specs):
         raise CheckpointError(f"{path}: two tensors have the same name")
     try:
-        with open(path, "xb") as file, zipfile.ZipFile(file, "w") as archive:
-            _add_member(archive, file, "data.pkl", _encode_pickle(specs))
-            _add_member(archive, file, "byteorder", b"little")
-            for key, (name, dtype, shape) in enumerate(specs):
-                where = f"{path}: {name}"
-                # No variable holds the tensor, or it would stay while read() makes the next one.
-                _add_member(archive, file, f"data/{key}", _checked_bytes(read(name), where, dtype, shape))
-            _add_member(archive, file, "version", b"3\n")
+        with open(path, "xb") as file:
+            with zipfile.ZipFile(file, "w") as archive:
+                _add_member(archive, file, "data.pkl", _encode_pickle(specs))
+                _add_member(archive, file, "byteorder", b"little")
+                for key, (name, dtype, shape) in enumerate(specs):
+                    before, where = file.tell(), f"{path}: {name}"
+                    # No variable holds the tensor, or it would stay while read() makes the next one.
+                    _add_member(archive, file, f"data/{key}", _checked_bytes(read(name), where, dtype, shape))
+                    if before // SYNC_BYTES != file.tell() // SYNC_BYTES:
+                        to_disk(file)
+                _add_member(archive, file, "version", b"3\n")
+            to_disk(file)
     except OSError as error:
         if isinstance(error, MindalleError):  # from read()
             raise

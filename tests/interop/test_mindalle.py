@@ -26,10 +26,11 @@ from conftest import random_tensors
 from mindalle_jax.config import Config, dump_config, load_config
 from mindalle_jax.errors import CheckpointError, ConfigError, MindalleError, OutputError
 from mindalle_jax.interop import mindalle
-from mindalle_jax.interop.key_maps import leaf_shapes, slots
+from mindalle_jax.interop.key_maps import slots
 from mindalle_jax.interop.mindalle import STAGE_FILES, export_checkpoint, import_checkpoint
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
 from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE
+from mindalle_jax.weights import leaf_shapes
 
 
 @pytest.fixture(scope="session")
@@ -257,7 +258,7 @@ def test_the_tables_hold_the_keys_and_shapes_of_the_modules(tiny_config, oracle,
 
 def test_the_released_model_has_the_published_sizes():
     """1,291,081,728 and 76,073,859 parameters were counted on the original."""
-    from mindalle_jax.interop.key_maps import count_parameters
+    from mindalle_jax.weights import count_parameters
 
     assert (count_parameters(Config(), "stage1"), count_parameters(Config(), "stage2")) == (76_073_859, 1_291_081_728)
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mindalle_jax.config import Config, Stage2Config, Stage2Hparams
-from mindalle_jax.interop.key_maps import count_parameters
 from mindalle_jax.models.attention import DECODE_ATTENTION
 from mindalle_jax.models.transformer import Transformer, unstack_blocks
+from mindalle_jax.weights import count_parameters
 
 KINDS = ("text", "class", "free")
 
