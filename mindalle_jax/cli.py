@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", default="0", help="0 to 4294967295, or random")
     sample.add_argument("--dtype", choices=["bfloat16", "float32"], help="compute dtype (None: float32 on CPU)")
 
-    convert = verb("convert", _convert, "convert weights from PyTorch, or back to it, without PyTorch")
+    convert = verb("convert", run_convert, "convert weights from PyTorch, or back to it, without PyTorch")
     add_convert_arguments(convert)
     return parser
 
@@ -111,10 +111,6 @@ def run_convert(arguments: argparse.Namespace) -> None:
     print(import_checkpoint(source, arguments.target, config=arguments.config, overwrite=arguments.overwrite))
 
 
-def _convert(arguments: argparse.Namespace) -> None:
-    run_convert(arguments)
-
-
 def _sample(arguments: argparse.Namespace) -> None:
     prompts = list(arguments.prompts)
     if arguments.prompts_file:
@@ -143,7 +139,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     folder = find_model(arguments.model)
     config = load_config(folder / "config.yaml")
     # Whatever can be wrong is told before gigabytes are loaded.
-    Settings.make(config.stage2.vocab_size_img, **options)
+    options["seed"] = Settings.make(config.stage2.vocab_size_img, **options).seed  # one for all prompts
     if config.image_only and prompts:
         raise UsageError(f"{folder} draws without text; it takes --class-id at most, not a prompt")
     if not config.image_only and arguments.class_id is not None:

@@ -35,7 +35,7 @@ from mindalle_jax.sampling import (
     default_batch_size,
     sample_codes,
 )
-from mindalle_jax.tokenizer import TextTokenizer
+from mindalle_jax.tokenizer import TextTokenizer, TokenizedPrompts
 from mindalle_jax.weights import MANIFEST, load_params, read_manifest
 
 DType = Literal["bfloat16", "float32"]
@@ -241,11 +241,13 @@ class Dalle(_Model):
         Warns (UserWarning) of prompts that are cut or mostly unknown. Raises UsageError for what is not text, or over
         2,000 characters.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return self._tokenize([prompts] if isinstance(prompts, str) else list(prompts)).ids
+
+    def _tokenize(self, prompts: list[str]) -> TokenizedPrompts:
         tokenized = self.tokenizer(prompts)
         for line in tokenized.warnings(prompts):
-            warnings.warn(line, stacklevel=2)
-        return tokenized.ids
+            warnings.warn(line, stacklevel=3)
+        return tokenized
 
     def logits(self, text_ids: Any, codes: Any) -> tuple[jax.Array, jax.Array]:
         """The forward pass: text_ids int[B, N], codes int[B, T] -> image f32[B, T, V] and text f32[B, N-1, Vt] logits.
@@ -283,7 +285,7 @@ class Dalle(_Model):
         vocab_size = self.config.stage2.vocab_size_img
         settings = Settings.make(vocab_size, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
         prompts = _check_prompts(prompt, allow_empty)
-        codes, _ = self._draw(self.tokenize(prompts), prompts, num_candidates, settings, batch_size, progress)
+        codes, _ = self._draw(self._tokenize(prompts).ids, prompts, num_candidates, settings, batch_size, progress)
         return codes[0] if isinstance(prompt, str) else codes
 
     def generate(
@@ -303,9 +305,10 @@ class Dalle(_Model):
         vocab_size = self.config.stage2.vocab_size_img
         settings = Settings.make(vocab_size, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
         prompts = _check_prompts(prompt, allow_empty)
-        ids = self.tokenize(prompts)
-        codes, batch_size = self._draw(ids, prompts, num_candidates, settings, batch_size, progress)
+        tokenized = self._tokenize(prompts)
+        codes, batch_size = self._draw(tokenized.ids, prompts, num_candidates, settings, batch_size, progress)
         generation = self._generation(codes, prompts, settings, batch_size, progress)
+        generation.meta["num_tokens"] = tokenized.num_tokens  # of which the first N count
         return _first(generation) if isinstance(prompt, str) else generation
 
     def sampling(

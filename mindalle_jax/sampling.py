@@ -139,7 +139,7 @@ def kth_largest(x: jax.Array, k: jax.Array) -> jax.Array:
         at_least = jnp.sum(ordered >= trial, axis=-1, keepdims=True, dtype=jnp.int32)
         return jnp.where(at_least >= k, trial, found)
 
-    found = jax.lax.fori_loop(0, 32, refine, jnp.zeros((x.shape[0], 1), jnp.uint32), unroll=True)
+    found = jax.lax.fori_loop(0, 32, refine, jnp.zeros((x.shape[0], 1), jnp.uint32))
     return jax.lax.bitcast_convert_type(jnp.where(found >= sign, found ^ sign, ~found), jnp.float32)
 
 
