@@ -276,7 +276,7 @@ def test_progress_bars_go_to_stderr(tiny_dalle, capsys):
 # ---------------------------------------- saving
 
 
-def test_save_writes_pictures_grid_and_meta(generation, tmp_path):
+def test_save_writes_pictures_grid_and_meta(tiny_dalle, generation, tmp_path):
     folder = tmp_path / "new" / "out"
     paths = generation.save(folder)
     assert [path.name for path in paths] == [f"seed5_candidate00{i}.png" for i in range(3)]
@@ -284,7 +284,7 @@ def test_save_writes_pictures_grid_and_meta(generation, tmp_path):
     for path, image in zip(paths, generation.images, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(path)), image)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    assert meta["prompts"] == ["the cat"]
+    assert meta["prompts"] == ["the cat"] and meta["num_tokens"] == tiny_dalle.tokenizer(["the cat"]).num_tokens
     assert [entry["file"] for entry in meta["pictures"]] == [path.name for path in paths]
     assert [entry["codes"] for entry in meta["pictures"]] == generation.codes.tolist()
     assert [entry["candidate"] for entry in meta["pictures"]] == [0, 1, 2]
