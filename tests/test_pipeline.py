@@ -525,10 +525,11 @@ def test_an_original_folder_is_converted_once(tiny_folder, tiny_dalle, tmp_path,
     assert len(conversions("downloaded")) == 2
 
 
-def test_a_converted_folder_is_taken_as_it_is(tiny_model_folder, conversions):
+def test_a_converted_folder_is_taken_as_it_is(tiny_model_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINDALLE_CACHE", str(tmp_path))
     assert Dalle.from_pretrained(tiny_model_folder).folder == tiny_model_folder
     assert Dalle.from_pretrained(str(tiny_model_folder)).folder == tiny_model_folder
-    assert conversions(tiny_model_folder.name) == {}
+    assert not (tmp_path / "converted").exists()
 
 
 def test_a_failed_conversion_leaves_nothing_in_the_cache(tiny_folder, tmp_path, cache_folder):
