@@ -2,7 +2,8 @@
 
 __version__ = "0.1.0"
 
-from mindalle_jax.generation import Generation
+from mindalle_jax.generation import Generation, Progress
 from mindalle_jax.pipeline import Dalle, ImageGPT
+from mindalle_jax.rerank import ClipRanker
 
-__all__ = ["Dalle", "Generation", "ImageGPT", "__version__"]
+__all__ = ["ClipRanker", "Dalle", "Generation", "ImageGPT", "Progress", "__version__"]

@@ -37,40 +37,92 @@ def run_reporting(command: str, run: Callable[[], None]) -> int:
             return 130
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that there are: not None, where the help says what that means, nor that a switch is off."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mindalle", description="minDALL-E in JAX: text to image.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, run: Callable[[Any], None], text: str) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(
-            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        sub = verbs.add_parser(name, help=text, description=text, formatter_class=HelpFormatter)
         sub.set_defaults(run=run)
         return sub
 
     sample = verb("sample", _sample, "draw pictures of prompts and write them to a folder")
-    sample.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw; each prompt gets its own pictures")
-    sample.add_argument("--prompts-file", type=Path, metavar="FILE", help="more prompts, one a line, UTF-8")
-    sample.add_argument(
-        "--model", required=True, help="a converted folder, a folder in the original's format, or minDALL-E/1.3B"
+    what = sample.add_argument_group("what to draw")
+    what.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw; each prompt gets its own pictures")
+    what.add_argument("--prompts-file", type=Path, metavar="FILE", help="more prompts, one a line, UTF-8")
+    what.add_argument("--class-id", type=int, metavar="C", help="class, for a class-conditional image-only model")
+    what.add_argument("--num-candidates", type=int, default=16, metavar="N", help="pictures a prompt")
+    what.add_argument("--seed", default="0", help="0 to 4294967295, or random")
+    what.add_argument("--image", type=Path, metavar="FILE", help="complete this picture below its --keep-rows")
+    what.add_argument(
+        "--vary",
+        type=Path,
+        metavar="FILE",
+        help="as --image, for a picture that this command wrote, from its exact codes",
     )
-    sample.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the pictures go; a new folder")
-    sample.add_argument("--overwrite", action="store_true", help="replace files of the same names in --out")
-    sample.add_argument("--class-id", type=int, help="class to draw, for a class-conditional image-only model")
-    sample.add_argument("--num-candidates", type=int, default=16, metavar="N", help="pictures a prompt")
-    sample.add_argument("--batch-size", type=int, metavar="B", help="candidates drawn at once (None: by the device)")
-    sample.add_argument(
+    what.add_argument(
+        "--keep-rows", type=int, metavar="K", help="rows of codes to keep from the top of --image or --vary"
+    )
+
+    how = sample.add_argument_group("how to draw")
+    how.add_argument(
+        "--model",
+        required=True,
+        help="a converted folder, a folder in the original's format, minDALL-E/1.3B, or OWNER/NAME on the Hugging Face "
+        "hub (its cache alone with HF_HUB_OFFLINE=1 in the environment)",
+    )
+    how.add_argument("--revision", metavar="REV", help="branch, tag or commit of a --model on the hub")
+    how.add_argument(
         "--top-k",
         type=_or_off(int),
         default=argparse.SUPPRESS,
+        metavar="K",
         help="draw among the K most likely codes, or off (default: 256, or all codes where there are fewer)",
     )
-    sample.add_argument(
-        "--top-p", type=_or_off(float), default="off", help="draw among the codes that make up P, or off"
+    how.add_argument(
+        "--top-p", type=_or_off(float), default="off", metavar="P", help="draw among the codes that make up P, or off"
     )
-    sample.add_argument("--temperature", type=float, default=1.0, help="under 1 is more careful; 0 is greedy")
-    sample.add_argument("--seed", default="0", help="0 to 4294967295, or random")
-    sample.add_argument("--dtype", choices=["bfloat16", "float32"], help="compute dtype (None: float32 on CPU)")
+    how.add_argument("--temperature", type=float, default=1.0, metavar="T", help="under 1 is more careful; 0 is greedy")
+    how.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="over 1 follows the prompt more closely; for models fine-tuned with caption dropout; 1 is off",
+    )
+    how.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="B",
+        help="candidates drawn at once; fewer take less memory (default: by the device)",
+    )
+    how.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], help="compute dtype (default: float32 on CPU, bfloat16 elsewhere)"
+    )
+
+    output = sample.add_argument_group("what to write")
+    output.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the pictures go; a new folder")
+    output.add_argument("--overwrite", action="store_true", help="replace files of the same names in --out")
+    output.add_argument(
+        "--ranker",
+        default="off",
+        help="what orders the pictures: a CLIP model (a Hugging Face folder, or a hub id such as "
+        "openai/clip-vit-base-patch32), likelihood (the transformer's own), or off",
+    )
+    output.add_argument("--best", type=int, metavar="K", help="write at most the K best of each prompt (default: all)")
+    output.add_argument(
+        "--preview-every",
+        type=int,
+        metavar="N",
+        help="after every N codes rewrite preview.png in --out (default: never)",
+    )
 
     convert = verb("convert", run_convert, "convert weights from PyTorch, or back to it, without PyTorch")
     add_convert_arguments(convert)
@@ -82,11 +134,16 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="a folder in the original's format, a transfer or VQGAN .ckpt, or a name (minDALL-E/1.3B is downloaded); "
-        "with --to torch a converted folder",
+        help="a folder in the original's format, a transfer or VQGAN .ckpt, a converted folder, or a name "
+        "(minDALL-E/1.3B, or OWNER/NAME on the Hugging Face hub, is downloaded); with --to torch a converted folder",
     )
     parser.add_argument("target", metavar="DST", type=Path, help="the folder to make")
     parser.add_argument("--to", choices=["jax", "torch"], default="jax", help="the format to make")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        help="of the weights in DST (default: that of a converted SRC, else float32)",
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.yaml, where it is not beside the weights")
     parser.add_argument(
         "--download-from", metavar="URL", help="another source of the same archive: a URL or a local file"
@@ -97,10 +154,22 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
 def run_convert(arguments: argparse.Namespace) -> None:
     """What `mindalle convert` does."""
     from mindalle_jax.interop.download import RELEASES, fetch_release
-    from mindalle_jax.interop.mindalle import MODEL_MARKS, export_checkpoint, import_checkpoint
+    from mindalle_jax.interop.hub import fetch_repo, is_repo_id
+    from mindalle_jax.interop.mindalle import (
+        MODEL_FILES,
+        MODEL_MARKS,
+        copy_model,
+        export_checkpoint,
+        import_checkpoint,
+    )
+    from mindalle_jax.weights import MANIFEST
 
     check_output(arguments.target, arguments.overwrite, MODEL_MARKS)  # before gigabytes are downloaded
     source = arguments.source
+    if arguments.dtype and arguments.to == "torch":
+        raise UsageError("--dtype goes with --to jax; the original's format is float32")
+    if not (source in RELEASES or arguments.download_from or Path(source).exists()) and is_repo_id(source):
+        source = str(fetch_repo(source, MODEL_FILES))
     if arguments.to == "torch":
         print(export_checkpoint(source, arguments.target, overwrite=arguments.overwrite))
         return
@@ -108,7 +177,15 @@ def run_convert(arguments: argparse.Namespace) -> None:
         source = fetch_release(source, source=arguments.download_from)
     elif arguments.download_from:
         raise UsageError(f"--download-from goes with a name to download ({', '.join(RELEASES)}), not {source!r}")
-    print(import_checkpoint(source, arguments.target, config=arguments.config, overwrite=arguments.overwrite))
+    if (Path(source) / MANIFEST).is_file():
+        if arguments.config:
+            raise UsageError(f"--config goes with weights from PyTorch; {source} holds a config.yaml")
+        print(copy_model(source, arguments.target, dtype=arguments.dtype, overwrite=arguments.overwrite))
+        return
+    dtype = arguments.dtype or "float32"
+    print(
+        import_checkpoint(source, arguments.target, config=arguments.config, dtype=dtype, overwrite=arguments.overwrite)
+    )
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -123,8 +200,10 @@ def _sample(arguments: argparse.Namespace) -> None:
         raise OutputError(f"{out} exists and is not empty; name another place or pass --overwrite")
 
     from mindalle_jax.config import load_config
+    from mindalle_jax.drawing import check_batch_size, check_every
     from mindalle_jax.interop.mindalle import find_model
-    from mindalle_jax.pipeline import Dalle, ImageGPT, check_batch_size, class_prefix
+    from mindalle_jax.pictures import check_keep_rows
+    from mindalle_jax.pipeline import Dalle, ImageGPT, class_prefix
     from mindalle_jax.sampling import DEFAULT_TOP_K, Settings, check_num_candidates
     from mindalle_jax.tokenizer import TextTokenizer
 
@@ -133,12 +212,20 @@ def _sample(arguments: argparse.Namespace) -> None:
         "top_p": arguments.top_p,
         "temperature": arguments.temperature,
         "seed": _seed(arguments.seed),
+        "guidance_scale": arguments.guidance_scale,
     }
+    # Whatever can be wrong is told before gigabytes are loaded.
     check_num_candidates(arguments.num_candidates)
     check_batch_size(arguments.batch_size)
-    folder = find_model(arguments.model)
+    if arguments.best is not None and arguments.best < 1:
+        raise UsageError(f"--best must be at least 1, not {arguments.best}")
+    given = [name for name in ("image", "vary") if getattr(arguments, name) is not None]
+    if len(given) == 2:
+        raise UsageError("--image and --vary exclude each other")
+    if bool(given) != (arguments.keep_rows is not None):
+        raise UsageError("--keep-rows goes with --image or --vary, and they need it")
+    folder = find_model(arguments.model, revision=arguments.revision)
     config = load_config(folder / "config.yaml")
-    # Whatever can be wrong is told before gigabytes are loaded.
     options["seed"] = Settings.make(config.stage2.vocab_size_img, **options).seed  # one for all prompts
     if config.image_only and prompts:
         raise UsageError(f"{folder} draws without text; it takes --class-id at most, not a prompt")
@@ -146,34 +233,90 @@ def _sample(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{folder} draws from text; --class-id is for image-only models")
     if not config.image_only and not prompts:
         raise UsageError("no prompt was given; write one in quotes, or name a file with --prompts-file")
+    if config.image_only and arguments.ranker not in ("off", "likelihood"):
+        raise UsageError(f"{folder} draws without text; --ranker must be likelihood or off")
+    if config.image_only and arguments.guidance_scale != 1:
+        raise UsageError(f"{folder} draws without text; there is nothing for --guidance-scale to guide by")
+    check_every(arguments.preview_every, config.stage1)
     if config.image_only:
         class_prefix(config.stage2, None if arguments.class_id is None else [arguments.class_id], 1)
     elif (folder / "tokenizer").is_dir():  # not so in the folder of a VQGAN, which is refused below
         TextTokenizer(folder / "tokenizer", config.dataset.context_length, config.stage2.vocab_size_txt)(prompts)
+    picture = None
+    if arguments.keep_rows is not None:
+        check_keep_rows(arguments.keep_rows, config.stage1)
+        picture = _read_codes(arguments.vary) if arguments.vary else _read_picture(arguments.image, config.stage1)
     options |= {
         "num_candidates": arguments.num_candidates,
         "batch_size": arguments.batch_size,
+        "ranker": _ranker(arguments.ranker),
         "progress": True,
     }
     start = time.perf_counter()
-    if config.image_only:
-        model = ImageGPT.from_pretrained(folder, dtype=arguments.dtype)
-        _say_device(model, time.perf_counter() - start)
-        _finish(model.generate(arguments.class_id, **options), out, arguments.overwrite)
-        return
-    model = Dalle.from_pretrained(folder, dtype=arguments.dtype)
+    model: Any = (ImageGPT if config.image_only else Dalle).from_pretrained(folder, dtype=arguments.dtype)
     _say_device(model, time.perf_counter() - start)
-    if len(prompts) == 1:
-        _finish(model.generate(prompts[0], **options), out, arguments.overwrite)
-        return
-    for i, prompt in enumerate(prompts):
+    if picture is not None:
+        options["kept_codes"] = model.kept_codes(picture, arguments.keep_rows)
+    subjects: list[Any] = [arguments.class_id] if config.image_only else prompts
+    for i, subject in enumerate(subjects):
         # Written prompt by prompt: a long list needs no more memory than one, and an interruption loses one.
-        _finish(model.generate(prompt, **options), out / f"{i:03d}-{_slug(prompt)}", arguments.overwrite)
+        place = out if len(subjects) == 1 else out / f"{i:03d}-{_slug(subject)}"
+        preview = place / "preview.png"
+        for generation in model.stream(subject, every=arguments.preview_every, **options):
+            if generation.codes.min() < 0:
+                _write_preview(generation, preview)
+        preview.unlink(missing_ok=True)
+        paths = generation.save(place, best=arguments.best, overwrite=arguments.overwrite)
+        print(f"{len(paths)} pictures, {place / 'grid.png'} and {place / 'meta.json'}")
 
 
-def _finish(generation: Any, folder: Path, overwrite: bool) -> None:
-    paths = generation.save(folder, overwrite=overwrite)
-    print(f"{len(paths)} pictures, {folder / 'grid.png'} and {folder / 'meta.json'}")
+def _ranker(name: str) -> Any:
+    """What --ranker names, loaded."""
+    if name in ("off", "likelihood"):
+        return None if name == "off" else name
+    from mindalle_jax.rerank import ClipRanker
+
+    return ClipRanker.from_pretrained(name)
+
+
+def _read_picture(path: Path, config: Any) -> Any:
+    """The picture in a file, of the size of the model."""
+    from PIL import Image, ImageOps
+
+    from mindalle_jax.pictures import check_picture
+
+    try:
+        # Sizes far beyond any model's are refused by their header, before they fill memory.
+        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
+            if image.size == (config.hparams.resolution,) * 2:
+                image = ImageOps.exif_transpose(image)
+            return check_picture(image, config.hparams.resolution)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    except (OSError, Image.DecompressionBombError) as error:
+        raise UsageError(f"{path}: cannot be read as PNG, JPEG or WebP: {error}") from None
+
+
+def _read_codes(path: Path) -> Any:
+    """The codes of a picture that `mindalle sample` wrote, from the meta.json beside it."""
+    import json
+
+    meta = path.with_name("meta.json")
+    try:
+        pictures = json.loads(meta.read_text(encoding="utf-8"))["pictures"]
+        return next(entry["codes"] for entry in pictures if entry["file"] == path.name)
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        raise UsageError(
+            f"{path}: {meta} does not hold its codes; name a picture where mindalle sample wrote it, or use --image"
+        ) from None
+
+
+def _write_preview(generation: Any, path: Path) -> None:
+    """By one rename, so that a viewer never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    generation.grid().save(partial, format="PNG")
+    partial.replace(path)
 
 
 def _say_device(model: Any, load_s: float) -> None:

@@ -38,6 +38,17 @@ class OutputError(MindalleError, OSError):
 
 
 class NonFiniteError(MindalleError, ArithmeticError):
-    """The network produced NaN or infinite logits while sampling."""
+    """A network produced NaN or infinite numbers: logits while sampling, or features while ranking."""
 
     exit_code = 7
+
+
+class DeviceMemoryError(MindalleError, MemoryError):
+    """The weights, or the candidates drawn at once, do not fit into the memory of the device."""
+
+    exit_code = 8
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong in one line; other people's errors have many."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -34,6 +34,13 @@ def check_output(path: Path, overwrite: bool, marks: Collection[str] = ()) -> No
         )
 
 
+def check_apart(source: Path, target: Path) -> None:
+    """Raises OutputError if replacing `target` would delete `source`, or what links in it lead to."""
+    places = [source, *(path for path in source.glob("*") if path.is_symlink())]
+    if any(place.resolve().is_relative_to(target.resolve()) for place in places):
+        raise OutputError(f"{target} is, or holds, what is converted: {source}; name another place")
+
+
 def check_free_disk(path: Path, need_bytes: int, what: str, remedy: str = "name a place on another disk") -> None:
     """Raises OutputError, stating the need, if the disk that will hold `path` has less than `need_bytes` free."""
     folder = _nearest_existing(path)

@@ -1,15 +1,26 @@
-"""What `generate` returns: pictures with their codes and seeds, and how they are written to a folder."""
+"""What `generate` returns: pictures with their codes, scores and seeds, and how they are written to a folder."""
 
 import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mindalle_jax.errors import OutputError
+from mindalle_jax.errors import OutputError, UsageError
+
+
+class Progress(NamedTuple):
+    """How far drawing is: these candidates of this prompt have that many of their codes."""
+
+    prompt: int
+    """index into the prompts"""
+    candidates: range
+    codes: int
+    codes_total: int
+    """h * w"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +30,10 @@ class Generation:
     images: np.ndarray
     """uint8[(P,) n, H, W, 3]"""
     codes: np.ndarray
-    """int32[(P,) n, h * w]"""
+    """int32[(P,) n, h * w]; -1 where drawing has not come yet, or was stopped"""
+    scores: np.ndarray | None
+    """f32[(P,) n], higher is better: cosines of CLIP or log-likelihoods. NaN for a picture that is not complete. None
+    without a ranker"""
     seeds: np.ndarray
     """uint32[(P,) n]: candidate i of a seed is the same picture however many are drawn"""
     prompts: list[str]
@@ -27,54 +41,68 @@ class Generation:
     meta: dict[str, Any]
     """Settings, model, device and versions: everything needed to draw the same pictures again."""
 
-    def grid(self) -> Image.Image:
-        """A contact sheet: the pictures row by row, each with its candidate number; one block of rows a prompt."""
-        blocks = self.images if self.images.ndim == 5 else self.images[None]
-        _, n, height, width, _ = blocks.shape
+    @property
+    def order(self) -> np.ndarray:
+        """int64[(P,) n]: candidates from best to worst, equal ones by number; without scores 0, 1, 2, ..."""
+        if self.scores is None:
+            return np.broadcast_to(np.arange(self.seeds.shape[-1]), self.seeds.shape)
+        return np.argsort(-self.scores, axis=-1, stable=True)  # NaN comes last
+
+    def grid(self, best: int | None = None) -> Image.Image:
+        """A contact sheet, one block of rows a prompt: the pictures from best to worst, or at most `best` of them.
+
+        Under each stands its candidate number; with scores its rank, its score, and the number.
+        """
+        blocks = self._ranked(best)
+        n, height, width = len(blocks[0]), *self.images.shape[-3:-1]
         columns = min(n, max(4, math.ceil(math.sqrt(n * 1.5))))
         rows = math.ceil(n / columns)
+        pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+        captions = [[_caption(entry) for entry in block] for block in blocks]
         gap, label = 4, 14
-        cell_w, cell_h = width + gap, height + label + gap
+        widest = max(math.ceil(pen.textlength(text)) + 4 for block in captions for text in block)
+        cell_w, cell_h = max(width, widest) + gap, height + label + gap
         sheet = Image.new("RGB", (columns * cell_w + gap, len(blocks) * rows * cell_h + gap), "white")
         pen = ImageDraw.Draw(sheet)
+        pictures = self.images.reshape(len(blocks), -1, *self.images.shape[-3:])
         for p, block in enumerate(blocks):
-            for i, picture in enumerate(block):
+            for i, entry in enumerate(block):
                 x, y = gap + i % columns * cell_w, gap + (p * rows + i // columns) * cell_h
-                sheet.paste(Image.fromarray(picture), (x, y))
-                pen.text((x + 2, y + height + 1), str(i), fill="black")
+                sheet.paste(Image.fromarray(pictures[p, entry["candidate"]]), (x, y))
+                pen.text((x + 2, y + height + 1), captions[p][i], fill="black")
         return sheet
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> list[Path]:
-        """Writes one PNG a picture, grid.png and meta.json; returns the paths of the pictures.
+    def save(self, folder: str | Path, *, best: int | None = None, overwrite: bool = False) -> list[Path]:
+        """Writes one PNG a picture, grid.png and meta.json; returns the paths of the pictures, best first.
 
-        Names hold the seed and the candidate: seed0_candidate003.png, after prompt00_ for a list of prompts. A folder
-        that exists and is not empty is an OutputError; with overwrite, files of the same names in it are replaced.
+        Names hold seed and candidate: seed0_candidate003.png; with scores also rank and score, so that a file browser
+        shows the best first: rank000_score0.2713_seed0_candidate003.png. For a list of prompts prompt00_ comes first.
+        best: at most that many pictures of each prompt; None: all. Those that are not complete are not written.
+        A folder that exists and is not empty is an OutputError; with overwrite, files of the same names in it are
+        replaced.
         """
         folder = Path(folder)
+        blocks = self._ranked(best)
+        pictures = self.images.reshape(len(blocks), -1, *self.images.shape[-3:])
+        codes = self.codes.reshape(len(blocks), -1, self.codes.shape[-1])
         try:
             if not overwrite and folder.exists() and any(folder.iterdir()):
-                raise OutputError(f"{folder} exists and is not empty; name another place or pass --overwrite")
+                raise OutputError(
+                    f"{folder} exists and is not empty; name another place, or overwrite (overwrite=True, --overwrite)"
+                )
             folder.mkdir(parents=True, exist_ok=True)
             paths, entries = [], []
-            n = self.seeds.shape[-1]
-            pictures = self.images.reshape(-1, *self.images.shape[-3:])
-            codes = self.codes.reshape(len(pictures), -1)
-            for at, (picture, code, seed) in enumerate(zip(pictures, codes, self.seeds.reshape(-1), strict=True)):
-                p, candidate = divmod(at, n)
-                prefix = f"prompt{p:02d}_" if self.images.ndim == 5 else ""
-                path = folder / f"{prefix}seed{seed}_candidate{candidate:03d}.png"
-                Image.fromarray(picture).save(path)
-                paths.append(path)
-                entries.append(
-                    {
-                        "file": path.name,
-                        "prompt": self.prompts[p],
-                        "seed": int(seed),
-                        "candidate": candidate,
-                        "codes": code.tolist(),
-                    }
-                )
-            self.grid().save(folder / "grid.png")
+            for p, block in enumerate(blocks):
+                for entry in block:
+                    candidate = entry["candidate"]
+                    if codes[p, candidate].min() < 0:
+                        continue
+                    path = folder / self._file_name(p, entry)
+                    Image.fromarray(pictures[p, candidate]).save(path)
+                    paths.append(path)
+                    about = {"file": path.name, "prompt": self.prompts[p], **entry}
+                    entries.append(about | {"codes": codes[p, candidate].tolist()})
+            self.grid(best).save(folder / "grid.png")
             text = json.dumps({**self.meta, "prompts": self.prompts}, indent=1, ensure_ascii=False)
             lines = ",\n  ".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
             (folder / "meta.json").write_text(f'{text[:-2]},\n "pictures": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
@@ -83,3 +111,35 @@ class Generation:
                 raise
             raise OutputError(f"{folder}: cannot be written: {error.strerror or error}") from None
         return paths
+
+    def _ranked(self, best: int | None) -> list[list[dict[str, Any]]]:
+        """For each prompt what is said of its pictures, best first: seed, candidate, and rank and score if ranked."""
+        n = self.seeds.shape[-1]
+        if best is not None and (type(best) is not int or best < 1):
+            raise UsageError(f"best must be an integer of at least 1, not {best!r}")
+        blocks = []
+        for p, order in enumerate(self.order.reshape(-1, n)):
+            block = [{"seed": int(self.seeds.reshape(-1, n)[p, i]), "candidate": int(i)} for i in order[:best]]
+            if self.scores is not None:
+                for rank, entry in enumerate(block):
+                    score = float(self.scores.reshape(-1, n)[p, entry["candidate"]])
+                    entry |= {"rank": rank, "score": None if math.isnan(score) else score}
+            blocks.append(block)
+        return blocks
+
+    def _file_name(self, p: int, entry: dict[str, Any]) -> str:
+        name = f"seed{entry['seed']}_candidate{entry['candidate']:03d}.png"
+        if "rank" in entry:
+            name = f"rank{entry['rank']:03d}_score{_short(entry['score'])}_{name}"
+        return f"prompt{p:02d}_{name}" if self.images.ndim == 5 else name
+
+
+def _caption(entry: dict[str, Any]) -> str:
+    if entry.get("score") is None:
+        return f"{entry['candidate']}"
+    return f"{entry['rank'] + 1}: {_short(entry['score'])} ({entry['candidate']})"
+
+
+def _short(score: float) -> str:
+    """Cosines with four decimals, log-likelihoods of hundreds with one."""
+    return f"{score:.4f}" if abs(score) < 10 else f"{score:.1f}"

@@ -1,230 +1,25 @@
-"""Dalle and ImageGPT: the objects that hold weights. Text -> codes -> pixels.
+"""Dalle and ImageGPT: text, or a class, -> codes -> pixels -> ranked pictures. Pictures are channels last."""
 
-Pictures are channels last; a model knows one picture size. Weights load straight into the layout of sampling, layer by
-layer, so a model needs its own size in memory and no more.
-"""
-
-import hashlib
-import os
-import platform
 import warnings
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from tqdm import tqdm
+from jax.sharding import Mesh
 
-import mindalle_jax
-from mindalle_jax.config import Stage2Config, load_config
+from mindalle_jax.config import Stage2Config
+from mindalle_jax.devices import DType
+from mindalle_jax.drawing import Callback, Job, Model, Ranker
 from mindalle_jax.errors import CheckpointError, UsageError
 from mindalle_jax.generation import Generation
-from mindalle_jax.interop.download import cache_dir
-from mindalle_jax.interop.mindalle import find_model
-from mindalle_jax.models.transformer import Transformer
-from mindalle_jax.models.vqgan import VQGAN
-from mindalle_jax.sampling import (
-    DEFAULT_TOP_K,
-    Settings,
-    check_num_candidates,
-    default_batch_size,
-    sample_codes,
-)
+from mindalle_jax.pictures import check_ids
+from mindalle_jax.sampling import DEFAULT_TOP_K
 from mindalle_jax.tokenizer import TextTokenizer, TokenizedPrompts
-from mindalle_jax.weights import MANIFEST, load_params, read_manifest
-
-DType = Literal["bfloat16", "float32"]
 
 
-class _Model:
-    """What Dalle and ImageGPT share: weights, pictures <-> codes, and drawing codes after a prefix."""
-
-    def __init__(self, folder: Path, dtype: DType | None, mesh: Mesh | None):
-        self.folder = folder
-        self.config = load_config(folder / "config.yaml")
-        if "stage2" not in read_manifest(folder)["tensors"]:
-            raise CheckpointError(f"{folder}: holds a VQGAN only, nothing that draws codes")
-        if mesh is not None and mesh.axis_names != ("data",):
-            raise UsageError(f"mesh must have the one axis 'data', not {mesh.axis_names}")
-        # Mesh and not make_mesh, whose axes are of the explicit kind by default.
-        self.mesh = Mesh(np.array(jax.devices()[:1]) if mesh is None else mesh.devices, ("data",))
-        self.backend = self.mesh.devices.flat[0].platform
-        # XLA on CPU has fast float32 matrix products only.
-        self.dtype: DType = dtype or ("float32" if self.backend == "cpu" else "bfloat16")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UsageError(f"dtype must be 'bfloat16', 'float32' or None, not {dtype!r}")
-        _use_compilation_cache()
-        compute = jnp.dtype(self.dtype)
-        self._transformer = Transformer(self.config.stage2, stacked=False, dtype=compute)
-        self._encoder, self._decoder = VQGAN(self.config.stage1), VQGAN(self.config.stage1, dtype=compute)
-        self._digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-        # Stage 1 is small, and codes are computed in float32 whatever the dtype.
-        self._stage1 = load_params(folder, "stage1", self.config, jnp.dtype("float32"), self.mesh)
-        self._stage2 = load_params(folder, "stage2", self.config, compute, self.mesh)
-
-    @classmethod
-    def from_pretrained(
-        cls, path_or_name: str | os.PathLike[str], *, dtype: DType | None = None, mesh: Mesh | None = None
-    ) -> Self:
-        """Loads a model.
-
-        path_or_name: a converted folder; a folder in the original's PyTorch format (converted into the cache first); or
-        "minDALL-E/1.3B" (downloaded and converted into the cache, about 5 GB each).
-        dtype: compute dtype; None is float32 on CPU and bfloat16 elsewhere.
-        mesh: a jax Mesh with the one axis "data": candidates are spread over its devices. None: the first device.
-
-        Raises CheckpointError, ConfigError, DownloadError or OutputError with the file and the reason.
-        """
-        return cls(find_model(path_or_name), dtype, mesh)
-
-    @property
-    def image_size(self) -> int:
-        """Height and width of the pictures, in pixels."""
-        return self.config.stage1.hparams.resolution
-
-    def decode_codes(self, codes: Any) -> np.ndarray:
-        """Pictures f32[n, H, W, 3] in [0, 1] of codes int[n, h, w] or [n, h * w] in [0, V).
-
-        Raises UsageError for codes of another shape or out of range.
-        """
-        return np.concatenate([np.asarray(chunk) for chunk in self._decode_chunks(codes)])
-
-    def encode_images(self, images: Any) -> np.ndarray:
-        """Codes int32[n, h, w] of pictures uint8, or float in [0, 1], [n, H, W, 3] of the model's size.
-
-        Computed in float32. Raises UsageError for pictures of another shape, size or range.
-        """
-        images = np.asarray(images)
-        size = self.image_size
-        if images.ndim != 4 or images.shape[0] == 0 or images.shape[1:] != (size, size, 3):
-            raise UsageError(f"images must be [n, {size}, {size}, 3] for this model, not {list(images.shape)}")
-        if images.dtype == np.uint8:
-            images = images.astype(np.float32) / 255
-        elif not np.issubdtype(images.dtype, np.floating):
-            raise UsageError(f"images must be uint8 or floating point, not {images.dtype}")
-        elif not (images.min() >= 0 and images.max() <= 1):
-            raise UsageError(f"floating point images must lie in [0, 1], not [{images.min():.3g}, {images.max():.3g}]")
-        with jax.default_matmul_precision("highest"):
-            chunks = [
-                _encode(self._encoder, self._stage1, chunk.astype(np.float32) * 2 - 1)
-                for chunk in np.split(images, range(1, len(images)))
-            ]
-        return np.concatenate([np.asarray(chunk) for chunk in chunks])
-
-    def _decode_chunks(self, codes: Any) -> list[jax.Array]:
-        """Pictures f32[m, H, W, 3] of codes as decode_codes takes them, chunk by chunk.
-
-        Chunks have one compiled size, so that pixels do not depend on how many are decoded.
-        """
-        codes = self._check_codes(codes)
-        rows = self.mesh.size * (1 if self.backend == "cpu" else 16)
-        spread = NamedSharding(self.mesh, P("data"))
-        chunks = []
-        with self._precision():
-            for first in range(0, len(codes), rows):
-                chunk = codes[first : first + rows]
-                padded = np.concatenate([chunk, np.repeat(chunk[:1], rows - len(chunk), axis=0)])
-                pictures = decode_pictures(self._decoder, self.mesh, self._stage1, jax.device_put(padded, spread))
-                chunks.append(pictures[: len(chunk)])
-        return chunks
-
-    def _draw(self, prefix_ids: np.ndarray, names: list[str], num_candidates: int, settings: Settings,
-              batch_size: int | None, progress: bool) -> tuple[np.ndarray, int]:  # fmt: skip
-        """Codes int32[P, n, h * w] of P prefixes int32[P, p], and the batch size used."""
-        num_candidates = check_num_candidates(num_candidates)
-        check_batch_size(batch_size)
-        if batch_size is None:
-            batch_size = default_batch_size(num_candidates, self.backend)
-        length = self.config.stage2.hparams.ctx_len_img
-        codes = []
-        for row, name in zip(prefix_ids, names, strict=True):
-            total = num_candidates * length
-            with (
-                tqdm(total=total, desc=name[:30] or "codes", unit="code", disable=not progress) as bar,
-                self._precision(),
-            ):
-                codes.append(
-                    sample_codes(
-                        self._transformer,
-                        self._stage2,
-                        row,
-                        num_candidates,
-                        settings,
-                        batch_size=batch_size,
-                        mesh=self.mesh,
-                        on_progress=bar.update,
-                    )
-                )
-        return np.stack(codes), batch_size
-
-    def _generation(self, codes: np.ndarray, prompts: list[str], settings: Settings, batch_size: int,
-                    progress: bool) -> Generation:  # fmt: skip
-        """Decodes codes [P, n, h * w] and says how they came about."""
-        count, n = codes.shape[:2]
-        flat = codes.reshape(count * n, -1)
-        images = np.empty((count * n, self.image_size, self.image_size, 3), np.uint8)
-        done = 0
-        with tqdm(total=len(flat), desc="pictures", unit="picture", disable=not progress) as bar:
-            for chunk in self._decode_chunks(flat):
-                # Truncated, not rounded, as the original does before it saves or ranks.
-                images[done : done + len(chunk)] = (np.asarray(chunk) * 255).astype(np.uint8)
-                done += len(chunk)
-                bar.update(len(chunk))
-        device = self.mesh.devices.flat[0]
-        meta = {
-            "seed": settings.seed,
-            "num_candidates": n,
-            "temperature": settings.temperature,
-            "top_k": settings.top_k,
-            "top_p": settings.top_p,
-            "dtype": self.dtype,
-            "batch_size": batch_size,
-            "noise": "threefry2x32, partitionable, fold_in(fold_in(key(seed), candidate), position)",
-            "model": str(self.folder),
-            "model_sha256": self._digest,
-            "device": f"{device.platform}: {device.device_kind}",
-            "devices": self.mesh.size,
-            "versions": {
-                "mindalle-jax": mindalle_jax.__version__,
-                "jax": jax.__version__,
-                "python": platform.python_version(),
-            },
-        }
-        seeds = np.full((count, n), settings.seed, np.uint32)
-        return Generation(images.reshape(count, n, *images.shape[1:]), codes, seeds, prompts, meta)
-
-    def _check_codes(self, codes: Any) -> np.ndarray:
-        """Codes int32[n, h, w] from [n, h, w] or [n, h * w]."""
-        codes, side, vocab_size = np.asarray(codes), self.config.stage1.code_size, self.config.stage1.n_embed
-        if codes.ndim not in (2, 3) or len(codes) == 0 or codes.shape[1:] not in ((side, side), (side * side,)):
-            raise UsageError(f"codes must be [n, {side}, {side}] or [n, {side * side}], not {list(codes.shape)}")
-        _check_ids(codes, vocab_size, "codes")
-        return codes.reshape(-1, side, side).astype(np.int32)
-
-    def _check_sequence(self, codes: Any) -> np.ndarray:
-        codes, length = np.asarray(codes), self.config.stage2.hparams.ctx_len_img
-        if codes.ndim != 2 or not 1 <= codes.shape[1] <= length:
-            raise UsageError(f"codes must be [B, T] with 1 <= T <= {length}, not {list(codes.shape)}")
-        _check_ids(codes, self.config.stage2.vocab_size_img, "codes")
-        return codes.astype(np.int32)
-
-    def _forward(self, prefix_ids: np.ndarray, codes: np.ndarray) -> tuple[jax.Array, jax.Array | None]:
-        if len(prefix_ids) != len(codes):
-            raise UsageError(f"{len(prefix_ids)} prefixes do not go with {len(codes)} rows of codes")
-        with self._precision():
-            return _forward(self._transformer, self._stage2, prefix_ids, codes)
-
-    def _precision(self) -> Any:
-        """float32 means float32: GPUs and TPUs would otherwise multiply in fewer bits."""
-        return jax.default_matmul_precision("highest" if self.dtype == "float32" else "default")
-
-
-class Dalle(_Model):
+class Dalle(Model):
     """Text to image."""
 
     def __init__(self, folder: Path, dtype: DType | None, mesh: Mesh | None):
@@ -257,36 +52,18 @@ class Dalle(_Model):
         text_ids, length = np.asarray(text_ids), self.config.stage2.hparams.ctx_len_txt
         if text_ids.ndim != 2 or text_ids.shape[1] != length:
             raise UsageError(f"text_ids must be [B, {length}], not {list(text_ids.shape)}")
-        _check_ids(text_ids, self.config.stage2.vocab_size_txt, "text_ids")
+        check_ids(text_ids, self.config.stage2.vocab_size_txt, "text_ids")
         image_logits, text_logits = self._forward(text_ids.astype(np.int32), self._check_sequence(codes))
         assert text_logits is not None
         return image_logits, text_logits
 
-    def generate_codes(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        num_candidates: int = 96,
-        top_k: int | None = DEFAULT_TOP_K,
-        top_p: float | None = None,
-        temperature: float = 1.0,
-        seed: int | None = 0,
-        batch_size: int | None = None,
-        allow_empty: bool = False,
-        progress: bool = False,
-    ) -> np.ndarray:
-        """Draws codes: int32[n, h * w], or [P, n, h * w] for a list of prompts.
-
-        top_k, top_p, temperature, seed: see sampling.Settings. batch_size: candidates per device per compiled call;
-        pictures of one seed are bit-identical at one batch_size, whatever else is drawn. allow_empty: take a blank
-        prompt, which is otherwise an error. progress: show bars.
-        Raises UsageError for values out of range, NonFiniteError for broken weights.
-        """
-        vocab_size = self.config.stage2.vocab_size_img
-        settings = Settings.make(vocab_size, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
-        prompts = _check_prompts(prompt, allow_empty)
-        codes, _ = self._draw(self._tokenize(prompts).ids, prompts, num_candidates, settings, batch_size, progress)
-        return codes[0] if isinstance(prompt, str) else codes
+    def generate_codes(self, prompt: str | Sequence[str], **options: Any) -> np.ndarray:
+        """Codes int32[n, h * w] of a prompt, [P, n, h * w] of a list, not decoded; options and errors as generate."""
+        job = self._text_job(prompt, None, options)
+        codes, log_likelihood = self._blank(job)
+        for _ in self._draw(job, codes, log_likelihood):
+            pass
+        return codes[0] if job.single else codes
 
     def generate(
         self,
@@ -298,18 +75,74 @@ class Dalle(_Model):
         temperature: float = 1.0,
         seed: int | None = 0,
         batch_size: int | None = None,
+        guidance_scale: float = 1.0,
+        kept_codes: Any = None,
+        ranker: Ranker = None,
+        callback: Callback | None = None,
         allow_empty: bool = False,
         progress: bool = False,
     ) -> Generation:
-        """Pictures of a prompt, or of each of a list; arguments and errors as generate_codes."""
-        vocab_size = self.config.stage2.vocab_size_img
-        settings = Settings.make(vocab_size, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
-        prompts = _check_prompts(prompt, allow_empty)
-        tokenized = self._tokenize(prompts)
-        codes, batch_size = self._draw(tokenized.ids, prompts, num_candidates, settings, batch_size, progress)
-        generation = self._generation(codes, prompts, settings, batch_size, progress)
-        generation.meta["num_tokens"] = tokenized.num_tokens  # of which the first N count
-        return _first(generation) if isinstance(prompt, str) else generation
+        """Pictures of a prompt, or of each of a list.
+
+        top_k, top_p, temperature, seed: see sampling.Settings.
+        batch_size: candidates per device per compiled call; memory grows with it and not with num_candidates. Pictures
+        of one seed are bit-identical at one batch_size, whatever else is drawn. None: by the device.
+        guidance_scale: 1 is off. Over 1 follows the prompt more closely, but only a model that was fine-tuned with some
+        captions left out knows what "no prompt" looks like; takes twice the memory and nearly twice the time.
+        kept_codes: codes int[m] of whole rows that every picture begins with; complete and variations set it.
+        ranker: a ClipRanker, or "likelihood" (how probable the transformer finds the codes drawn: the sum of their
+        log-probabilities, free), or None. Scores are in the result, with the order from best to worst.
+        callback: called with a Progress after each row of codes; if it returns True, drawing stops and the result holds
+        what there is: codes not drawn are -1, and pictures show them as the mean of the codebook.
+        allow_empty: take a blank prompt, which is otherwise an error. progress: show bars.
+
+        Raises UsageError for values out of range, NonFiniteError for broken weights, DeviceMemoryError.
+        """
+        return _last(
+            self.stream(
+                prompt,
+                every=None,
+                num_candidates=num_candidates,
+                top_k=top_k,
+                top_p=top_p,
+                temperature=temperature,
+                seed=seed,
+                batch_size=batch_size,
+                guidance_scale=guidance_scale,
+                kept_codes=kept_codes,
+                ranker=ranker,
+                callback=callback,
+                allow_empty=allow_empty,
+                progress=progress,
+            )
+        )
+
+    def stream(self, prompt: str | Sequence[str], *, every: int | None = 32, **options: Any) -> Iterator[Generation]:
+        """Yields unfinished Generations while it draws, and in the end what generate returns, bit for bit.
+
+        every: codes between two of them, a multiple of a row; None yields the end alone. Codes not drawn yet are -1,
+        and pictures show them as the mean of the codebook. Unfinished ones have no scores.
+        options and errors: as generate; they are checked before anything is drawn.
+        """
+        return self._run(self._text_job(prompt, every, options))
+
+    def complete(self, prompt: str | Sequence[str], image: Any, *, keep_rows: int, **options: Any) -> Generation:
+        """Draws the rest of a picture of which the top is given.
+
+        image: RGB, of the model's size: a PIL image, or an array uint8 or float in [0, 1], [H, W, 3].
+        keep_rows: rows of codes to keep from the top, in [1, h - 1]; a row is H / h pixels high. The kept part shows as
+        the VQGAN reconstructs it. Codes are drawn row by row from the top, so what lies below the kept rows cannot be
+        seen: neither a hole in the middle nor the bottom of a picture can be kept.
+        options and errors: as generate.
+        """
+        return self.generate(prompt, kept_codes=self.kept_codes(image, keep_rows), **options)
+
+    def variations(self, prompt: str | Sequence[str], codes: Any, *, keep_rows: int, **options: Any) -> Generation:
+        """Draws other lower parts for a picture drawn before: codes int[h * w] or [h, w], as in Generation.codes.
+
+        Give another seed, else its own candidate comes out again. keep_rows, options, errors: as complete.
+        """
+        return self.generate(prompt, kept_codes=self.kept_codes(codes, keep_rows), **options)
 
     def sampling(
         self,
@@ -332,8 +165,20 @@ class Dalle(_Model):
             )
         )
 
+    def _text_job(self, prompt: str | Sequence[str], every: int | None, options: dict[str, Any]) -> Job:
+        options = _with_defaults(options)
+        prompts = _check_prompts(prompt, options["allow_empty"])
+        settings = self._settings(options)
+        tokenized = self._tokenize(prompts)
+        prefixes = tokenized.ids
+        if settings.guided:
+            blank = np.broadcast_to(self.tokenizer([""]).ids, prefixes.shape)
+            prefixes = np.stack([prefixes, blank], axis=1)
+        notes = {"num_tokens": tokenized.num_tokens}  # of which the first N count
+        return self._job(prompts, prefixes, settings, options, every, single=isinstance(prompt, str), notes=notes)
 
-class ImageGPT(_Model):
+
+class ImageGPT(Model):
     """Pictures without text: unconditional, or by class."""
 
     def __init__(self, folder: Path, dtype: DType | None, mesh: Mesh | None):
@@ -352,31 +197,30 @@ class ImageGPT(_Model):
         image_logits, _ = self._forward(class_prefix(self.config.stage2, labels, len(codes)), codes)
         return image_logits
 
-    def generate(
-        self,
-        class_id: int | None = None,
-        *,
-        num_candidates: int = 16,
-        top_k: int | None = DEFAULT_TOP_K,
-        top_p: float | None = None,
-        temperature: float = 1.0,
-        seed: int | None = 0,
-        batch_size: int | None = None,
-        progress: bool = False,
-    ) -> Generation:
-        """Pictures of a class in [0, num_classes), None for an unconditional model. Otherwise as Dalle.generate."""
-        vocab_size = self.config.stage2.vocab_size_img
-        settings = Settings.make(vocab_size, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
+    def generate(self, class_id: int | None = None, *, num_candidates: int = 16, **options: Any) -> Generation:
+        """Pictures of a class in [0, num_classes), None for an unconditional model.
+
+        options and errors as Dalle.generate; without a text there is nothing to guide by, and "likelihood" alone ranks.
+        """
+        return _last(self.stream(class_id, every=None, num_candidates=num_candidates, **options))
+
+    def stream(
+        self, class_id: int | None = None, *, every: int | None = 32, num_candidates: int = 16, **options: Any
+    ) -> Iterator[Generation]:
+        """As Dalle.stream; arguments as generate."""
+        options = _with_defaults(options | {"num_candidates": num_candidates})
+        if options["ranker"] not in (None, "likelihood"):
+            raise UsageError(f"without a text ranker must be None or 'likelihood', not {options['ranker']!r}")
+        settings = self._settings(options)
+        if settings.guided:
+            raise UsageError("guidance_scale is for text-to-image models: without a text there is nothing to guide by")
         name = "" if class_id is None else f"class {class_id}"
         prefix = class_prefix(self.config.stage2, None if class_id is None else [class_id], 1)
-        codes, batch_size = self._draw(prefix, [name], num_candidates, settings, batch_size, progress)
-        return _first(self._generation(codes, [name], settings, batch_size, progress))
+        return self._run(self._job([name], prefix, settings, options, every, single=True, notes={}))
 
-
-def check_batch_size(batch_size: int | None) -> None:
-    """Raises UsageError unless it is None or an integer of at least 1."""
-    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
-        raise UsageError(f"batch_size must be an integer of at least 1, not {batch_size!r}")
+    def complete(self, image: Any, *, keep_rows: int, class_id: int | None = None, **options: Any) -> Generation:
+        """Draws the rest of a picture of which the top is given; image and keep_rows as Dalle.complete."""
+        return self.generate(class_id, kept_codes=self.kept_codes(image, keep_rows), **options)
 
 
 def class_prefix(config: Stage2Config, labels: Any, rows: int) -> np.ndarray:
@@ -396,36 +240,8 @@ def class_prefix(config: Stage2Config, labels: Any, rows: int) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.ndim != 1:
         raise UsageError(f"labels must be [B], not {list(labels.shape)}")
-    _check_ids(labels, classes or 1, "classes")
+    check_ids(labels, classes or 1, "classes")
     return labels[:, None].astype(np.int32)
-
-
-@partial(jax.jit, static_argnames="model")
-def _forward(model: Transformer, params: dict[str, Any], prefix_ids: jax.Array, codes: jax.Array) -> Any:
-    return model.apply({"params": params}, prefix_ids, codes)
-
-
-@partial(jax.jit, static_argnames="model")
-def _encode(model: VQGAN, params: dict[str, Any], images: jax.Array) -> Any:
-    return model.apply({"params": params}, images, method="encode")
-
-
-@partial(jax.jit, static_argnames=("model", "mesh"))
-def decode_pictures(model: VQGAN, mesh: Mesh, params: dict[str, Any], codes: jax.Array) -> jax.Array:
-    """f32[n, H, W, 3] in [0, 1] of codes int32[n, h, w], each device its share."""
-
-    def decode(params: Any, codes: jax.Array) -> jax.Array:
-        pictures: Any = model.apply({"params": params}, codes, method="decode")
-        return jnp.clip(pictures * 0.5 + 0.5, 0, 1)
-
-    spread = jax.shard_map(decode, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False)
-    return spread(params, codes)
-
-
-def _use_compilation_cache() -> None:
-    """Compiled programs are kept on disk, unless JAX was told where to keep them, or not to."""
-    if jax.config.values["jax_compilation_cache_dir"] is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
 
 
 def _check_prompts(prompt: str | Sequence[str], allow_empty: bool) -> list[str]:
@@ -438,15 +254,17 @@ def _check_prompts(prompt: str | Sequence[str], allow_empty: bool) -> list[str]:
     return prompts
 
 
-def _check_ids(ids: np.ndarray, limit: int, what: str) -> None:
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise UsageError(f"{what} must be integers, not {ids.dtype}")
-    if ids.size and (ids.min() < 0 or ids.max() >= limit):
-        raise UsageError(f"{what} must lie in [0, {limit}), not [{ids.min()}, {ids.max()}]")
+# The signature of generate is the one place of the defaults.
+_DEFAULTS: Any = Dalle.generate.__kwdefaults__
 
 
-def _first(generation: Generation) -> Generation:
-    """Without the axis of prompts."""
-    return Generation(
-        generation.images[0], generation.codes[0], generation.seeds[0], generation.prompts, generation.meta
-    )
+def _with_defaults(options: dict[str, Any]) -> dict[str, Any]:
+    """All options of generate."""
+    if unknown := options.keys() - _DEFAULTS.keys():
+        raise TypeError(f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(_DEFAULTS)}")
+    return _DEFAULTS | options
+
+
+def _last(generations: Iterator[Generation]) -> Generation:
+    *_, last = generations
+    return last

@@ -4,14 +4,19 @@ A picture is a function of (seed, candidate index, prompt, settings) and the com
 candidate i at position t has the key fold_in(fold_in(key(seed), i), t); candidates run in chunks of one compiled size,
 the last one padded, because logits change in their last bits with the shape that is compiled.
 
-Dimensions: b candidates of one compiled call on one device, v vocabulary, t image positions, p prefix length.
+With classifier-free guidance every candidate has two rows, one after its prompt and one after a blank one, and arrays
+of the loop a leading axis of 2 for them.
+
+Dimensions: b candidates of one compiled call on one device, v vocabulary, t image positions, p prefix length, m codes
+that are given and not drawn.
 """
 
+import contextlib
 import dataclasses
 import math
 import numbers
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mindalle_jax.devices import matmul_precision
 from mindalle_jax.errors import NonFiniteError, UsageError
 from mindalle_jax.models.attention import KV
 from mindalle_jax.models.transformer import Transformer
@@ -48,9 +54,20 @@ class Settings:
     """in [1, v]; the draw is among the k most likely codes, and those that tie with the last of them. None: off"""
     top_p: float | None
     """in (0, 1]; the draw is among the most likely codes that together just reach p. None: off"""
+    guidance_scale: float
+    """finite and >= 0; 1: off. Logits are u + scale (c - u), c those after the prompt, u those after a blank one"""
 
     @classmethod
-    def make(cls, vocab_size: int, *, seed: int | None, temperature: float, top_k: int | None, top_p: float | None):
+    def make(
+        cls,
+        vocab_size: int,
+        *,
+        seed: int | None,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        guidance_scale: float = 1.0,
+    ) -> "Settings":
         """Checked settings; seed None draws one. Raises UsageError naming the value and the limits."""
         if seed is None:
             seed = secrets.randbits(32)
@@ -66,12 +83,20 @@ class Settings:
             )
         if top_p is not None and (not _is(top_p, numbers.Real) or not 0 < top_p <= 1):
             raise UsageError(f"top_p must be a number in (0, 1], or off (None); not {top_p!r}")
+        if not _is(guidance_scale, numbers.Real) or not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+            raise UsageError(f"guidance_scale must be a finite number >= 0, 1 for off; not {guidance_scale!r}")
         return cls(
             int(seed),
             float(temperature),
             None if top_k is None else int(top_k),
             None if top_p is None else float(top_p),
+            float(guidance_scale),
         )
+
+    @property
+    def guided(self) -> bool:
+        """Whether candidates have two rows each."""
+        return self.guidance_scale != 1
 
     def traced(self, vocab_size: int) -> "TracedSettings":
         """The same as arrays, so that no change of a value compiles anything."""
@@ -80,6 +105,7 @@ class Settings:
             np.float32(self.temperature),
             np.int32(vocab_size if self.top_k is None else self.top_k),
             np.float32(1.0 if self.top_p is None else self.top_p),
+            np.float32(self.guidance_scale),
         )
 
 
@@ -90,6 +116,7 @@ class TracedSettings(NamedTuple):
     temperature: Any
     top_k: Any
     top_p: Any
+    guidance_scale: Any
 
 
 def check_num_candidates(num_candidates: int) -> int:
@@ -111,9 +138,9 @@ def default_batch_size(num_candidates: int, backend: str) -> int:
     return power if power <= 32 else min(128, 32 * math.ceil(num_candidates / 32))
 
 
-def segment_steps(length: int) -> int:
-    """Positions drawn by one call of the compiled loop: an eighth of a picture, or the largest part that divides it."""
-    return length // math.gcd(length, 8)
+def row_length(length: int) -> int:
+    """Codes in a row of a square picture of `length` codes: what one call of the compiled loop draws."""
+    return math.isqrt(length)
 
 
 def filter_logits(logits: jax.Array, settings: TracedSettings) -> jax.Array:
@@ -169,17 +196,43 @@ def draw(logits: jax.Array, candidates: jax.Array, t: jax.Array, settings: Trace
     return jnp.argmax(filter_logits(logits, settings) + gumbel, axis=-1).astype(jnp.int32)
 
 
+class Prefix(NamedTuple):
+    """What all candidates of a prompt share. With guidance every array has the leading axis of 2."""
+
+    logits: jax.Array
+    """f32[v]: of the first code that is drawn"""
+    kv: list[KV]
+    """keys and values of the prompt, one a layer, [h, p, k] each"""
+    kept_kv: list[KV]
+    """those of the positions of the picture, [h, t, k] each, of which those of kept codes count; [h, 0, k] without"""
+
+
 class DecodeState(NamedTuple):
     """All that a chunk of candidates carries from one position to the next."""
 
     t: jax.Array
     """int32: the position to draw"""
     logits: jax.Array
-    """f32[b, v]: its logits"""
+    """f32[b, v]: its logits; [2, b, v] with guidance"""
     cache: list[KV]
-    """one a layer, [b, h, t, k] each"""
+    """one a layer, [b, h, t, k] each; [2, b, h, t, k] with guidance"""
     bad_position: jax.Array
     """int32[b]: the first position whose logits were not all finite, -1 if none"""
+    log_likelihood: jax.Array
+    """f32[b]: sum of log p(code | prompt, codes before it) over the codes drawn, before any filter, in nats"""
+
+
+class Drawn(NamedTuple):
+    """A row of codes of some candidates."""
+
+    first: int
+    """The candidates are first, first + 1, ..."""
+    start: int
+    """position of the first code"""
+    codes: np.ndarray
+    """int32[count, steps]"""
+    log_likelihood: np.ndarray
+    """f32[count]: of all codes drawn so far, see DecodeState"""
 
 
 def sample_codes(
@@ -191,84 +244,118 @@ def sample_codes(
     *,
     batch_size: int,
     mesh: Mesh,
-    on_progress: Callable[[int], object] = lambda codes: None,
-) -> np.ndarray:
-    """Draws candidates 0..num_candidates-1 of one prompt: int32[num_candidates, t].
+    kept: np.ndarray,
+) -> Iterator[Drawn]:
+    """Draws candidates 0..num_candidates-1 of one prompt, row by row and chunk by chunk.
 
     model: a Transformer with stacked=False, params its parameters, replicated over `mesh` (one axis, "data").
-    prefix_ids: int32[p]. batch_size: candidates per device per compiled call.
-    on_progress is called with the number of codes drawn since its last call, several times a chunk.
+    prefix_ids: int32[p]; with guidance [2, p], the prompt and what it is guided away from.
+    batch_size: candidates per device per compiled call.
+    kept: int32[m] codes that every picture begins with, m a multiple of the row length or 0; drawing starts after them.
     Raises NonFiniteError when the network gives NaN or infinite logits.
     """
     c = model.config
     length, vocab_size = c.hparams.ctx_len_img, c.vocab_size_img
     if prefix_ids.min() < 0 or prefix_ids.max() >= _prefix_vocab_size(model):
         raise UsageError(f"prefix ids must lie in [0, {_prefix_vocab_size(model)})")
+    start = len(kept)
+    # One compiled program for any number of kept codes: those still to be drawn are zeros, which nothing looks at.
+    given = np.zeros(length if start else 0, np.int32)
+    given[:start] = kept
     rows = batch_size * mesh.size
-    # A chunk is drawn by several calls of one program, so that progress can be seen.
-    steps = segment_steps(length)
     traced = settings.traced(vocab_size)
-    result = np.empty((num_candidates, length), np.int32)
-    with jax.threefry_partitionable(True):
-        logits, prefix = prefill(model, params, prefix_ids)
-        for first in range(0, num_candidates, rows):
-            count = min(rows, num_candidates - first)
-            # Padding repeats the chunk's first candidate; what it draws is thrown away.
-            candidates = np.where(np.arange(rows) < count, first + np.arange(rows), first).astype(np.int32)
-            candidates = jax.device_put(candidates, NamedSharding(mesh, P("data")))
-            state = start_state(model, mesh, batch_size, logits)
-            parts = _decode_chunk(model, mesh, params, prefix, candidates, traced, state)
-            for start, (codes, bad_position) in zip(range(0, length, steps), parts, strict=True):
-                _check_finite(bad_position[:count], first)
-                result[first : first + count, start : start + steps] = codes[:count]
-                on_progress(count * steps)
-    return result
+    with _numerics(model):
+        prefix = prefill(model, params, prefix_ids, given, np.int32(start))
+    for first in range(0, num_candidates, rows):
+        count = min(rows, num_candidates - first)
+        # Padding repeats the chunk's first candidate; what it draws is thrown away.
+        candidates = np.where(np.arange(rows) < count, first + np.arange(rows), first).astype(np.int32)
+        candidates = jax.device_put(candidates, NamedSharding(mesh, P("data")))
+        parts = _decode_chunk(model, mesh, params, prefix, candidates, traced, batch_size, start)
+        for at, (codes, bad_position, log_likelihood) in zip(
+            range(start, length, row_length(length)), parts, strict=True
+        ):
+            _check_finite(bad_position[:count], first)
+            yield Drawn(first, at, codes[:count], log_likelihood[:count])
 
 
 def _decode_chunk(
     model: Transformer,
     mesh: Mesh,
     params: dict[str, Any],
-    prefix: list[KV],
+    prefix: Prefix,
     candidates: jax.Array,
     settings: TracedSettings,
-    state: DecodeState,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (codes int32[b, steps], bad positions int32[b]) until the pictures are complete.
+    batch_size: int,
+    start: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields (codes int32[b, steps], bad positions int32[b], log-likelihoods f32[b]) until the pictures are complete.
 
     One call is in flight while the result of the one before it is fetched.
     """
     length = model.config.hparams.ctx_len_img
-    steps = segment_steps(length)
+    steps = row_length(length)
     waiting = None
-    for _ in range(length // steps):
-        state, codes = decode_segment(model, mesh, steps, params, prefix, candidates, settings, state)
+    with _numerics(model):
+        state = start_state(model, mesh, batch_size, prefix.logits, prefix.kept_kv, np.int32(start))
+    for _ in range(start, length, steps):
+        with _numerics(model):
+            state, codes = decode_segment(model, mesh, steps, params, prefix.kv, candidates, settings, state)
         if waiting is not None:
             yield jax.device_get(waiting)
-        waiting = codes, state.bad_position.copy()  # a copy: the next call takes the state's memory
+        # Copies: the next call takes the state's memory.
+        waiting = codes, state.bad_position.copy(), state.log_likelihood.copy()
     yield jax.device_get(waiting)
 
 
+@contextlib.contextmanager
+def _numerics(model: Transformer) -> Iterator[None]:
+    """Around compiled calls, and no further: a generator that held it open would change its caller's settings."""
+    with jax.threefry_partitionable(True), matmul_precision(model.dtype):
+        yield
+
+
 @partial(jax.jit, static_argnames="model")
-def prefill(model: Transformer, params: dict[str, Any], prefix_ids: jax.Array) -> tuple[jax.Array, list[KV]]:
-    """Logits of code 0, f32[v], and each layer's keys and values of the prefix; once a prompt."""
-    result: Any = model.apply({"params": params}, prefix_ids, method="prefill")
-    return result
+def prefill(
+    model: Transformer, params: dict[str, Any], prefix_ids: jax.Array, codes: jax.Array, t: jax.Array
+) -> Prefix:
+    """The network over prefix_ids int32[p] ([2, p] with guidance) and codes int32[m], of which the first t count.
+
+    Once a prompt. Without kept codes m and t are 0.
+    """
+
+    def network(prefix_ids: jax.Array) -> Any:
+        return model.apply({"params": params}, prefix_ids, codes, t, method="prefill")
+
+    return Prefix(*(jax.vmap(network) if prefix_ids.ndim == 2 else network)(prefix_ids))
 
 
 @partial(jax.jit, static_argnames=("model", "mesh", "batch_size"))
-def start_state(model: Transformer, mesh: Mesh, batch_size: int, logits: jax.Array) -> DecodeState:
-    """The state before position 0, the same for every candidate."""
+def start_state(
+    model: Transformer, mesh: Mesh, batch_size: int, logits: jax.Array, kept_kv: list[KV], t: jax.Array
+) -> DecodeState:
+    """The state before position t, the same for every candidate; logits and kept_kv as in Prefix."""
+    lead = logits.shape[:-1]  # () or (2,)
 
-    def start(logits: jax.Array) -> DecodeState:
+    def start(logits: jax.Array, kept_kv: list[KV], t: jax.Array) -> DecodeState:
+        def spread(x: jax.Array) -> jax.Array:  # [..., x] -> [..., b, x]
+            x = jnp.expand_dims(x, len(lead))
+            return jnp.broadcast_to(x, (*lead, batch_size, *x.shape[len(lead) + 1 :]))
+
+        if kept_kv[0].k.shape[-2]:
+            cache = jax.tree.map(spread, kept_kv)
+        else:
+            cache = jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape), x.dtype), model.new_cache(batch_size))
         return DecodeState(
-            t=jnp.int32(0),
-            logits=jnp.broadcast_to(logits, (batch_size, *logits.shape)),
-            cache=model.new_cache(batch_size),
+            t=t,
+            logits=spread(logits),
+            cache=cache,
             bad_position=jnp.full(batch_size, -1, jnp.int32),
+            log_likelihood=jnp.zeros(batch_size, jnp.float32),
         )
 
-    return jax.shard_map(start, mesh=mesh, in_specs=P(), out_specs=_STATE_SPECS, check_vma=False)(logits)
+    specs = _state_specs(guided=bool(lead))
+    return jax.shard_map(start, mesh=mesh, in_specs=P(), out_specs=specs, check_vma=False)(logits, kept_kv, t)
 
 
 @partial(jax.jit, static_argnames=("model", "mesh", "steps"), donate_argnames="state")
@@ -282,31 +369,47 @@ def decode_segment(
     settings: TracedSettings,
     state: DecodeState,
 ) -> tuple[DecodeState, jax.Array]:
-    """Draws the next `steps` codes of every candidate: the new state and int32[b, steps]. Each device has its own b."""
+    """Draws the next `steps` codes of every candidate: the new state and int32[b, steps]. Each device has its own b.
+
+    Guidance: Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, on logits.
+    """
+    guided = state.logits.ndim == 3
 
     def decode(params, prefix, candidates, settings, state):
         def step(state: DecodeState, _: None) -> tuple[DecodeState, jax.Array]:
-            finite = jnp.all(jnp.isfinite(state.logits), axis=-1)
+            finite = jnp.all(jnp.isfinite(state.logits), axis=(0, -1) if guided else -1)
             bad_position = jnp.where((state.bad_position < 0) & ~finite, state.t, state.bad_position)
-            codes = draw(state.logits, candidates, state.t, settings)
+            conditional = logits = state.logits
+            if guided:
+                conditional, blank = state.logits
+                logits = blank + settings.guidance_scale * (conditional - blank)
+            codes = draw(logits, candidates, state.t, settings)
+            chosen = jnp.take_along_axis(conditional, codes[:, None], axis=-1)[:, 0]
+            log_likelihood = state.log_likelihood + chosen - jax.nn.logsumexp(conditional, axis=-1)
+
             # The last code of a picture is fed too, and its logits are not used: one pass of 256 for a simpler loop.
-            result: Any = model.apply({"params": params}, codes, state.t, prefix, state.cache, method="step")
-            logits, cache = result
-            return DecodeState(state.t + 1, logits, cache, bad_position), codes
+            def network(prefix: list[KV], cache: list[KV]) -> Any:
+                return model.apply({"params": params}, codes, state.t, prefix, cache, method="step")
+
+            logits, cache = (jax.vmap(network) if guided else network)(prefix, state.cache)
+            return DecodeState(state.t + 1, logits, cache, bad_position, log_likelihood), codes
 
         state, codes = jax.lax.scan(step, state, None, length=steps)
         return state, codes.T
 
+    specs = _state_specs(guided)
     return jax.shard_map(
         decode,
         mesh=mesh,
-        in_specs=(P(), P(), P("data"), P(), _STATE_SPECS),
-        out_specs=(_STATE_SPECS, P("data")),
+        in_specs=(P(), P(), P("data"), P(), specs),
+        out_specs=(specs, P("data")),
         check_vma=False,
     )(params, prefix, candidates, settings, state)
 
 
-_STATE_SPECS = DecodeState(t=P(), logits=P("data"), cache=P("data"), bad_position=P("data"))  # type: ignore[arg-type]
+def _state_specs(guided: bool) -> Any:
+    rows = P(None, "data") if guided else P("data")
+    return DecodeState(P(), rows, rows, P("data"), P("data"))  # type: ignore[arg-type]
 
 
 def _check_finite(bad_position: np.ndarray, first: int) -> None:

@@ -35,7 +35,7 @@ class TokenizedPrompts:
         lines = []
         context_length = self.ids.shape[1]
         for prompt, tokens, unknown in zip(prompts, self.num_tokens, self.num_unknown, strict=True):
-            name = repr(prompt if len(prompt) <= 40 else prompt[:37] + "...")
+            name = quote_prompt(prompt)
             if tokens > context_length:
                 lines.append(f"{name} has {tokens} tokens; the first {context_length} are used and the rest ignored")
             if 2 * unknown > min(tokens, context_length):
@@ -81,7 +81,7 @@ class TextTokenizer:
         Raises UsageError for more than 2,000 characters, NUL characters, lone surrogates, and anything but text.
         """
         for prompt in prompts:
-            _check_prompt(prompt)
+            check_prompt(prompt)
         rows, num_tokens, num_unknown = [], [], []
         for encoding in self._tokenizer.encode_batch(prompts):
             kept = encoding.ids[: self.context_length]
@@ -93,7 +93,13 @@ class TextTokenizer:
         )
 
 
-def _check_prompt(prompt: str) -> None:
+def quote_prompt(prompt: str) -> str:
+    """The prompt, or its beginning, as messages name it."""
+    return repr(prompt if len(prompt) <= 40 else prompt[:37] + "...")
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises UsageError as TextTokenizer.__call__ does."""
     if not isinstance(prompt, str):
         raise UsageError(f"a prompt is text, not {type(prompt).__name__}")
     if len(prompt) > MAX_PROMPT_CHARACTERS:

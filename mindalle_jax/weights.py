@@ -28,7 +28,7 @@ import safetensors
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mindalle_jax.config import Config
-from mindalle_jax.errors import CheckpointError
+from mindalle_jax.errors import CheckpointError, UsageError
 from mindalle_jax.files import SYNC_BYTES, to_disk
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
@@ -39,6 +39,8 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 STAGES = ("stage1", "stage2")
 
+DiskDType = Literal["float32", "float16", "bfloat16"]
+"""What weights may be on disk, whatever they are computed in. float16 ends at 65504."""
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """NumPy's names of the dtypes that weights may have -> those of safetensors."""
 
@@ -79,7 +81,7 @@ def write_weights(
 
     chunks: (name, array) in the order of `shapes`; those of one tensor follow each other and fill it in C order.
     """
-    itemsize = _dtype(dtype).itemsize
+    itemsize = numpy_dtype(dtype).itemsize
     header, offset = {}, 0
     for name, shape in shapes.items():
         size = math.prod(shape) * itemsize
@@ -160,11 +162,14 @@ def _locate(path: Path, tensors: Mapping[str, Any]) -> dict[str, tuple[np.dtype,
                 f"{path}: {name} is {found['dtype']} {found['shape']}, "
                 f"{MANIFEST} says {entry['dtype']} {entry['shape']}"
             )
-        places[name] = (_dtype(entry["dtype"]), tuple(entry["shape"]), 8 + header_bytes + found["data_offsets"][0])
+        places[name] = (numpy_dtype(entry["dtype"]), tuple(entry["shape"]), 8 + header_bytes + found["data_offsets"][0])
     return places
 
 
-def _dtype(name: str) -> np.dtype:
+def numpy_dtype(name: str) -> np.dtype:
+    """The dtype that `name`, a DiskDType, stands for. Raises UsageError for another."""
+    if name not in _DTYPE_NAMES:
+        raise UsageError(f"weights are {', '.join(_DTYPE_NAMES)}, not {name!r}")
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 

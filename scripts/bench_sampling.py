@@ -1,7 +1,7 @@
-"""Times sampling with random weights: prompt -> codes -> pictures. Needs no checkpoint.
+"""Times sampling with random weights: prompt -> codes -> pictures -> ranks. Needs no checkpoint.
 
     python scripts/bench_sampling.py --preset 1.3b --candidates 96            # one GPU: the headline figure
-    python scripts/bench_sampling.py --preset 1.3b --candidates 1 --device cpu --segments 1
+    python scripts/bench_sampling.py --preset 1.3b --candidates 1 --device cpu --rows 1
     python scripts/bench_sampling.py --preset tiny
 
 Prints a table, then one JSON line. Compilation is timed apart. GB/step is what a step has to move at least as this code
@@ -15,6 +15,7 @@ import math
 import platform
 import resource
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +26,50 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mindalle_jax.config import Config, load_config
+from mindalle_jax.interop.clip import clip_leaf_shapes
+from mindalle_jax.models.clip import CLIP, ClipConfig, ClipTextConfig, ClipVisionConfig
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
-from mindalle_jax.pipeline import decode_pictures
-from mindalle_jax.sampling import Settings, decode_segment, default_batch_size, prefill, segment_steps, start_state
-from mindalle_jax.weights import Stage, leaf_shapes, nest
+from mindalle_jax.pictures import decode_pictures
+from mindalle_jax.rerank import encode_pictures
+from mindalle_jax.sampling import Settings, decode_segment, default_batch_size, prefill, row_length, start_state
+from mindalle_jax.weights import leaf_shapes, nest
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PRESETS = {"1.3b": CONFIGS / "mindalle-1.3b.yaml", "tiny": CONFIGS / "tiny.yaml"}
+CLIPS = {
+    "1.3b": ClipConfig(),  # ViT-B/32
+    "tiny": ClipConfig(ClipTextConfig(64, 32, 64, 2, 2, 16), ClipVisionConfig(32, 64, 2, 2, 32, 8), projection_dim=16),
+}
 
 
-def random_params(config: Config, stage: Stage, dtype: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Parameters in the layout of sampling: gains 1, all else N(0, 0.02), drawn on the device."""
+def random_params(shapes: Mapping[str, tuple[int, ...]], dtype: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Parameters of these shapes: gains 1, all else N(0, 0.02), drawn on the device."""
     replicated = NamedSharding(mesh, P())
     normal = jax.jit(
         lambda key, shape: (0.02 * jax.random.normal(key, shape)).astype(dtype),
         static_argnames="shape",
         out_shardings=replicated,
     )
-    leaves, number = {}, 0
-    for name, shape in leaf_shapes(config, stage).items():
-        blocks = name.startswith("blocks/")
-        for layer in range(shape[0]) if blocks else [None]:
-            part = name if layer is None else name.replace("blocks/", f"blocks_{layer}/", 1)
-            number += 1
-            if name.endswith("scale"):
-                leaves[part] = jax.device_put(jnp.ones(shape[1:] if blocks else shape, dtype), replicated)
-            else:
-                leaves[part] = normal(jax.random.key(number), shape[1:] if blocks else shape)
-    return nest(leaves)
+    return nest(
+        {
+            name: jax.device_put(jnp.ones(shape, dtype), replicated)
+            if name.endswith("scale")
+            else normal(jax.random.key(number), shape)
+            for number, (name, shape) in enumerate(shapes.items())
+        }
+    )
+
+
+def sampling_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Those of the transformer with its blocks one by one."""
+    shapes = {}
+    for name, shape in leaf_shapes(config, "stage2").items():
+        if name.startswith("blocks/"):
+            shapes |= {name.replace("blocks/", f"blocks_{layer}/", 1): shape[1:] for layer in range(shape[0])}
+        else:
+            shapes[name] = shape
+    return shapes
 
 
 def copy_bandwidth(device: Any) -> float:
@@ -69,6 +85,14 @@ def copy_bandwidth(device: Any) -> float:
     return 2 * x.nbytes / best
 
 
+def second_call_s(call: Callable[[], Any]) -> float:
+    """Seconds of a call that has been compiled."""
+    jax.block_until_ready(call())
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
 def bytes_per_step(config: Config, batch: int, itemsize: int) -> int:
     """Least bytes of one decoding step of `batch` candidates on one device, with the whole image buffer read."""
     h = config.stage2.hparams
@@ -82,32 +106,36 @@ def bytes_per_step(config: Config, batch: int, itemsize: int) -> int:
     return (weights + kv) * itemsize
 
 
-def bench(config: Config, candidates: int, batch: int, dtype: str, device: Any, segments: int) -> dict[str, Any]:
+def bench(
+    config: Config, clip_config: ClipConfig, candidates: int, batch: int, dtype: str, device: Any, rows: int
+) -> dict[str, Any]:
     """Runs everything twice, compilation and measurement; returns the figures."""
     mesh = jax.sharding.Mesh(np.array([device]), ("data",))
     model = Transformer(config.stage2, stacked=False, dtype=jnp.dtype(dtype))
     vqgan = VQGAN(config.stage1, dtype=jnp.dtype(dtype))
-    params = random_params(config, "stage2", model.dtype, mesh)
-    stage1 = random_params(config, "stage1", jnp.float32, mesh)
-    jax.block_until_ready((params, stage1))
+    clip = CLIP(clip_config, dtype=jnp.dtype(dtype))
+    params = random_params(sampling_shapes(config), model.dtype, mesh)
+    stage1 = random_params(leaf_shapes(config, "stage1"), jnp.float32, mesh)
+    clip_params = random_params(clip_leaf_shapes(clip_config), clip.dtype, mesh)
+    jax.block_until_ready((params, stage1, clip_params))
     vocab_size, length = config.stage2.vocab_size_img, config.stage2.hparams.ctx_len_img
     settings = Settings.make(vocab_size, seed=0, temperature=1.0, top_k=min(256, vocab_size), top_p=None)
     traced = settings.traced(vocab_size)
-    steps = segment_steps(length)
+    steps = row_length(length)
     prefix_ids = np.zeros(1 if config.image_only else config.stage2.hparams.ctx_len_txt, np.int32)
     chunks = math.ceil(candidates / batch)
 
     def codes_once() -> tuple[float, float, list[jax.Array]]:
         """(seconds of the prefill, seconds of the steps, codes of the last chunk)"""
         begin = time.perf_counter()
-        logits, prefix = prefill(model, params, prefix_ids)
+        prefix = prefill(model, params, prefix_ids, np.zeros(0, np.int32), 0)
         jax.block_until_ready(prefix)
         middle, parts = time.perf_counter(), []
         for chunk in range(chunks):
             ids = np.arange(chunk * batch, (chunk + 1) * batch, dtype=np.int32)
-            state, parts = start_state(model, mesh, batch, logits), []
-            for _ in range(segments):
-                state, part = decode_segment(model, mesh, steps, params, prefix, ids, traced, state)
+            state, parts = start_state(model, mesh, batch, prefix.logits, prefix.kept_kv, 0), []
+            for _ in range(rows):
+                state, part = decode_segment(model, mesh, steps, params, prefix.kv, ids, traced, state)
                 parts.append(part)
         jax.block_until_ready(parts)
         return middle - begin, time.perf_counter() - middle, parts
@@ -118,11 +146,11 @@ def bench(config: Config, candidates: int, batch: int, dtype: str, device: Any, 
     prefill_s, steps_s, parts = codes_once()
     codes = jnp.concatenate(parts, axis=1)
     codes = jnp.pad(codes, ((0, 0), (0, length - codes.shape[1])))[:1].reshape(1, *[config.stage1.code_size] * 2)
-    jax.block_until_ready(decode_pictures(vqgan, mesh, stage1, codes))
-    start = time.perf_counter()
-    jax.block_until_ready(decode_pictures(vqgan, mesh, stage1, codes))
-    picture_s = time.perf_counter() - start
-    step_s = steps_s / (chunks * segments * steps)
+    picture_s = second_call_s(lambda: decode_pictures(vqgan, mesh, stage1, codes))
+    side, ranked = config.stage1.hparams.resolution, 8 if device.platform == "cpu" else 32
+    pictures = jnp.zeros((ranked, side, side, 3), jnp.uint8)
+    rank_s = second_call_s(lambda: encode_pictures(clip, mesh, clip_params, pictures)) / ranked
+    step_s = steps_s / (chunks * rows * steps)
     moved, bandwidth = bytes_per_step(config, batch, jnp.dtype(dtype).itemsize), copy_bandwidth(device)
     run_s = prefill_s + step_s * length * chunks
     stats = device.memory_stats() or {}
@@ -138,9 +166,10 @@ def bench(config: Config, candidates: int, batch: int, dtype: str, device: Any, 
         "copy_GB_per_s": round(bandwidth / 1e9, 1),
         "share_of_copy": round(moved / step_s / bandwidth, 3),
         "codes_s": round(run_s, 3),
-        "codes_timed": f"{segments * steps} of {length} positions",
+        "codes_timed": f"{rows * steps} of {length} positions",
         "decode_one_picture_ms": round(picture_s * 1e3, 2),
-        "images_per_s": round(candidates / (run_s + candidates * picture_s), 3),
+        "rank_one_picture_ms": round(rank_s * 1e3, 2),
+        "images_per_s": round(candidates / (run_s + candidates * (picture_s + rank_s)), 3),
         "peak_memory_GB": round(peak / 1e9, 2),
     }
 
@@ -153,16 +182,17 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="candidates at once (default: as mindalle sample)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 on CPU, else bfloat16")
     parser.add_argument("--device", choices=["cpu", "gpu", "tpu"], help="default: what JAX picks")
-    parser.add_argument("--segments", type=int, default=0, help="eighths of a picture to time, 0 for all (default: 0)")
+    parser.add_argument("--rows", type=int, default=0, help="rows of a picture to time, 0 for all (default: 0)")
     arguments = parser.parse_args()
     config = load_config(PRESETS[arguments.preset])
     device = jax.devices(arguments.device)[0]
     dtype = arguments.dtype or ("float32" if device.platform == "cpu" else "bfloat16")
     batch = arguments.batch_size or default_batch_size(arguments.candidates, device.platform)
     length = config.stage2.hparams.ctx_len_img
-    segments = arguments.segments or length // segment_steps(length)
+    rows = arguments.rows or length // row_length(length)
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-        figures = bench(config, arguments.candidates, batch, dtype, device, segments)
+        clip_config = CLIPS[arguments.preset]
+        figures = bench(config, clip_config, arguments.candidates, batch, dtype, device, rows)
     conditions = {
         "bench": "sampling",
         "preset": arguments.preset,

@@ -32,28 +32,28 @@ def jax_worker(config: Any, steps: int) -> Callable[[str, int], float]:
     """A function (loop, candidates) -> seconds a step."""
     import jax
     import numpy as np
-    from bench_sampling import random_params
+    from bench_sampling import random_params, sampling_shapes
 
     from mindalle_jax.models.transformer import Transformer
     from mindalle_jax.sampling import Settings, decode_segment, prefill, start_state
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
     model = Transformer(config.stage2, stacked=False)
-    params = random_params(config, "stage2", model.dtype, mesh)
+    params = random_params(sampling_shapes(config), model.dtype, mesh)
     vocab_size = config.stage2.vocab_size_img
     settings = Settings.make(vocab_size, seed=0, temperature=1.0, top_k=min(256, vocab_size), top_p=None)
-    logits, prefix = prefill(model, params, np.zeros(config.stage2.hparams.ctx_len_txt, np.int32))
+    prefix = prefill(model, params, np.zeros(config.stage2.hparams.ctx_len_txt, np.int32), np.zeros(0, np.int32), 0)
     states: dict[int, Any] = {}
 
     def run(loop: str, candidates: int) -> float:
         state = states.pop(candidates, None)
         if state is None or int(state.t) + steps > config.stage2.hparams.ctx_len_img:
-            state = start_state(model, mesh, candidates, logits)
+            state = start_state(model, mesh, candidates, prefix.logits, prefix.kept_kv, 0)
         ids = np.arange(candidates, dtype=np.int32)
         jax.block_until_ready(state)
         start = time.perf_counter()
         traced = settings.traced(vocab_size)
-        state, codes = decode_segment(model, mesh, steps, params, prefix, ids, traced, state)
+        state, codes = decode_segment(model, mesh, steps, params, prefix.kv, ids, traced, state)
         codes.block_until_ready()
         seconds = time.perf_counter() - start
         states[candidates] = state

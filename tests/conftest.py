@@ -21,9 +21,11 @@ from typing import Any  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from clip_oracle import random_model  # noqa: E402
 
 from mindalle_jax import Dalle  # noqa: E402
 from mindalle_jax.config import Config, dump_config, parse_config  # noqa: E402
+from mindalle_jax.interop.clip import write_clip  # noqa: E402
 from mindalle_jax.interop.key_maps import slots  # noqa: E402
 from mindalle_jax.interop.mindalle import STAGE_FILES, import_checkpoint  # noqa: E402
 from mindalle_jax.interop.torch_archive import write_torch_archive  # noqa: E402
@@ -205,3 +207,11 @@ def tiny_igpt_model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_igpt_c
     """The tiny image-only model converted. Read only: copy it before changing it."""
     source = write_original_folder(tmp_path_factory.mktemp("original") / "tiny-igpt", tiny_igpt_config)
     return import_checkpoint(source, tmp_path_factory.mktemp("converted") / "tiny-igpt").target
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP of random weights in a Hugging Face folder. Read only."""
+    folder = tmp_path_factory.mktemp("clip")
+    write_clip(folder / "tiny-clip", random_model("quick-gelu", folder / "tokenizer"))
+    return folder / "tiny-clip"

@@ -104,7 +104,7 @@ def test_cached_logits_are_the_originals(dalle, arrays):
     @jax.jit
     def decode(params, text_ids, codes):
         variables = {"params": params}
-        logits, prefix = model.apply(variables, text_ids, method="prefill")
+        logits, prefix, _ = model.apply(variables, text_ids, codes[:0], 0, method="prefill")
 
         def step(cache, at):
             code, t = at
@@ -158,7 +158,7 @@ def test_vqgan_is_the_originals(dalle, arrays):
     @jax.jit
     def run(params, images, codes):  # one program, because compiling is what takes the time
         def apply(x, method):
-            return dalle._encoder.apply({"params": params}, x, method=method)
+            return dalle._codec.encoder.apply({"params": params}, x, method=method)
 
         own_codes = apply(images, "encode")
         pictures = apply(jnp.concatenate([own_codes, codes]), "decode")
@@ -166,7 +166,7 @@ def test_vqgan_is_the_originals(dalle, arrays):
 
     with jax.default_matmul_precision("highest"):
         images = channels_last(arrays["vq_x"])
-        features, codes, pictures = run(host(dalle._stage1), images, arrays["vq_dec_codes"])
+        features, codes, pictures = run(host(dalle._codec.params), images, arrays["vq_dec_codes"])
     close(features, channels_last(arrays["vq_h"]))
     np.testing.assert_array_equal(np.asarray(codes).reshape(2, -1), arrays["vq_codes"])
     close(pictures, channels_last(np.concatenate([arrays["vq_rec"], arrays["vq_dec"]])))

@@ -241,6 +241,7 @@ def test_temperature_zero_is_greedy_with_the_lowest_id_on_a_tie():
 # ---------------------------------------- what a picture depends on
 
 BATCH = 4  # one compiled size for all tests of a device count
+NONE_KEPT = np.zeros(0, np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -341,21 +342,18 @@ def test_no_setting_compiles_again(codes, compilations):
 
 def test_another_batch_size_compiles(tiny_dalle, compilations):
     """The count above counts."""
-    tiny_dalle.generate_codes("the cat", num_candidates=1, batch_size=1)
+    tiny_dalle.generate_codes("the cat", num_candidates=1, batch_size=7)  # as nowhere else
     assert len(compilations) > 0
 
 
-def test_progress_counts_every_code(tiny_dalle):
-    """Bars end at 100 %, padding is not counted, and more than one report comes in a chunk."""
-    reports = []
+def test_codes_come_row_by_row(tiny_dalle):
+    """Progress, previews and stopping live on it; padding is not given out."""
     prefix_ids = tiny_dalle.tokenize("the cat")[0]
     model, params, mesh = tiny_dalle._transformer, tiny_dalle._stage2, tiny_dalle.mesh
-    with tiny_dalle._precision():
-        sample_codes(
-            model, params, prefix_ids, 6, settings_of(), batch_size=BATCH, mesh=mesh, on_progress=reports.append
-        )
-    assert sum(reports) == 6 * 64
-    assert len(reports) >= 2 * 4
+    drawn = sample_codes(model, params, prefix_ids, 6, settings_of(), batch_size=BATCH, mesh=mesh, kept=NONE_KEPT)
+    assert [(part.first, part.start, part.codes.shape) for part in drawn] == [
+        (first, start, (count, 8)) for first, count in ((0, 4), (4, 2)) for start in range(0, 64, 8)
+    ]
 
 
 def test_prefix_ids_out_of_range_are_refused(tiny_dalle):
@@ -364,7 +362,7 @@ def test_prefix_ids_out_of_range_are_refused(tiny_dalle):
     for bad in (-1, 110):
         prefix_ids = np.full(12, bad, np.int32)
         with pytest.raises(UsageError, match=r"\[0, 110\)"):
-            sample_codes(model, params, prefix_ids, 1, settings_of(), batch_size=BATCH, mesh=mesh)
+            next(sample_codes(model, params, prefix_ids, 1, settings_of(), batch_size=BATCH, mesh=mesh, kept=NONE_KEPT))
 
 
 # ---------------------------------------- damaged weights
@@ -446,9 +444,9 @@ def test_settings_out_of_range_name_the_value_and_the_limits(name, values, messa
 
 def test_settings_at_the_limits_are_taken():
     """Ends of the ranges, and NumPy's numbers, which come out of arrays and sliders."""
-    assert settings_of(top_k=1, top_p=1, temperature=0, seed=0) == Settings(0, 0.0, 1, 1.0)
+    assert settings_of(top_k=1, top_p=1, temperature=0, seed=0) == Settings(0, 0.0, 1, 1.0, 1.0)
     numpy_values = {"top_k": np.int64(80), "top_p": np.float32(0.5), "temperature": np.float64(2), "seed": np.uint32(7)}
-    assert settings_of(**numpy_values) == Settings(7, 2.0, 80, 0.5)
+    assert settings_of(**numpy_values) == Settings(7, 2.0, 80, 0.5, 1.0)
     assert settings_of(seed=2**32 - 1).seed == 2**32 - 1
     assert settings_of(top_k=DEFAULT_TOP_K).top_k == 80
     assert settings_of(16384, top_k=DEFAULT_TOP_K).top_k == 256

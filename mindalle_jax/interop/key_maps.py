@@ -73,8 +73,15 @@ def slots(config: Config, stage: Stage) -> list[Slot]:
 def check_keys(found: Mapping[str, tuple[int, ...]], wanted: list[Slot], file: str, stage: Stage) -> None:
     """Compares the keys and shapes of a file with a table; raises CheckpointError listing all differences at once."""
     expected = {slot.torch_key: slot.torch_shape for slot in wanted}
+    check_shapes(found, expected, f"{file}: does not fit the {stage} of config.yaml", _hint(found, expected, stage))
+
+
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], complaint: str, hint: str = ""
+) -> None:
+    """Raises CheckpointError listing all differences at once, after `complaint`, their number and `hint`."""
     lines = [f"missing     {key} {list(shape)}" for key, shape in expected.items() if key not in found]
-    lines += [f"unexpected  {key} {list(shape)}" for key, shape in found.items() if key not in expected]
+    lines += [f"unexpected  {_shown(key)} {list(shape)}" for key, shape in found.items() if key not in expected]
     lines += [
         f"shape       {key} is {list(found[key])}, the config says {list(shape)}"
         for key, shape in expected.items()
@@ -82,10 +89,23 @@ def check_keys(found: Mapping[str, tuple[int, ...]], wanted: list[Slot], file: s
     ]
     if lines:
         shown = lines[:40] + ([f"... and {len(lines) - 40} more"] if len(lines) > 40 else [])
-        raise CheckpointError(
-            f"{file}: does not fit the {stage} of config.yaml, {len(lines)} differences"
-            f"{_hint(found, expected, stage)}:\n  " + "\n  ".join(shown)
-        )
+        raise CheckpointError(f"{complaint}, {len(lines)} differences{hint}:\n  " + "\n  ".join(shown))
+
+
+def to_float32(array: np.ndarray, file: str, key: str) -> np.ndarray:
+    """The weights in float32; raises CheckpointError for another kind of number and for NaN or infinite values."""
+    if array.dtype.name not in ("float32", "float16", "bfloat16", "float64"):
+        raise CheckpointError(f"{file}: {key} is {array.dtype}, not floating point")
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, which is refused below
+        array = array.astype(np.float32, copy=False)
+    # min and max carry NaN, and need no temporary array.
+    if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):
+        raise CheckpointError(f"{file}: {key} holds NaN or infinite values (in float32)")
+    return array
+
+
+def _shown(key: str) -> str:
+    return key if len(key) <= 200 and key.isprintable() else repr(key[:200])
 
 
 def _vqgan_slots(path: str, shape: tuple[int, ...], config: Config) -> list[Slot]:

@@ -1,6 +1,7 @@
-"""Checkpoints of the PyTorch minDALL-E and of the VQGAN authors -> model folders, and back.
+"""Checkpoints of the PyTorch minDALL-E and of the VQGAN authors -> model folders, and back; and from folder to folder.
 
-Both directions stream tensor by tensor through the tables of key_maps.py; PyTorch is needed by neither.
+Every direction streams tensor by tensor, those to and from PyTorch through the tables of key_maps.py; PyTorch is needed
+by none.
 """
 
 import contextlib
@@ -21,19 +22,22 @@ from tqdm import tqdm
 
 import mindalle_jax
 from mindalle_jax.config import Config, dump_config, load_config
-from mindalle_jax.errors import CheckpointError, ConfigError, OutputError
-from mindalle_jax.files import check_free_disk, new_folder
+from mindalle_jax.errors import CheckpointError, ConfigError, DownloadError, OutputError, UsageError
+from mindalle_jax.files import check_apart, check_free_disk, new_folder
 from mindalle_jax.interop.download import RELEASES, cache_dir, fetch_release
-from mindalle_jax.interop.key_maps import Slot, check_keys, slots
+from mindalle_jax.interop.hub import fetch_repo, is_repo_id
+from mindalle_jax.interop.key_maps import Slot, check_keys, slots, to_float32
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
 from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE, TextTokenizer
 from mindalle_jax.weights import (
     FORMAT_VERSION,
     MANIFEST,
+    DiskDType,
     Stage,
     check_tensors,
     count_parameters,
     leaf_shapes,
+    numpy_dtype,
     read_manifest,
     read_weights,
     write_weights,
@@ -43,6 +47,12 @@ TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE)
 STAGE_FILES: dict[Stage, str] = {"stage1": "stage1_last.ckpt", "stage2": "stage2_last.ckpt"}
 MODEL_MARKS = (MANIFEST, STAGE_FILES["stage1"])
 """A folder that holds one of these is a model, and may be replaced by another."""
+MODEL_FILES = (
+    *("config.yaml", MANIFEST, "LICENSE", "README.md", "*.ckpt"),
+    *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
+    *(f"{stage}.safetensors" for stage in STAGE_FILES),
+)
+"""What is read of a repository of the hub, in either format."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +75,14 @@ class Report:
 
 
 def import_checkpoint(
-    source: str | Path, target: str | Path, *, config: str | Path | None = None, overwrite: bool = False
+    source: str | Path,
+    target: str | Path,
+    *,
+    config: str | Path | None = None,
+    dtype: DiskDType = "float32",
+    overwrite: bool = False,
 ) -> Report:
-    """Converts PyTorch weights into a model folder (float32), shows progress, verifies what was written.
+    """Converts PyTorch weights into a model folder, shows progress, verifies what was written.
 
     source is one of
       - a folder in the original's format: config.yaml, tokenizer/, stage1_last.ckpt, stage2_last.ckpt;
@@ -76,7 +91,8 @@ def import_checkpoint(
       - a VQGAN .ckpt of its authors: becomes a folder with stage 1 only (its `loss.*` keys are ignored).
     config: the config.yaml, where it does not lie beside the weights; a VQGAN alone defaults to f16 with 16384 codes.
 
-    Raises CheckpointError, ConfigError or OutputError; nothing half-written is left behind.
+    Raises CheckpointError (also for values that dtype cannot hold), ConfigError, OutputError or UsageError; nothing
+    half-written is left behind.
     """
     source, target = Path(source), Path(target)
     with contextlib.ExitStack() as stack:
@@ -90,8 +106,9 @@ def import_checkpoint(
             wanted[stage] = slots(parsed, stage)
             check_keys({key: ref.shape for key, (_, ref) in tensors.refs.items()}, wanted[stage], tensors.file, stage)
         parameters = sum(count_parameters(parsed, stage) for stage in stages)
-        _check_apart(source, target)
-        check_free_disk(target, 4 * parameters + (64 << 20), "the converted model")
+        weight_bytes = numpy_dtype(dtype).itemsize * parameters
+        check_apart(source, target)
+        check_free_disk(target, weight_bytes + (64 << 20), "the converted model")
         with new_folder(target, overwrite, MODEL_MARKS) as folder:
             manifest = {
                 "format_version": FORMAT_VERSION,
@@ -100,12 +117,13 @@ def import_checkpoint(
                 "tensors": {},
             }
             start = time.perf_counter()
-            with _progress(4 * parameters, "converting") as bar:
+            with _progress(weight_bytes, "converting") as bar:
                 for stage, tensors in stages.items():
                     manifest["tensors"][stage] = write_weights(
                         folder / f"{stage}.safetensors",
                         leaf_shapes(parsed, stage),
-                        _import_chunks(tensors, wanted[stage], bar),
+                        _import_chunks(tensors, wanted[stage], dtype, bar),
+                        dtype,
                     )
             write_s = time.perf_counter() - start
             (folder / "config.yaml").write_text(dump_config(parsed), encoding="utf-8")
@@ -113,14 +131,46 @@ def import_checkpoint(
                 _copy_tokenizer(_tokenizer_folder(source), folder / "tokenizer")
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             _write_license_and_card(source, folder, parsed, parameters, "stage2" in stages)
-            start = time.perf_counter()
-            with _progress(4 * parameters, "verifying") as bar:
-                for stage in stages:
-                    for _, _, array in read_weights(folder / f"{stage}.safetensors", manifest["tensors"][stage]):
-                        bar.update(array.nbytes)
-            verify_s = time.perf_counter() - start
+            verify_s = _verify(folder, manifest, weight_bytes)
     tensors_written = sum(len(table) for table in wanted.values())
-    return Report(target, tensors_written, parameters, 4 * parameters, write_s, verify_s)
+    return Report(target, tensors_written, parameters, weight_bytes, write_s, verify_s)
+
+
+def copy_model(
+    source: str | Path, target: str | Path, *, dtype: DiskDType | None = None, overwrite: bool = False
+) -> Report:
+    """Writes a model folder again, shows progress, verifies what was written.
+
+    dtype: of the weights in the copy; None is that of the source. Half as many bytes are half the disk and download.
+
+    Raises CheckpointError (also for values that dtype cannot hold), ConfigError, OutputError or UsageError; nothing
+    half-written is left behind.
+    """
+    source, target = Path(source), Path(target)
+    manifest, config, tensors = _open_model(source)
+    dtypes = {stage: _one_dtype(entries) if dtype is None else dtype for stage, entries in tensors.items()}
+    parameters = {stage: count_parameters(config, stage) for stage in tensors}
+    weight_bytes = sum(numpy_dtype(dtypes[stage]).itemsize * parameters[stage] for stage in tensors)
+    check_apart(source, target)
+    check_free_disk(target, weight_bytes + (64 << 20), "the copy of the model")
+    with new_folder(target, overwrite, MODEL_MARKS) as folder:
+        start = time.perf_counter()
+        with _progress(weight_bytes, "copying") as bar:
+            for stage, entries in tensors.items():
+                name = f"{stage}.safetensors"
+                chunks = _copy_chunks(source / name, entries, dtypes[stage], bar)
+                shapes = leaf_shapes(config, stage)
+                manifest["tensors"][stage] = write_weights(folder / name, shapes, chunks, dtypes[stage])
+        write_s = time.perf_counter() - start
+        for name in ("config.yaml", "LICENSE", "README.md"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        if (source / "tokenizer").is_dir():
+            _copy_tokenizer(source / "tokenizer", folder / "tokenizer")
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        verify_s = _verify(folder, manifest, weight_bytes)
+    tensors_written = sum(len(entries) for entries in tensors.values())
+    return Report(target, tensors_written, sum(parameters.values()), weight_bytes, write_s, verify_s)
 
 
 def export_checkpoint(source: str | Path, target: str | Path, *, overwrite: bool = False) -> Report:
@@ -129,20 +179,15 @@ def export_checkpoint(source: str | Path, target: str | Path, *, overwrite: bool
     Raises CheckpointError, ConfigError or OutputError; nothing half-written is left behind.
     """
     source, target = Path(source), Path(target)
-    manifest = read_manifest(source)
-    config = load_config(source / "config.yaml")
-    stages: list[Stage] = [stage for stage in STAGE_FILES if stage in manifest["tensors"]]
-    tensors = {
-        stage: check_tensors(source, stage, manifest["tensors"][stage], leaf_shapes(config, stage)) for stage in stages
-    }
-    parameters = sum(count_parameters(config, stage) for stage in stages)
-    _check_apart(source, target)
+    _, config, tensors = _open_model(source)
+    parameters = sum(count_parameters(config, stage) for stage in tensors)
+    check_apart(source, target)
     check_free_disk(target, 4 * parameters + (64 << 20), "the exported checkpoint")
     tensors_written = 0
     with new_folder(target, overwrite, MODEL_MARKS) as folder:
         start = time.perf_counter()
         with _progress(4 * parameters, "exporting") as bar:
-            for stage in stages:
+            for stage in tensors:
                 table = slots(config, stage)
                 tensors_written += len(table)
                 arrays = _export_chunks(source / f"{stage}.safetensors", tensors[stage], table, bar)
@@ -156,7 +201,7 @@ def export_checkpoint(source: str | Path, target: str | Path, *, overwrite: bool
             shutil.copyfile(source / "LICENSE", folder / "LICENSE")
         start = time.perf_counter()
         with _progress(4 * parameters, "verifying") as bar:
-            for stage in stages:
+            for stage in tensors:
                 with TorchArchive(folder / STAGE_FILES[stage]) as archive:
                     for ref in archive.state_dict().values():
                         bar.update(archive.read(ref).nbytes)  # reading checks the CRC-32 of each record
@@ -164,22 +209,61 @@ def export_checkpoint(source: str | Path, target: str | Path, *, overwrite: bool
     return Report(target, tensors_written, parameters, 4 * parameters, write_s, verify_s)
 
 
-def _check_apart(source: Path, target: Path) -> None:
-    """Raises OutputError if replacing `target` would delete `source`."""
-    if source.resolve().is_relative_to(target.resolve()):
-        raise OutputError(f"{target} is, or holds, what is converted: {source}; name another place")
+def _open_model(source: Path) -> tuple[dict[str, Any], Config, dict[Stage, dict[str, Any]]]:
+    """The manifest and configuration of a model folder, and the tensors of each stage that it has, in order."""
+    manifest = read_manifest(source)
+    config = load_config(source / "config.yaml")
+    tensors: dict[Stage, dict[str, Any]] = {}
+    for stage in STAGE_FILES:
+        if stage in manifest["tensors"]:
+            tensors[stage] = check_tensors(source, stage, manifest["tensors"][stage], leaf_shapes(config, stage))
+    return manifest, config, tensors
 
 
-def find_model(path_or_name: str | os.PathLike[str]) -> Path:
-    """The converted folder of a path or a known name; converts and downloads into the cache as needed."""
-    path = Path(path_or_name).expanduser()
+def _one_dtype(tensors: dict[str, Any]) -> str:
+    """The dtype of all tensors of a file, float32 where they differ: it holds every value of the others."""
+    dtypes = {entry["dtype"] for entry in tensors.values()}
+    return dtypes.pop() if len(dtypes) == 1 else "float32"
+
+
+def _verify(folder: Path, manifest: dict[str, Any], weight_bytes: int) -> float:
+    """Reads the weights of a folder, which checks each tensor; returns the seconds taken."""
+    start = time.perf_counter()
+    with _progress(weight_bytes, "verifying") as bar:
+        for stage, tensors in manifest["tensors"].items():
+            for _, _, array in read_weights(folder / f"{stage}.safetensors", tensors):
+                bar.update(array.nbytes)
+    return time.perf_counter() - start
+
+
+def find_model(
+    path_or_name: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
+) -> Path:
+    """The converted folder of a path, else of a known name, else of a repository of the Hugging Face hub.
+
+    Downloads, unless local_files_only, and converts, into the caches, as needed. revision: of the repository.
+    Raises UsageError for the revision of something else; otherwise see Dalle.from_pretrained.
+    """
+    path, name = Path(path_or_name).expanduser(), str(path_or_name)
+    if revision is not None and (path.exists() or name in RELEASES):
+        raise UsageError(f"{name} is {'a path' if path.exists() else 'a known name'} and has no revision {revision!r}")
     if not path.exists():
-        if str(path_or_name) not in RELEASES:
-            raise CheckpointError(f"{path_or_name}: no such folder, and no known name ({', '.join(RELEASES)})")
-        path = fetch_release(str(path_or_name))
+        if name in RELEASES:
+            if local_files_only and not (cache_dir() / name).exists():
+                raise DownloadError(
+                    f"{name} is not in the cache {cache_dir()}, and nothing may be downloaded (local_files_only)"
+                )
+            path = fetch_release(name)
+        elif is_repo_id(name):
+            path = fetch_repo(name, MODEL_FILES, revision=revision, local_files_only=local_files_only)
+        else:
+            raise CheckpointError(
+                f"{name}: no such folder, and no known name ({', '.join(RELEASES)}) or OWNER/NAME of the hub"
+            )
     if (path / MANIFEST).is_file():
         return path
-    source = path.resolve()
+    # A file may be a link, as in the cache of the hub: it is its own name that lies beside config.yaml.
+    source = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
     folder = source if source.is_dir() else source.parent
     files = [*(source.glob("*.*") if source.is_dir() else [source, *folder.glob("config.yaml")])]
     files += folder.glob("tokenizer/*")
@@ -268,8 +352,8 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
         shutil.copyfile(source / name, target / name)
 
 
-def _import_chunks(tensors: _Tensors, table: list[Slot], bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
-    """(Flax path, float32 array) of each slot. The next tensor is read while the last is written."""
+def _import_chunks(tensors: _Tensors, table: list[Slot], dtype: str, bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
+    """(Flax path, array in dtype) of each slot. The next tensor is read while the last is written."""
     with ThreadPoolExecutor(1) as reader:
 
         def start(slot: Slot) -> Any:
@@ -281,15 +365,33 @@ def _import_chunks(tensors: _Tensors, table: list[Slot], bar: tqdm) -> Iterator[
             if i + 1 < len(table):
                 coming = start(table[i + 1])
             key = tensors.refs[slot.torch_key][0]
-            if array.dtype.name not in ("float32", "float16", "bfloat16", "float64"):
-                raise CheckpointError(f"{tensors.file}: {key} is {array.dtype}, not floating point")
-            with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, which is refused below
-                array = array.astype(np.float32, copy=False)
-            # min and max carry NaN, and need no temporary array.
-            if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):
-                raise CheckpointError(f"{tensors.file}: {key} holds NaN or infinite values (in float32)")
+            array = to_float32(array, tensors.file, key)
+            if dtype != "float32":
+                array = _in_dtype(array, dtype, f"{tensors.file}: {key}")
             bar.update(array.nbytes)
             yield slot.path, slot.from_torch(array)
+
+
+def _copy_chunks(path: Path, tensors: dict[str, Any], dtype: str, bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
+    """(Flax path, array in dtype) of each part of a weights file."""
+    for name, _, array in read_weights(path, tensors):
+        if array.dtype != numpy_dtype(dtype):  # else bit for bit
+            array = _in_dtype(array, dtype, f"{path}: {name}")
+        bar.update(array.nbytes)
+        yield name, array
+
+
+def _in_dtype(array: np.ndarray, dtype: str, what: str) -> np.ndarray:
+    """`array` in dtype, by way of float32. Raises CheckpointError if that is not finite."""
+    with np.errstate(over="ignore"):  # what is beyond a dtype becomes inf, which is refused below
+        array = array.astype(np.float32, copy=False)
+        # min and max carry NaN, and need no temporary array; those of 16 bits take ten times as long.
+        extremes = np.array([array.min(), array.max()] if array.size else []).astype(numpy_dtype(dtype))
+        array = array.astype(numpy_dtype(dtype), copy=False)
+    if not np.isfinite(extremes).all():
+        hint = "; bfloat16 has the range of float32" if dtype == "float16" else ""
+        raise CheckpointError(f"{what} holds NaN or infinite values (in {dtype}){hint}")
+    return array
 
 
 def _export_chunks(
@@ -345,7 +447,7 @@ license_link: LICENSE
 
 # {title}
 
-Converted from `{source}` by mindalle-jax {version}: {parameters:,} parameters, float32.
+Converted from `{source}` by mindalle-jax {version}: {parameters:,} parameters.
 {example}
 - Pictures: {resolution} x {resolution} pixels only, {codes} codes out of {n_embed}.
 - {use}

@@ -5,9 +5,10 @@
             weights = archive.read(ref)  # numpy, bit-exact, one tensor in memory at a time
 
 A torch file is a pickle that describes tensors, plus their bytes as data records. Two layouts exist. The zip layout
-(torch >= 1.6) has a member `<root>/data.pkl` and one uncompressed member `<root>/data/<key>` per record. The legacy
-layout is five pickles followed by the records. One parser (torch_pickle.py) decides what a file means and is also the
-one that reads it: there is no separate scan that a file could be written to mislead.
+(torch >= 1.6) has a member `<root>/data.pkl` and one uncompressed member `<root>/data/<key>` per record; an archive of
+TorchScript is one of these, with source text beside that is never looked at. The legacy layout is five pickles followed
+by the records. One parser (torch_pickle.py) decides what a file means and is also the one that reads it: there is no
+separate scan that a file could be written to mislead.
 
 Zip members carry a CRC, so a flipped bit is refused. Legacy files and those saved under
 `torch.serialization.set_crc32_options(False)` have none: damage to the numbers in those goes unseen.
@@ -34,6 +35,7 @@ from mindalle_jax.interop.torch_pickle import (
     MAX_PICKLE_BYTES,
     STORAGE_DTYPES,
     PlainPickle,
+    ScriptModule,
     StorageRef,
     TensorRef,
     decode_pickle,
@@ -98,12 +100,13 @@ class TorchArchive:
     def state_dict(self) -> dict[str, TensorRef]:
         """The tensors by dotted key: of the dict under "state_dict" where there is one, else of the top level.
 
-        What a training framework saved beside "state_dict" is ignored. Inside, anything but a tensor is an error.
+        What a training framework saved beside "state_dict" is ignored. Inside, anything but a tensor is an error. Of a
+        TorchScript module it is its parameters, buffers and other tensors; it has attributes of every kind beside.
         """
         root = self.tree
         if type(root) is dict and "state_dict" in root:
             root = root["state_dict"]
-        if type(root) is not dict:
+        if type(root) not in (dict, ScriptModule):
             raise CheckpointError(f"{self.path}: holds {describe(root)} where a dict of tensors should be")
         tensors: dict[str, TensorRef] = {}
         for entries, (key, value) in enumerate(self._flatten(root)):
@@ -113,24 +116,24 @@ class TorchArchive:
                 raise CheckpointError(f"{self.path}: {key[:120]}: appears twice")
             if type(value) is TensorRef:
                 tensors[key] = value
-            elif type(value) is not dict:
+            elif type(root) is dict and type(value) is not dict:
                 raise CheckpointError(f"{self.path}: {key[:120]}: {describe(value)}, not a tensor")
         if not tensors:
             raise CheckpointError(f"{self.path}: holds no tensors")
         return tensors
 
-    def _flatten(self, node: dict[Any, Any], prefix: str = "", depth: int = 1) -> Iterable[tuple[str, Any]]:
-        """Every entry below `node`, dicts included, under its dotted key."""
+    def _flatten(self, node: Any, prefix: str = "", depth: int = 1) -> Iterable[tuple[str, Any]]:
+        """Every entry below `node`, dicts (of a ScriptModule: inner ones) included, under its dotted key."""
         if depth > MAX_NESTING:
             raise CheckpointError(f"{self.path}: {prefix[:120]}: nested deeper than {MAX_NESTING}")
-        for name, value in node.items():
+        for name, value in (node.attributes if type(node) is ScriptModule else node).items():
             if type(name) not in (str, int) or not str(name).isprintable():
                 raise CheckpointError(f"{self.path}: {prefix[:120]}{describe(name)} as a key")
             key = f"{prefix}{name}"
             if len(key) > MAX_KEY_LENGTH:
                 raise CheckpointError(f"{self.path}: {key[:120]}...: a key of more than {MAX_KEY_LENGTH} characters")
             yield key, value
-            if type(value) is dict:
+            if type(value) is type(node):
                 yield from self._flatten(value, f"{key}.", depth + 1)
 
     def read(self, ref: TensorRef) -> np.ndarray:
@@ -252,7 +255,7 @@ def _read_into(file: BinaryIO, extent: _Extent, out: np.ndarray) -> None:
 
 
 class _ZipContainer:
-    """The zip layout. Only stored members, so no member can be larger than the file."""
+    """The zip layout. Only stored members are read, so none can be larger than the file."""
 
     def __init__(self, file: BinaryIO, path: str, size: int):
         self._file, self._path = file, path
@@ -263,8 +266,6 @@ class _ZipContainer:
         if len(pickles) != 1:
             self._fail(f"{len(pickles)} members named data.pkl instead of one: not a file of torch.save")
         self._root = pickles[0].removesuffix("data.pkl")
-        if self._root + "constants.pkl" in self._members:
-            self._fail("is a TorchScript archive, which holds code: save the state_dict() of the model instead")
         if self._root + "byteorder" in self._members and self._read_small("byteorder") != b"little":
             self._fail("was written on a big-endian machine, which is not supported")
         self.pickle: PlainPickle = decode_pickle(io.BytesIO(self._read_small("data.pkl")), f"{path}: data.pkl")
@@ -282,6 +283,8 @@ class _ZipContainer:
             self._fail(f"{len(infos)} zip members")
         members = {}
         for info in infos:
+            if re.match(r"[^/]+/code/", info.filename):  # of TorchScript, often compressed: not there for us
+                continue
             if info.filename in members:
                 self._fail(f"zip member {info.filename[:100]!r} appears twice")
             if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
@@ -291,7 +294,7 @@ class _ZipContainer:
             if not 0 <= info.header_offset <= size - info.file_size:  # also offsets too large for a seek
                 self._fail(f"truncated or damaged: zip member {info.filename[:100]!r} is outside of the file")
             members[info.filename] = info
-        if sum(info.file_size for info in infos) > size:
+        if sum(info.file_size for info in members.values()) > size:
             self._fail("truncated or damaged: its members are larger than the file")
         return members
 

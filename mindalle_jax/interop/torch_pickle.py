@@ -4,7 +4,8 @@ A pickle is a program for a small stack machine, and unpickling runs it: imports
 machine here has the same opcodes and does none of that. It builds dict, list, tuple, set and scalars, and two records:
 `StorageRef` (a run of bytes elsewhere in the file) and `TensorRef` (a strided view of one). A handful of calls that
 torch.save always writes have rules that build these; every other name in the file becomes an inert `Opaque`. So unknown
-classes around the weights are ignored, and code hidden in the file is a name that nothing looks up.
+classes around the weights are ignored, and code hidden in the file is a name that nothing looks up. The objects of
+TorchScript, whose classes are source text in the same file that nobody reads, are their attributes: `ScriptModule`.
 
 What a record claims is checked when it is built: a TensorRef that exists lies inside its StorageRef. Whether the
 StorageRef agrees with the file is checked by torch_archive.py, which knows the file.
@@ -72,6 +73,13 @@ class Opaque:
     """What calling or instantiating an unknown Global would have given. Holds nothing but that name."""
 
     path: str
+
+
+@dataclass(eq=False)  # it may hold itself, and a comparison would not end
+class ScriptModule:
+    """An object of TorchScript: the attributes that the file gives it, parameters and inner modules among others."""
+
+    attributes: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -279,12 +287,11 @@ class _StackMachine:
                 case "REDUCE":
                     push(self._reduce(*self._pop_tuple(2)))
                 case "NEWOBJ":
-                    push(self._opaque(self._pop_tuple(2)[0]))
+                    push(self._new_object(self._pop_tuple(2)[0]))
                 case "NEWOBJ_EX":
                     push(self._opaque(self._pop_tuple(3)[0]))
-                case "BUILD":  # the state of an object, or attributes of a dict such as state_dict()._metadata: dropped
-                    self._pop()
-                    self._top()
+                case "BUILD":
+                    self._build(self._pop())
                 case "POP":
                     self._pop()
                 case "POP_MARK":
@@ -339,6 +346,17 @@ class _StackMachine:
         if len(module) > MAX_NAME_LENGTH or len(name) > MAX_NAME_LENGTH:
             self._fail(f"a name of more than {MAX_NAME_LENGTH} characters")
         return Global(f"{module}.{name}")
+
+    def _new_object(self, target: Any) -> ScriptModule | Opaque:
+        if type(target) is Global and target.path.startswith("__torch__."):
+            return ScriptModule()
+        return self._opaque(target)
+
+    def _build(self, state: Any) -> None:
+        """Keeps the attributes of a TorchScript module; drops other states, and attributes of a dict (_metadata)."""
+        target = self._top()
+        if type(target) is ScriptModule and type(state) is dict:
+            target.attributes.update(state)
 
     def _opaque(self, target: Any) -> Opaque:
         if not isinstance(target, Global | Opaque):

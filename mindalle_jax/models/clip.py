@@ -17,6 +17,10 @@ import jax.numpy as jnp
 
 Activation = Literal["quick_gelu", "gelu"]
 
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of red, green and blue in [0, 1] over the pictures that CLIP was trained on: its input is (x - mean) / std."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ClipTextConfig:
@@ -31,7 +35,7 @@ class ClipTextConfig:
     hidden_act: Activation = "quick_gelu"
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 49_407
-    """The feature of a text is taken where this id first stands. 2 is what early configs say: they mean the highest id."""
+    """The feature of a text is taken where this id first stands; 2, as early configs say, means the highest id."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +91,7 @@ class CLIP(nn.Module):
         return self.text_projection(self.text_model(ids)).astype(jnp.float32)
 
     def encode_images(self, pixels: jax.Array) -> jax.Array:
-        """f32[b, image_size, image_size, 3], normalised by CLIP's mean and deviation -> f32[b, e], not normalised."""
+        """f32[b, image_size, image_size, 3], normalised by PIXEL_MEAN and PIXEL_STD -> f32[b, e], not normalised."""
         return self.visual_projection(self.vision_model(pixels)).astype(jnp.float32)
 
 

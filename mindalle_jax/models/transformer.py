@@ -80,11 +80,20 @@ class Transformer(nn.Module):
         text_logits = None if self.config.type == "igpt" else self.head_txt(x[:, :last])
         return self.image_head(x[:, last:]), text_logits
 
-    def prefill(self, prefix_ids: jax.Array) -> tuple[jax.Array, list[KV]]:
-        """Runs the prefix of one prompt, int32[p]: logits of code 0, f32[v], and keys and values [h, p, k] a layer."""
-        x, kvs = self._trunk(self.embed_prefix(prefix_ids[None]))
-        prefix = [KV(*(a[0].transpose(1, 0, 2) for a in kv)) for kv in kvs]
-        return self.image_head(x[0, -1]), prefix
+    def prefill(self, prefix_ids: jax.Array, codes: jax.Array, t: jax.Array) -> tuple[jax.Array, list[KV], list[KV]]:
+        """Runs the prefix of one prompt, int32[p], and codes int32[m] that are given, of which the first t count.
+
+        Returns the logits of code t, f32[v], and for each layer the keys and values of the prefix [h, p, k] and of the
+        codes [h, m, k]; those after t are of no use.
+        """
+        x = self.embed_prefix(prefix_ids[None])
+        x = jnp.concatenate([x, (self.tok_emb_img(codes) + self.pos_emb_img(jnp.arange(len(codes))))[None]], axis=1)
+        x, kvs = self._trunk(x)
+        p = len(prefix_ids)
+        kvs = [KV(*(a[0].transpose(1, 0, 2) for a in kv)) for kv in kvs]  # [h, p + m, k]
+        prefix, kept = ([KV(kv.k[:, part], kv.v[:, part]) for kv in kvs] for part in (slice(p), slice(p, None)))
+        # prefix a b, codes x y: the hidden states are those of a b x y, and code t = 1 follows x, at p - 1 + t = 2.
+        return self.image_head(x[0, p - 1 + t]), prefix, kept
 
     def step(self, codes: jax.Array, t: jax.Array, prefix: list[KV], cache: list[KV]) -> tuple[jax.Array, list[KV]]:
         """Feeds code t of every candidate, int32[b]: logits of code t + 1, f32[b, v], and the cache with t filled."""

@@ -50,8 +50,13 @@ class VQGAN(nn.Module):
         return jnp.argmin(distances, axis=-1).astype(jnp.int32)
 
     def decode(self, codes: jax.Array) -> jax.Array:
-        """f32[b, Y, X, 3] (about [-1, 1], not clipped) of codes int32[b, y, x]."""
-        z = jnp.take(self.codebook.astype(self.dtype), codes, axis=0)
+        """f32[b, Y, X, 3] (about [-1, 1], not clipped) of codes int32[b, y, x].
+
+        -1 stands for a code that is not known yet, and is shown as the mean of the codebook.
+        """
+        rows = self.codebook.astype(self.dtype)
+        mean = jnp.mean(self.codebook, axis=0).astype(self.dtype)
+        z = jnp.where(codes[..., None] < 0, mean, jnp.take(rows, jnp.maximum(codes, 0), axis=0))
         return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
 
 

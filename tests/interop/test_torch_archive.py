@@ -72,6 +72,11 @@ def state_dict_pickle(*values: bytes) -> bytes:
     return b"\x80\x02}" + text("state_dict") + b"}(" + items + b"us."
 
 
+def script_module(state: bytes) -> bytes:
+    """An object of TorchScript whose attributes are given as opcodes."""
+    return b"c__torch__.models\nM\n)\x81" + state + b"b"
+
+
 FOUR_FLOATS = np.arange(4, dtype="<f4").tobytes()
 
 
@@ -351,6 +356,10 @@ LAUGHING_DICTS = b"}q\x00" + b"".join(
     b"0}q" + bytes([i + 1]) + b"(" + b"".join(text(str(k)) + b"h" + bytes([i]) for k in range(10)) + b"u"
     for i in range(12)
 )  # fmt: skip
+LAUGHING_SCRIPT_MODULES = b"\x80\x02c__torch__\nM\n)\x81q\x00" + b"".join(
+    b"0c__torch__\nM\n)\x81q" + bytes([i + 1]) + b"}(" + b"".join(text(str(k)) + b"h" + bytes([i]) for k in range(10))
+    + b"ub" for i in range(12)
+) + b"."  # fmt: skip
 
 
 def duplicate_member() -> bytes:
@@ -395,7 +404,6 @@ HOSTILE = {
     "bare pickle with call": (pickle.dumps(Call(os.system, "touch PWNED"), 2), "bare pickle"),
     "zip of something else": (zip_bytes(b"", root="a").replace(b"data.pkl", b"data.xml"), "0 members named data.pkl"),
     "two roots": (zipped(extra_members=[("x/data.pkl", b"")]).replace(b"e/x/", b"e_x/"), "2 members named data.pkl"),
-    "TorchScript": (zipped(tensor_pickle(), extra_members=[("constants.pkl", b"")]), "TorchScript"),
     "big-endian zip": (zipped(tensor_pickle(), extra_members=[("byteorder", b"big")]), "big-endian"),
     "big-endian legacy": (legacy(tensor_pickle(), little_endian=False), "big-endian"),
     "legacy protocol": (legacy(tensor_pickle(), protocol=1000), "legacy protocol 1000"),
@@ -424,6 +432,23 @@ HOSTILE = {
         "the Python object 'builtins.getattr'",
     ),
     "new object": (zipped(b"cos\nsystem\n" + text("touch PWNED") + b"\x85\x81"), "the Python object 'os.system'"),
+    "script class, not an instance": (zip_bytes(b"\x80\x02c__torch__\nM\n."), "the Python object '__torch__.M'"),
+    "script class that is called": (zip_bytes(b"\x80\x02c__torch__\nM\n)R."), "the Python object '__torch__.M'"),
+    "script module that is called": (zip_bytes(script_module(b"}") + b")R."), "a call of a ScriptModule"),
+    "item of a script module": (zip_bytes(script_module(b"}") + b"K\x00K\x01s."), "item assignment on a ScriptModule"),
+    "script module as a key": (zip_bytes(b"\x80\x02}" + script_module(b"}") + b"Ns."), "a ScriptModule as a key"),
+    "script module among the weights": (zipped(tensor_pickle(), script_module(b"}")), "w1: a ScriptModule, not a"),
+    "script module without tensors": (zip_bytes(script_module(b"}" + text("a") + payload() + b"s") + b"."), "no tens"),
+    "script module of a tuple": (zip_bytes(script_module(tensor_pickle() + b"\x85") + b"."), "holds no tensors"),
+    "script module in itself": (
+        zip_bytes(b"\x80\x02c__torch__\nM\n)\x81q\x00}" + text("a") + b"h\x00sb."),
+        "nested deeper than 64",
+    ),
+    "laughing script modules": (zip_bytes(LAUGHING_SCRIPT_MODULES), "more than 200000 entries"),
+    "compressed weights beside code": (
+        zipped(tensor_pickle(), compression=zipfile.ZIP_DEFLATED, extra_members=[("code/a.py", b"")]),
+        "is compressed",
+    ),
     "class, not an instance": (zipped(b"cos\nsystem\n"), "the Python object 'os.system'"),
     "call of a number": (zipped(b"K\x01)R"), "a call of 1"),
     "call as a parameter": (zipped(b"ctorch._utils\n_rebuild_parameter\n(" + payload() + b"tR"), "without a tensor"),
@@ -597,6 +622,22 @@ def test_code_beside_the_weights_is_inert(make, tmp_path, monkeypatch, audited):
     assert os.listdir(tmp_path) == ["a.ckpt"]
 
 
+def test_a_script_module_is_its_tensors_and_the_code_beside_is_not_looked_at(tmp_path, monkeypatch, audited):
+    """Attributes of other kinds are ignored, inner modules are walked, and the source text may be a compressed bomb."""
+    inner = script_module(b"}(" + text("weight") + tensor_pickle() + text("padding") + text("same") + b"u")
+    attributes = text("training") + b"\x88" + text("hook") + payload() + text("bias") + tensor_pickle((1,))
+    pickled = b"\x80\x02" + script_module(b"}(" + attributes + text("conv") + inner + text("none") + b"Nu") + b"."
+    out = io.BytesIO(zip_bytes(pickled, extra_members=[("constants.pkl", payload())]))
+    with zipfile.ZipFile(out, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/code/__torch__.py", bytes(50 << 20))
+    path = write(tmp_path / "a.pt", out.getvalue())
+    monkeypatch.chdir(tmp_path)
+    with memory_limit(32 << 20):
+        assert audited(lambda: load(path)) == [f"open {path}"]
+    assert {key: array.tolist() for key, array in load(path).items()} == {"bias": [0], "conv.weight": [0, 1, 2, 3]}
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
 def test_the_payloads_of_these_tests_do_run_when_unpickled(tmp_path, monkeypatch):
     """Or their silence above would say nothing."""
     monkeypatch.chdir(tmp_path)
@@ -704,7 +745,8 @@ def fuzz(path: Path, seeds: list[bytes], count: int) -> Counter[str]:
 
 def test_5000_mutations_of_files_written_without_torch_raise_nothing_else(tmp_path):
     shared = [tensor_pickle(), tensor_pickle((2, 2), (1, 2)), tensor_pickle((1,), (1,), 3)]
-    seeds = [written_bytes(tmp_path / "seed"), zipped(*shared), legacy(*shared), legacy(payload(), *shared)]
+    script = zip_bytes(b"\x80\x02" + script_module(b"}(" + text("w") + shared[0] + text("b") + shared[1] + b"u") + b".")
+    seeds = [written_bytes(tmp_path / "seed"), zipped(*shared), legacy(*shared), legacy(payload(), *shared), script]
     outcomes = fuzz(tmp_path / "a.ckpt", seeds, 5000)
     assert outcomes["read"] > 100 and outcomes["refused"] > 2500
 

@@ -75,7 +75,7 @@ def forward(model: Transformer, params, prefix_ids, codes):
 @partial(jax.jit, static_argnames="model")
 def _decode(model, params, prefix_ids, codes):
     variables, (b, t) = {"params": params}, codes.shape
-    logits, prefix = model.apply(variables, prefix_ids, method="prefill")
+    logits, prefix, _ = model.apply(variables, prefix_ids, codes[0, :0], 0, method="prefill")
 
     def step(cache, at):
         logits, cache = model.apply(variables, at[0], at[1], prefix, cache, method="step")

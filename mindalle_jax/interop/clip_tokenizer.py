@@ -1,0 +1,103 @@
+"""Tokenizers of CLIP: Hugging Face's files and OpenAI's list of merges, read with `tokenizers` alone.
+
+The ids are those of transformers' CLIPTokenizer, which takes seconds to import.
+"""
+
+import gzip
+import re
+import zlib
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from mindalle_jax.errors import CheckpointError, one_line
+from mindalle_jax.models.clip import ClipTextConfig
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+BPE_MERGES = 49_152 - 256 - 2
+"""How many merges of its file OpenAI's tokenizer takes: the vocabulary has 49,408 entries, 512 of them bytes."""
+MAX_BPE_BYTES = 16 << 20  # unpacked; the published file has 3 MB
+
+
+def read_clip_tokenizer(path: Path, config: ClipTextConfig) -> Tokenizer:
+    """The tokenizer of a folder or of OpenAI's file of merges; CheckpointError if it does not fit the network."""
+    try:
+        if path.is_file() and path.suffix == ".gz":
+            tokenizer = _clip_tokenizer(*_read_openai_merges(path))
+        elif (path / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+            tokenizer = _clip_tokenizer(*models.BPE.read_file(str(path / "vocab.json"), str(path / "merges.txt")))
+        else:
+            raise CheckpointError(
+                f"{path}: holds no tokenizer: neither tokenizer.json nor vocab.json with merges.txt; name a folder "
+                "that does, or OpenAI's bpe_simple_vocab_16e6.txt.gz"
+            )
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        ids = tokenizer.encode("").ids
+    except (CheckpointError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and where its Rust panics not even that
+        raise CheckpointError(f"{path}: the tokenizer cannot be read: {one_line(error)}") from None
+    highest = max([*tokenizer.get_vocab().values(), *ids], default=-1)
+    if highest >= config.vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has ids up to {highest}, but the token embedding has {config.vocab_size} rows; it "
+            "belongs to another model"
+        )
+    if len(ids) != 2:
+        raise CheckpointError(f"{path}: the tokenizer does not put a start and an end token around a text")
+    # Or the network would take the feature of a text at another place than its end, without a word.
+    expected = highest if config.eos_token_id == 2 else config.eos_token_id
+    if ids[-1] != expected:
+        raise CheckpointError(
+            f"{path}: the tokenizer ends texts with id {ids[-1]}, but the network looks for {expected} "
+            f"(eos_token_id {config.eos_token_id})"
+        )
+    return tokenizer
+
+
+def _clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    """What transformers' CLIPTokenizer builds (transformers/models/clip/tokenization_clip.py)."""
+    for token in (START, END):
+        if token not in vocab:
+            raise ValueError(f"it has no {token}")
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=END, end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    pattern = Regex(rf"{re.escape(START)}|{re.escape(END)}|{words}")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(pattern, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.post_processor = processors.RobertaProcessing(
+        (END, vocab[END]), (START, vocab[START]), trim_offsets=False, add_prefix_space=False
+    )
+    tokenizer.add_special_tokens([START, END])
+    return tokenizer
+
+
+def _read_openai_merges(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges as the SimpleTokenizer of OpenAI's clip/simple_tokenizer.py makes them."""
+    try:
+        with gzip.open(file) as stream:
+            data = stream.read(MAX_BPE_BYTES + 1)
+        lines = data.decode("utf-8").split("\n")[1 : 1 + BPE_MERGES]  # the first line is a heading
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {one_line(error)}") from None
+    if len(data) > MAX_BPE_BYTES:
+        raise CheckpointError(f"{file}: more than {MAX_BPE_BYTES >> 20} MB unpacked; it is not OpenAI's file of merges")
+    pairs = []
+    for number, line in enumerate(lines, 2):
+        pair = line.split()
+        if len(pair) == 2:
+            pairs.append((pair[0], pair[1]))
+        elif line:
+            raise CheckpointError(f"{file}: line {number} is not a pair of tokens: {line!r:.60}")
+    # One character for each byte: itself if it can be printed, else one from 256 on; in that order.
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    symbols = [chr(code) for code in [*printable, *range(256, 512 - len(printable))]]
+    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(pair) for pair in pairs), START, END]
+    return {token: i for i, token in enumerate(tokens)}, pairs
