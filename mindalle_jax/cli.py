@@ -124,6 +124,22 @@ def _parser() -> argparse.ArgumentParser:
         help="after every N codes rewrite preview.png in --out (default: never)",
     )
 
+    finetune = verb("finetune", _finetune, "train a model on your own pictures, or go on with a run")
+    finetune.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration, as data.train=photos"
+    )
+    finetune.add_argument("--config", required=True, type=Path, metavar="FILE", help="configs/ has some to start from")
+    finetune.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder of the run, in the end a model; if a run is there, it goes on",
+    )
+    finetune.add_argument(
+        "--ignore-fingerprint", action="store_true", help="go on although the data set has changed since the checkpoint"
+    )
+
     convert = verb("convert", run_convert, "convert weights from PyTorch, or back to it, without PyTorch")
     add_convert_arguments(convert)
     return parser
@@ -186,6 +202,19 @@ def run_convert(arguments: argparse.Namespace) -> None:
     print(
         import_checkpoint(source, arguments.target, config=arguments.config, dtype=dtype, overwrite=arguments.overwrite)
     )
+
+
+def _finetune(arguments: argparse.Namespace) -> None:
+    from mindalle_jax.training.loop import finetune
+
+    if any("=" not in override for override in arguments.overrides):
+        raise UsageError("overrides have the form section.key=value, such as data.train=photos")
+    complete = finetune(
+        arguments.config, arguments.overrides, arguments.out, ignore_fingerprint=arguments.ignore_fingerprint
+    )
+    if not complete:
+        raise KeyboardInterrupt  # so that a script does not go on as if there were a model
+    print(f"{arguments.out}: a model; mindalle sample --model {arguments.out}")
 
 
 def _sample(arguments: argparse.Namespace) -> None:

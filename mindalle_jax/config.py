@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -157,9 +157,19 @@ class Config:
         return self.stage2.type == "igpt"
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def load_config(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    kind: type[AnyConfig] = Config,
+    defaults: Config | None = None,
+) -> AnyConfig:
     """Reads a config.yaml, then applies `section.key=value` overrides in order.
 
+    kind: Config, or one with more sections. defaults: whose fields stand in for those of dataset, stage1 and stage2
+    that the file leaves out; None: the published model's.
     Raises ConfigError naming the file, the field and the nearest valid name or the type expected.
     """
     try:
@@ -167,17 +177,22 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
-        return parse_config(text, overrides)
+        return parse_config(text, overrides, kind, defaults)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def parse_config(text: str, overrides: Iterable[str] = ()) -> Config:
+def parse_config(
+    text: str, overrides: Iterable[str] = (), kind: type[AnyConfig] = Config, defaults: Config | None = None
+) -> AnyConfig:
     """The same from the text of a config.yaml."""
     tree = _parse_yaml(text)
+    if defaults is not None and isinstance(tree, dict):
+        plain = _plain(defaults)
+        tree = _merged({name: plain[name] for name in ("dataset", "stage1", "stage2")}, tree)
     for override in overrides:
         _apply_override(tree, override)
-    config = _build(Config, tree, "")
+    config = _build(kind, tree, "")
     _check(config)
     return config
 
@@ -202,6 +217,13 @@ def _parse_yaml(text: str) -> Any:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"not valid YAML: {' '.join(str(error).split())[:200]}") from None
     return {} if tree is None else tree
+
+
+def _merged(under: Any, over: Any) -> Any:
+    """Two parsed files, the second on top of the first."""
+    if not isinstance(under, dict) or not isinstance(over, dict):
+        return over
+    return under | {key: _merged(under[key], value) if key in under else value for key, value in over.items()}
 
 
 def _apply_override(tree: Any, override: str) -> None:

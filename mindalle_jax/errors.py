@@ -49,6 +49,12 @@ class DeviceMemoryError(MindalleError, MemoryError):
     exit_code = 8
 
 
+class DataError(MindalleError, ValueError):
+    """A data set is missing, empty, damaged, in an unknown format, or does not hold what the task needs."""
+
+    exit_code = 9
+
+
 def one_line(error: BaseException) -> str:
     """What went wrong in one line; other people's errors have many."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,22 +1,27 @@
 """Dalle and ImageGPT: text, or a class, -> codes -> pixels -> ranked pictures. Pictures are channels last."""
 
+import hashlib
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mindalle_jax.config import Stage2Config
+from mindalle_jax.config import Config, Stage2Config, dump_config
 from mindalle_jax.devices import DType
 from mindalle_jax.drawing import Callback, Job, Model, Ranker
 from mindalle_jax.errors import CheckpointError, UsageError
 from mindalle_jax.generation import Generation
+from mindalle_jax.interop.download import cache_dir
+from mindalle_jax.interop.mindalle import find_model
 from mindalle_jax.pictures import check_ids
 from mindalle_jax.sampling import DEFAULT_TOP_K
 from mindalle_jax.tokenizer import TextTokenizer, TokenizedPrompts
+from mindalle_jax.weights import MANIFEST
 
 
 class Dalle(Model):
@@ -185,6 +190,31 @@ class ImageGPT(Model):
         super().__init__(folder, dtype, mesh)
         if not self.config.image_only:
             raise CheckpointError(f"{folder}: a text-to-image model; load it with Dalle")
+
+    @classmethod
+    def from_upstream(
+        cls,
+        dalle_path: str | os.PathLike[str],
+        config: Config,
+        *,
+        head: Literal["fresh", "head_img"] = "fresh",
+        seed: int = 0,
+        dtype: DType | None = None,
+        mesh: Mesh | None = None,
+    ) -> Self:
+        """An image-only model of `config` that begins from a text-to-image model, before any training.
+
+        Tables and blocks are taken over; start vectors, and the head unless head is "head_img", are drawn anew by the
+        seed. The model lies in the cache. Raises ConfigError where the two do not fit, and as from_pretrained.
+        """
+        from mindalle_jax.training.transfer import write_transfer
+
+        upstream = find_model(dalle_path)
+        about = f"{(upstream / MANIFEST).read_text()}\n{dump_config(config)}\n{head} {seed}"
+        target = cache_dir() / "transfer" / f"{upstream.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
+        if not target.exists():
+            write_transfer(upstream, config, target, head=head, seed=seed)
+        return cls(target, dtype, mesh)
 
     @property
     def num_classes(self) -> int | None:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mindalle_jax.config import Config
 from mindalle_jax.errors import CheckpointError, UsageError
@@ -140,6 +140,17 @@ def read_weights(path: Path, tensors: Mapping[str, Any]) -> Iterator[tuple[str, 
             yield name, layer, array
 
 
+def map_weights(path: Path, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Views of the mapped file, whole tensors by name, after every digest was checked; otherwise as read_weights."""
+    for _ in read_weights(path, tensors):
+        pass
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return {
+        name: np.ndarray(shape, dtype, mapped, start) for name, (dtype, shape, start) in _locate(path, tensors).items()
+    }
+
+
 def _locate(path: Path, tensors: Mapping[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...], int]]:
     """(dtype, shape, first byte) of each tensor, after the file's header has been held against the manifest."""
     try:
@@ -212,6 +223,21 @@ def check_tensors(
         odd = sorted({name for name, _ in found.items() ^ shapes.items()})
         raise CheckpointError(f"{folder}: weights of {stage} do not fit config.yaml: {', '.join(odd)}")
     return {name: tensors[name] for name in shapes}
+
+
+def load_stacked(
+    folder: Path, stage: Stage, config: Config, dtypes: Mapping[str, np.dtype], shardings: Mapping[str, Sharding]
+) -> dict[str, jax.Array]:
+    """Parameters of a stage by path in the layout of training, each in its dtype and with its sharding.
+
+    Each device gets its part from the mapped file: no parameter is whole on a device unless its sharding says so.
+    """
+    tensors = check_tensors(folder, stage, read_manifest(folder)["tensors"][stage], leaf_shapes(config, stage))
+    leaves = {}
+    for name, whole in map_weights(folder / f"{stage}.safetensors", tensors).items():
+        part: Any = lambda index, whole=whole, name=name: np.array(whole[index], dtypes[name])  # noqa: E731
+        leaves[name] = jax.make_array_from_callback(whole.shape, shardings[name], part)
+    return leaves
 
 
 def load_params(folder: Path, stage: Stage, config: Config, dtype: np.dtype, mesh: Mesh) -> dict[str, Any]:

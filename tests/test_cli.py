@@ -886,11 +886,20 @@ def test_the_table_of_exit_codes_is_errors_py():
     assert [(int(code), name) for code, name, _ in rows] == sorted(expected.items())
 
 
+def test_the_table_of_what_may_change_in_a_run_is_the_loops():
+    from mindalle_jax.training.loop import FREE_FIELDS
+
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(data|experiment|training|sharding)` \| (.+) \|$", text, re.MULTILINE)
+    fields = [f"{section}.{name}" for section, names in rows for name in re.findall(r"`(\w+)`", names)]
+    assert sorted([*fields, "sharding"]) == sorted(FREE_FIELDS) and ("sharding", "all") in rows
+
+
 def test_the_examples_of_the_documentation_are_commands():
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
-    assert {command[1] for command in commands} == {"sample", "convert"}
+    assert {command[1] for command in commands} == {"sample", "finetune", "convert"}
     for command in commands:
         assert command[0] == "mindalle"
         cli._parser().parse_args(command[1:])  # exits where it does not parse

@@ -1,12 +1,14 @@
 """config.yaml: its defaults, and what is said about a file or an override that is wrong."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
 
-from mindalle_jax.config import Config, dump_config, load_config, parse_config
+from mindalle_jax.config import Config, ExperimentConfig, OptimizerConfig, dump_config, load_config, parse_config
 from mindalle_jax.errors import ConfigError
+from mindalle_jax.training.config import TrainingConfig, load_finetune_config
 
 DEFAULTS = {
     "dataset": {
@@ -268,3 +270,33 @@ def test_what_the_image_only_model_ignores_is_not_checked(tiny_config):
 def test_an_equal_n_dense_layers_is_accepted(tiny_config):
     config = parse_config(dump_config(tiny_config), ["stage2.hparams.n_dense_layers=2"])
     assert config.stage2.hparams.n_dense_layers == 2
+
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_file_of_configs_loads(path):
+    """Networks by load_config, recipes by load_finetune_config; each says at its top how it is used."""
+    is_recipe = "training" in yaml.safe_load(path.read_text())
+    (load_finetune_config if is_recipe else load_config)(path)
+    head = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
+    wanted = ("command:", "hardware:", "measured:", "expected:") if is_recipe else ("command:", "hardware:")
+    assert [part for part in wanted if part not in head] == []
+
+
+@pytest.mark.parametrize("name, n_classes, fid", [("clscond", 1000, "15.55"), ("uncond", None, "37.58")])
+def test_the_transfers_are_the_originals(name, n_classes, fid):
+    """The numbers of its recipes, and of its published results."""
+    path = CONFIGS / f"transfer-imagenet-{name}.yaml"
+    config = load_finetune_config(path)
+    assert config.image_only and config.dataset.dataset == "imagenet" and f"FID-50K {fid}" in path.read_text()
+    assert config.stage2.use_cls_cond == (n_classes is not None)
+    assert config.stage2.hparams.n_classes == n_classes
+    assert config.optimizer == OptimizerConfig(
+        base_lr=1e-4, weight_decay=0.0, betas=(0.9, 0.95), grad_clip_norm=4.0, max_steps=0, min_lr=0.0
+    )
+    assert config.experiment == ExperimentConfig(
+        local_batch_size=2, total_batch_size=512, epochs=8, save_ckpt_freq=2, use_amp=True
+    )
+    assert config.training == TrainingConfig(init_from="minDALL-E/1.3B")

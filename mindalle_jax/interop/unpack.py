@@ -63,7 +63,7 @@ def progress(name: str, total_bytes: int, done_bytes: int = 0) -> tqdm:
     return tqdm(desc=name, total=total, initial=done_bytes, unit="B", unit_scale=True, disable=None)
 
 
-class _Header(tarfile.TarInfo):
+class BoundedHeader(tarfile.TarInfo):
     """Refuses huge extension headers before tarfile reads them into memory."""
 
     @classmethod
@@ -81,7 +81,7 @@ def _copy_members(archive: Path, raw: BinaryIO, stream: gzip.GzipFile, folder: P
     seen, total_bytes = set(), 0
     size = os.fstat(raw.fileno()).st_size
     with (
-        tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK_BYTES, tarinfo=_Header) as tar,
+        tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK_BYTES, tarinfo=BoundedHeader) as tar,
         progress(f"unpacking {archive.name}", size) as bar,
     ):
         for count, member in enumerate(tar):

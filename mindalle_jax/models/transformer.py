@@ -9,7 +9,8 @@ Linear weights are stored [out, in] as in PyTorch: on CPU a decoding step at one
 on accelerators it makes no difference, and weights cross between the two formats without a transpose.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,8 @@ import jax.numpy as jnp
 
 from mindalle_jax.config import Stage2Config, Stage2Hparams
 from mindalle_jax.models.attention import DECODE_ATTENTION, KV, empty_cache
+
+Remat = Literal["none", "dots", "full"]
 
 
 class Transformer(nn.Module):
@@ -28,6 +31,10 @@ class Transformer(nn.Module):
     layout into the second.
 
     dtype: compute dtype; softmax, LayerNorm statistics and logits are float32.
+
+    remat: what the backward pass computes again instead of keeping it (stacked=True): "none"; "dots", all but the
+    results of matrix products with weights; or "full", everything within a block.
+    constrain: called on hidden states [b, s, d] during the forward pass, where a sharding can be pinned.
     """
 
     config: Stage2Config
@@ -35,6 +42,8 @@ class Transformer(nn.Module):
     dtype: Any = jnp.float32
     attention: str = "xla"
     """Backend of decode_attention: a key of attention.DECODE_ATTENTION."""
+    remat: Remat = "none"
+    constrain: Callable[[jax.Array], jax.Array] = lambda x: x
 
     def setup(self) -> None:
         c, h = self.config, self.config.hparams
@@ -54,18 +63,33 @@ class Transformer(nn.Module):
             self.head_img = Linear(c.vocab_size_img, use_bias=False, dtype=self.dtype, out_dtype=jnp.float32)
             self.head_txt = Linear(c.vocab_size_txt, use_bias=False, dtype=self.dtype, out_dtype=jnp.float32)
         if self.stacked:
-            scanned = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=h.n_layers)
-            self.blocks: Any = scanned(h, self.dtype, self.attention)
+            block: Any = Block
+            if self.remat != "none":
+                policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+                # Within a scan nothing can be merged with the first computation anyway.
+                block = nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=(2,))
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast,  # type: ignore[arg-type]
+                length=h.n_layers,
+            )
+            self.blocks: Any = scanned(h, self.dtype, self.attention, self.constrain)
         else:
-            self.blocks = [Block(h, self.dtype, self.attention) for _ in range(h.n_layers)]
+            self.blocks = [Block(h, self.dtype, self.attention, self.constrain) for _ in range(h.n_layers)]
         self.ln_f = _layer_norm(self.dtype)
+        self.dropout = nn.Dropout(h.embd_pdrop)
 
-    def __call__(self, prefix_ids: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(
+        self, prefix_ids: jax.Array, codes: jax.Array, train: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
         """The forward pass over a whole sequence, teacher-forced.
 
         prefix_ids int32[b, p]: text ids, or class labels [b, 1] (zeros when unconditional). codes int32[b, t].
         Returns the logits of each code given all before it, f32[b, t, v], and those of text ids 1..p-1, f32[b, p-1, v]
         (None for the image-only model).
+        train: apply the dropout of the config, which needs rngs={"dropout": key} where a rate is not 0.
         """
         # The last position before a code predicts it, so the last code is not fed:
         # prefix a b, codes x y z:   input  a b x y
@@ -75,7 +99,8 @@ class Transformer(nn.Module):
             [self.embed_prefix(prefix_ids), self.tok_emb_img(inputs) + self.pos_emb_img(jnp.arange(inputs.shape[1]))],
             axis=1,
         )
-        x, _ = self._trunk(x)
+        x = self.dropout(self.constrain(x), deterministic=not train)
+        x, _ = self._trunk(x, train)
         last = prefix_ids.shape[1] - 1
         text_logits = None if self.config.type == "igpt" else self.head_txt(x[:, :last])
         return self.image_head(x[:, last:]), text_logits
@@ -88,7 +113,7 @@ class Transformer(nn.Module):
         """
         x = self.embed_prefix(prefix_ids[None])
         x = jnp.concatenate([x, (self.tok_emb_img(codes) + self.pos_emb_img(jnp.arange(len(codes))))[None]], axis=1)
-        x, kvs = self._trunk(x)
+        x, kvs = self._trunk(x, False)
         p = len(prefix_ids)
         kvs = [KV(*(a[0].transpose(1, 0, 2) for a in kv)) for kv in kvs]  # [h, p + m, k]
         prefix, kept = ([KV(kv.k[:, part], kv.v[:, part]) for kv in kvs] for part in (slice(p), slice(p, None)))
@@ -120,14 +145,14 @@ class Transformer(nn.Module):
         """f32[..., v] of final hidden states [..., d]."""
         return self.head(x) if self.config.type == "igpt" else self.head_img(x)
 
-    def _trunk(self, x: jax.Array) -> tuple[jax.Array, Any]:
+    def _trunk(self, x: jax.Array, train: bool) -> tuple[jax.Array, Any]:
         """Blocks and ln_f over [b, s, d]; also the layers' keys and values [b, s, h, k] (stacked: [l, b, s, h, k])."""
         if self.stacked:
-            x, kvs = self.blocks(x)
+            x, kvs = self.blocks(x, train)
         else:
             kvs = []
             for block in self.blocks:
-                x, kv = block(x)
+                x, kv = block(x, train)
                 kvs.append(kv)
         return self.ln_f(x), kvs
 
@@ -138,6 +163,7 @@ class Block(nn.Module):
     hparams: Stage2Hparams
     dtype: Any
     attention: str
+    constrain: Callable[[jax.Array], jax.Array]
 
     def setup(self) -> None:
         p, dtype = self.hparams, self.dtype
@@ -146,18 +172,29 @@ class Block(nn.Module):
         self.proj = Linear(p.embed_dim, use_bias=p.attn_bias, dtype=dtype)
         self.fc1 = Linear(4 * p.embed_dim, use_bias=p.mlp_bias, dtype=dtype)
         self.fc2 = Linear(p.embed_dim, use_bias=p.mlp_bias, dtype=dtype)
+        self.attn_dropout, self.resid_dropout = nn.Dropout(p.attn_pdrop), nn.Dropout(p.resid_pdrop)
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, KV]:
+    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, KV]:
         """Causal attention over a whole sequence [b, s, d]; also its keys and values [b, s, h, k]."""
         q, k, v = self._heads(x)
-        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        return self._rest(x, attended), KV(k, v)
+        if train and self.hparams.attn_pdrop > 0:
+            attended = self._attention_with_dropout(q, k, v)
+        else:
+            attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        return self.constrain(self._rest(x, attended, train)), KV(k, v)
+
+    def _attention_with_dropout(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """As jax.nn.dot_product_attention, which has no dropout on the weights; materialises them, [b, h, s, t]."""
+        scores = jnp.einsum("bshk,bthk->bhst", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        weights = jax.nn.softmax(scores, axis=-1, where=jnp.tri(q.shape[1], dtype=bool))
+        weights = self.attn_dropout(weights.astype(q.dtype), deterministic=False)
+        return jnp.einsum("bhst,bthk->bshk", weights, v)
 
     def decode(self, x: jax.Array, prefix: KV, cache: KV, t: jax.Array) -> tuple[jax.Array, KV]:
         """One position [b, d] against the cache."""
         q, k, v = self._heads(x)
         attended, cache = DECODE_ATTENTION[self.attention](q, KV(k, v), prefix, cache, t)
-        return self._rest(x, attended), cache
+        return self._rest(x, attended, train=False), cache
 
     def _heads(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """Queries, keys and values, each [..., h, k]; heads are contiguous runs of the width."""
@@ -165,12 +202,12 @@ class Block(nn.Module):
         y = y.reshape(*y.shape[:-1], self.hparams.n_heads, -1)
         return tuple(y[..., i, :, :] for i in range(3))
 
-    def _rest(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+    def _rest(self, x: jax.Array, attended: jax.Array, train: bool) -> jax.Array:
         """What follows attention: its projection [..., h, k] -> [..., d], and the MLP."""
-        x = x + self.proj(attended.reshape(x.shape))
+        x = x + self.resid_dropout(self.proj(attended.reshape(x.shape)), deterministic=not train)
         y = self.fc1(self.ln2(x))
         y = y * nn.sigmoid(1.702 * y) if self.hparams.gelu_use_approx else nn.gelu(y, approximate=False)
-        return x + self.fc2(y)
+        return x + self.resid_dropout(self.fc2(y), deterministic=not train)
 
 
 class Linear(nn.Module):
@@ -192,6 +229,10 @@ class Linear(nn.Module):
             (((x.ndim - 1,), (1,)), ((), ())),
             preferred_element_type=self.out_dtype or self.dtype,
         ).reshape(*x.shape[:-1], *features)
+        if self.has_variable("params", "lora_a"):  # a low-rank adapter: training/lora.py
+            down = x.astype(self.dtype) @ self.get_variable("params", "lora_a").astype(self.dtype).T  # [..., r]
+            up = self.get_variable("params", "lora_b").astype(self.dtype).reshape(-1, down.shape[-1])
+            y = y + (down @ up.T).reshape(y.shape).astype(y.dtype)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, features).astype(self.dtype)
         return y

@@ -1,0 +1,241 @@
+"""Samples of folders: captions or classes beside the pictures, a metadata file, or what `datasets` saved."""
+
+import csv
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mindalle_jax.data.images import EXTENSIONS
+from mindalle_jax.data.samples import MAX_TEXT_BYTES, Report, Sample, Stored, Task
+from mindalle_jax.errors import DataError, one_line
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+OTHER_FORMATS = (".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg")
+"""Pictures that are not read, but whose owner would miss them."""
+
+
+def folder_samples(folder: Path, task: Task, report: Report) -> Iterator[Sample]:
+    """Every picture below a folder, with the lines of name.txt as captions for the task "text"."""
+    files = _walk(folder)
+    texts = {name for name in files if name.endswith(".txt")}
+    used = set()
+    for name in _pictures(files, report):
+        captions: list[str] | None = None
+        text = os.path.splitext(name)[0] + ".txt"
+        if task == "text" and text in texts:
+            used.add(text)
+            captions = _read_captions(folder / text, report, name)
+            if captions is None:
+                continue
+        yield Sample(name, Stored(str(folder / name), 0, files[name]), captions=captions or ())
+    if task == "text":
+        for text in sorted(texts - used):
+            report.drop("captions without a picture", text)
+
+
+def class_names(folder: Path, known: list[str] | None) -> list[str]:
+    """Names of the classes of a folder with one subfolder a class, sorted: the label is the position.
+
+    known: the names of the training data, which are returned if these are among them. Raises DataError if not.
+    """
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise DataError(f"{folder}: holds no folders; the task 'class' needs one folder of pictures a class")
+    if known is None:
+        return names
+    if unknown := [name for name in names if name not in known]:
+        raise DataError(
+            f"{folder}: has classes that the training data has not: {', '.join(unknown[:5])}; "
+            f"the training data has {len(known)}: {', '.join(known[:5])}, ..."
+        )
+    return known
+
+
+def class_samples(folder: Path, classes: list[str], report: Report) -> Iterator[Sample]:
+    """Every picture below a folder; its label is the position of the topmost subfolder in `classes`."""
+    labels = {name: label for label, name in enumerate(classes)}
+    files = _walk(folder)
+    for name in _pictures(files, report):
+        top, slash, _ = name.partition("/")
+        label = labels[top] if slash else None
+        yield Sample(name, Stored(str(folder / name), 0, files[name]), label=label)
+
+
+def find_metadata(folder: Path) -> Path | None:
+    """metadata.jsonl or metadata.csv, if the folder has one. Raises DataError for both."""
+    found = [folder / name for name in METADATA if (folder / name).exists()]
+    if len(found) > 1:
+        raise DataError(f"{folder}: holds both {METADATA[0]} and {METADATA[1]}; move one away")
+    return found[0] if found else None
+
+
+def metadata_samples(metadata: Path, report: Report) -> Iterator[Sample]:
+    """The pictures that a metadata file lists: file_name, text (in a .jsonl also a list of captions), label.
+
+    A picture listed on several lines is one sample with all their captions.
+    """
+    rows: dict[str, Sample] = {}
+    for place, row in _rows(metadata, report):
+        name, text, label = row.get("file_name"), row.get("text"), row.get("label")
+        if isinstance(label, str):  # a .csv knows text only
+            label = int(label) if label.strip().isdecimal() else label or None
+        captions = [text] if isinstance(text, str) else [] if text is None else text
+        if not isinstance(name, str) or not name:
+            report.drop("lines without file_name", place)
+        elif not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+            report.drop("lines whose text is no text", place)
+        elif label is not None and type(label) is not int:
+            report.drop("lines whose label is no number", place)
+        elif name in rows:
+            known = rows[name]
+            if label not in (None, known.label):
+                report.drop("lines with another label than an earlier one", place)
+            else:
+                rows[name] = dataclasses.replace(known, captions=[*known.captions, *captions])
+        elif (image := _find(metadata.parent, name, report)) is not None:
+            rows[name] = Sample(name, image, captions=captions, label=label)
+    for name in sorted(rows):
+        yield rows[name]
+
+
+class Row(NamedTuple):
+    """The picture of a row of a data set of the library `datasets`."""
+
+    dataset: Any
+    number: int
+
+    def read(self) -> bytes:
+        """The encoded picture. Raises OSError."""
+        image = self.dataset[self.number]["image"]
+        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+
+
+def saved_samples(folder: Path) -> tuple[Iterator[Sample], list[str] | None]:
+    """The rows of what `Dataset.save_to_disk` wrote, and names of the classes: columns image, text or caption, label.
+
+    Raises DataError if the library is missing, or the columns are others.
+    """
+    if (folder / "dataset_dict.json").exists():
+        splits = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        raise DataError(f"{folder}: holds several splits; name the folder of one: {', '.join(splits)}")
+    try:
+        import datasets  # pyright: ignore[reportMissingImports] - an extra
+    except ImportError:
+        raise DataError(f"{folder}: saved by the library datasets; pip install 'mindalle-jax[datasets]'") from None
+    try:
+        dataset = datasets.load_from_disk(str(folder))
+    except Exception as error:  # whatever the library raises
+        raise DataError(f"{folder}: cannot be opened by the library datasets: {one_line(error)}") from None
+    features = dataset.features
+    if not isinstance(features.get("image"), datasets.Image):
+        raise DataError(f"{folder}: has no column 'image' of pictures, only {', '.join(features)}")
+
+    def column(*names: str) -> list[Any] | None:
+        return next((dataset[name][:] for name in names if name in features), None)
+
+    texts, labels = column("text", "caption"), column("label")
+    images = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))
+
+    def samples() -> Iterator[Sample]:
+        for number in range(len(dataset)):
+            text = None if texts is None else texts[number]
+            captions = [text] if isinstance(text, str) else text or ()
+            label = None if labels is None else labels[number]
+            # Sizes would mean to read the pictures; the library's own digest stands for them.
+            yield Sample(f"{dataset._fingerprint}/{number}", Row(images, number), captions=captions, label=label)
+
+    return samples(), getattr(features.get("label"), "names", None)
+
+
+def _walk(folder: Path) -> dict[str, int]:
+    """Path below the folder, with slashes -> size in bytes, of all regular files; hidden ones are left out.
+
+    Links are followed, but no folder is entered twice, so links in a circle end.
+    """
+    files: dict[str, int] = {}
+    waiting, seen = [""], set()
+    while waiting:
+        below = waiting.pop()
+        here = os.stat(folder / below)
+        if (here.st_dev, here.st_ino) in seen:
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        for entry in sorted(os.scandir(folder / below), key=lambda entry: entry.name):
+            name = f"{below}/{entry.name}".lstrip("/")
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                waiting.append(name)
+            elif entry.is_file():
+                files[name] = entry.stat().st_size
+    return files
+
+
+def _pictures(files: dict[str, int], report: Report) -> Iterator[str]:
+    """The names of pictures, sorted; those in other formats are counted."""
+    for name in sorted(files):
+        extension = os.path.splitext(name)[1].lower()
+        if extension in EXTENSIONS:
+            yield name
+        elif extension in OTHER_FORMATS:
+            report.drop("in a format other than JPEG, PNG and WebP", name)
+
+
+def _read_captions(path: Path, report: Report, name: str) -> list[str] | None:
+    """The lines of a file; None, counted under the picture's name, if it is no text."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_TEXT_BYTES + 1)
+        if len(data) > MAX_TEXT_BYTES:
+            report.drop(f"with a caption file over {MAX_TEXT_BYTES} bytes", name)
+            return None
+        return data.decode("utf-8-sig").splitlines() or [""]
+    except (OSError, UnicodeDecodeError):
+        report.drop("with a caption file that is not UTF-8 or cannot be read", name)
+        return None
+
+
+def _rows(metadata: Path, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("line 3", fields) of each line of a metadata file. Raises DataError if the file is no such thing."""
+    try:
+        with open(metadata, encoding="utf-8-sig", newline="") as file:
+            if metadata.suffix == ".csv":
+                table = csv.DictReader(file)
+                if "file_name" not in (table.fieldnames or ()):
+                    raise DataError(f"{metadata}: its first line must name the columns, among them file_name and text")
+                for row in table:
+                    if None in row:  # DictReader's key for what is left over
+                        report.drop("lines with more fields than columns (quote captions)", f"line {table.line_num}")
+                    else:
+                        yield f"line {table.line_num}", row
+                return
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line) if line.strip() else None
+                except (ValueError, RecursionError):
+                    row = "not JSON"
+                if isinstance(row, dict):
+                    yield f"line {number}", row
+                elif row is not None:
+                    report.drop("lines that are no JSON object", f"line {number}")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{metadata}: cannot be read: {one_line(error)}") from None
+
+
+def _find(folder: Path, name: str, report: Report) -> Stored | None:
+    """The picture of a line of a metadata file, not outside the folder; None, counted, if there is none."""
+    if os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
+        report.drop("lines whose file_name leads out of the folder", name)
+        return None
+    if not name.lower().endswith(EXTENSIONS):
+        report.drop("in a format other than JPEG, PNG and WebP", name)
+        return None
+    try:
+        size_bytes = os.stat(folder / name).st_size
+    except (OSError, UnicodeEncodeError):
+        report.drop("lines whose picture is missing", name)
+        return None
+    return Stored(str(folder / name), 0, size_bytes)

@@ -1,0 +1,114 @@
+"""Image files -> pixels: JPEG, PNG and WebP of any colour mode, and the crops of training and validation.
+
+Colour profiles are ignored, as the original ignores them.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mindalle_jax.errors import DataError, one_line
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+MAX_PIXELS = 64 << 20
+"""Larger pictures are refused before they are decoded: 201 MB as RGB, one for each thread that reads."""
+MIN_SIDE = 8
+"""Pixels; what is smaller is a placeholder and no picture."""
+MAX_ASPECT = 20
+"""Long side over short side. A 10000 x 1 banner would become 2,560,000 x 256 pixels before it is cropped."""
+
+_ORIENTATION = 0x0112
+"""The EXIF tag."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what puts the picture upright."""
+
+
+class ImageError(DataError):
+    """A picture cannot be read. The message is the reason alone; who knows its name puts it in front."""
+
+
+def decode_image(source: bytes | str | Path) -> Image.Image:
+    """The picture upright and in RGB, 8 bits a channel, from the bytes of a file or its path.
+
+    What is transparent is laid over white; 16 bits are scaled to 8; of an animation it is the first frame. Raises
+    ImageError for other formats, for sizes outside MIN_SIDE, MAX_PIXELS and MAX_ASPECT (before decoding), and for files
+    that are truncated or damaged.
+    """
+    try:
+        file = io.BytesIO(source if isinstance(source, bytes) else Path(source).read_bytes())
+    except OSError as error:
+        raise ImageError(error.strerror or one_line(error)) from None
+    try:
+        image = Image.open(file, formats=FORMATS)
+        _check_size(*image.size)
+        image.load()
+        turn = _TURNS.get(_orientation(image))
+        image = _to_rgb(image)
+        return image if turn is None else image.transpose(turn)
+    except ImageError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"not one of {', '.join(FORMATS)}, or its beginning is damaged") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's limit, while opening
+        raise ImageError(f"too many pixels: {one_line(error)}") from None
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, ValueError, struct.error
+        raise ImageError(f"truncated or damaged: {one_line(error)}") from None
+
+
+def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None) -> np.ndarray:
+    """uint8[size, size, 3] of an RGB picture: its short side scaled to `size`, and a square cut out of the long one.
+
+    Scaled by bilinear interpolation, antialiased. The square lies anywhere with a generator (training), in the middle
+    with None (validation). Both as torchvision's Resize with RandomCrop or CenterCrop do it.
+    """
+    width, height = image.size
+    short = min(width, height)
+    if short != size:
+        image = image.resize((size * width // short, size * height // short), Image.Resampling.BILINEAR)
+    room_x, room_y = image.width - size, image.height - size
+    if rng is None:
+        left, top = round(room_x / 2), round(room_y / 2)
+    else:
+        left, top = int(rng.integers(room_x + 1)), int(rng.integers(room_y + 1))
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _check_size(width: int, height: int) -> None:
+    if min(width, height) < MIN_SIDE:
+        raise ImageError(f"{width} x {height} pixels; both sides must be at least {MIN_SIDE}")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width} x {height} pixels are too many; at most {MAX_PIXELS:,} are read")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(f"{width} x {height} pixels; one side may be at most {MAX_ASPECT} times the other")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF data says nothing about the pixels
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip to white
+        grey = np.asarray(image)
+        transparent = image.info.get("transparency")
+        if isinstance(transparent, int):
+            grey = np.where(grey == transparent, 65535, grey)
+        # The high byte, as Pillow scales 16-bit colour.
+        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,198 @@
+"""Batches for training and validation, read ahead by threads.
+
+What a row is depends on its position in the stream and the seed only, so the position of the next row is the whole
+state, and any number of threads, processes or restarts gives the same rows.
+"""
+
+import logging
+import os
+import threading
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+
+from mindalle_jax.data.images import ImageError, crop_square, decode_image
+from mindalle_jax.data.samples import Source
+from mindalle_jax.errors import CheckpointError, DataError, UsageError, one_line
+from mindalle_jax.tokenizer import TextTokenizer
+
+MAX_BAD_FRACTION = 0.05
+"""The run stops when more of the pictures tried than this cannot be read, taking the first 1,000 as a whole."""
+MIN_BAD_ALLOWED = 3
+MAX_THREADS = 16
+
+log = logging.getLogger(__name__)
+
+
+class Loader:
+    """Training: an endless stream of batches, every sample once an epoch. Validation: one pass in order.
+
+    A batch is a dict of arrays, B = batch_size / process_count:
+
+        index   int64[B]            position in the stream; of the rows of a whole batch, process p has p, p + P, ...
+        sample  int32[B]            index into the source
+        image   uint8[B, S, S, 3]   or codes int32[B, T], where the source holds codes
+        text    int32[B, N]         task "text", with a tokenizer: one of the captions, in validation the first
+        label   int32[B]            task "class"
+        valid   bool[B]             validation only: False for rows that fill the last batch, and for damaged pictures
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch_size: int,
+        train: bool,
+        seed: int = 0,
+        image_size: int | None = None,
+        tokenizer: TextTokenizer | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+        threads: int | None = None,
+    ):
+        """batch_size: rows of all processes together. seed: in [0, 2**32), of shuffling, captions and crops.
+
+        image_size: S in pixels, unless the source holds codes. threads: None is one a CPU, up to 16; each holds a batch
+        of this process in memory, and as many are kept ready.
+        Raises UsageError for values out of range, DataError if there are fewer samples than a batch (training).
+        """
+        _check(source, batch_size, train, seed, image_size, process_count, threads)
+        try:
+            import grain  # an extra, and a second to import
+        except ImportError:
+            raise UsageError("reading training data needs grain: pip install 'mindalle-jax[train]'") from None
+        self.train, self._rows = train, _Rows(source, train, seed, image_size, tokenizer)
+        if train:
+            dataset = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat(None)
+        else:
+            dataset = grain.MapDataset.range(-(-len(source) // batch_size) * batch_size)
+        threads = threads or min(os.cpu_count() or 1, MAX_THREADS)
+        # Its state is one index; plain iterators restore wrong data when the number of workers changes.
+        self._batches: Any = grain.experimental.ElasticIterator(
+            dataset.map_with_index(self._rows),
+            batch_size,
+            grain.sharding.ShardOptions(process_index, process_count),
+            read_options=grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads),
+        )
+
+    def __iter__(self) -> Self:
+        """Training goes on where it was, validation starts again."""
+        if not self.train:
+            self.set_state({"next_index": 0})
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """The next batch. Raises DataError when too many pictures cannot be read."""
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, int]:
+        """What set_state needs to go on after the last batch given out, in any number of processes."""
+        return {"next_index": self._batches.get_state()["global_next_index"]}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes to a state of get_state. Raises CheckpointError for anything else."""
+        index = state.get("next_index")
+        if type(index) is not int or index < 0:
+            raise CheckpointError(f"the state of the training data must be {{'next_index': n >= 0}}, not {state!r:.80}")
+        self._batches.set_state({"global_next_index": index})
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """images_read, by this process, those read ahead included; bad_images among them, each counted once."""
+        return {"images_read": self._rows.images_read, "bad_images": len(self._rows.bad)}
+
+
+class _Rows:
+    """Makes a row from its position in the stream; called by several threads."""
+
+    def __init__(self, source: Source, train: bool, seed: int, image_size: int | None, tokenizer: TextTokenizer | None):
+        self.source, self.train, self.seed = source, train, seed
+        self.image_size, self.tokenizer = image_size or 0, tokenizer
+        self.images_read, self.bad = 0, set[int]()
+        self._lock = threading.Lock()
+
+    def __call__(self, index: int, number: int) -> dict[str, Any]:
+        """index: position in the stream. number: of the sample, before damaged ones are replaced."""
+        rng = np.random.default_rng([self.seed, index]) if self.train else None
+        valid = index < len(self.source)  # meaningful in validation
+        number %= len(self.source)
+        row: dict[str, Any] = {}
+        if not self.source.has_codes:
+            number, image = self._find_image(number)
+            valid = valid and image is not None
+            row["image"] = (
+                np.zeros((self.image_size, self.image_size, 3), np.uint8)
+                if image is None
+                else crop_square(image, self.image_size, rng)
+            )
+        sample = self.source[number]
+        row |= {"index": np.int64(index), "sample": np.int32(number)}
+        if sample.codes is not None:
+            row["codes"] = sample.codes.astype(np.int32)
+        if self.source.task == "text" and self.tokenizer is not None:
+            caption = sample.captions[0 if rng is None else int(rng.integers(len(sample.captions)))]
+            row["text"] = self.tokenizer([caption]).ids[0]
+        if self.source.task == "class" and sample.label is not None:
+            row["label"] = np.int32(sample.label)
+        return row if self.train else row | {"valid": np.bool_(valid)}
+
+    def _find_image(self, number: int) -> tuple[int, Image.Image | None]:
+        """The first sample from `number` on whose picture can be read; in validation there is no other, but None."""
+        for candidate in range(number, number + len(self.source)):
+            candidate %= len(self.source)
+            image = self._decode(candidate)
+            if image is not None or not self.train:
+                return candidate, image
+        raise DataError(f"{self.source.path}: none of the {len(self.source)} pictures can be read")
+
+    def _decode(self, number: int) -> Image.Image | None:
+        """The picture of a sample; None, counted, if it cannot be read. Raises DataError for too many of them."""
+        sample = self.source[number]
+        assert sample.image is not None
+        image, problem = None, ""
+        try:
+            image = decode_image(sample.image.read())
+        except (ImageError, OSError) as error:
+            problem = f"{sample.id}: {one_line(error)}"
+        with self._lock:
+            self.images_read += 1
+            if image is not None or number in self.bad:
+                return image
+            self.bad.add(number)
+            tried = min(max(self.images_read, 1_000), len(self.source))
+            too_many = len(self.bad) > max(MIN_BAD_ALLOWED, MAX_BAD_FRACTION * tried)
+            share = f"{len(self.bad)} of the {min(self.images_read, len(self.source)):,}"
+        log.warning("%s: left out: %s", self.source.path, problem)
+        if too_many:
+            raise DataError(
+                f"{self.source.path}: {share} pictures tried cannot be read, over {MAX_BAD_FRACTION:.0%}; "
+                f"the last one: {problem}"
+            )
+        return None
+
+
+def _check(
+    source: Source,
+    batch_size: int,
+    train: bool,
+    seed: int,
+    image_size: int | None,
+    process_count: int,
+    threads: int | None,
+) -> None:
+    """Raises as Loader does."""
+    if type(batch_size) is not int or batch_size < 1:
+        raise UsageError(f"batch_size must be an integer of at least 1, not {batch_size!r}")
+    if batch_size % process_count:
+        below = batch_size // process_count * process_count
+        near = f"{below} or {below + process_count}" if below else process_count
+        raise UsageError(f"batch_size {batch_size} must be a multiple of the {process_count} processes, such as {near}")
+    if not 0 <= seed < 1 << 32:
+        raise UsageError(f"seed must lie in [0, 4294967296), not {seed}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads must be at least 1, not {threads}")
+    if image_size is None and not source.has_codes:
+        raise UsageError(f"{source.path} holds pictures: image_size must be given")
+    if train and len(source) < batch_size:
+        raise DataError(f"{source.path}: a batch of {batch_size} needs as many samples, but has {source.report}")

@@ -1,0 +1,173 @@
+"""What a data set is made of: samples that are reached by number, and what was left out. Nothing here reads pixels."""
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from mindalle_jax.errors import DataError, UsageError
+from mindalle_jax.tokenizer import check_prompt
+
+Task = Literal["text", "class", "unconditional"]
+"""What a model is taught to draw from, and so what each sample must have: captions, a label, or neither."""
+TASKS = ("text", "class", "unconditional")
+MAX_TEXT_BYTES = 64 << 10
+"""Of a file with captions or a label; what is longer is something else."""
+
+
+class Location(Protocol):
+    """Where the encoded picture of a sample is."""
+
+    def read(self) -> bytes:
+        """The bytes of the file. Raises OSError."""
+        ...
+
+
+class Stored(NamedTuple):
+    """Part of a file: a whole picture, or a member of a tar."""
+
+    file: str
+    offset: int
+    size_bytes: int
+
+    def read(self) -> bytes:
+        """The bytes; fewer where the file has become shorter. Raises OSError."""
+        # Opened each time: no file position is shared by threads, and any number of tars can be used.
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.offset)
+            return file.read(self.size_bytes)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sample:
+    """One picture, encoded or as codes, and what is known of it."""
+
+    id: str
+    """Stable and unique: the path below the data set."""
+    image: Location | None
+    codes: np.ndarray | None = None
+    """[T], when the codes were computed beforehand; then there is no image."""
+    captions: Sequence[str] = ()
+    label: int | None = None
+
+
+class Report:
+    """How many samples there are, and what was left out while a data set was opened, and why."""
+
+    def __init__(self) -> None:
+        self.kept = 0
+        self.dropped: Counter[str] = Counter()
+        """Reason -> how many."""
+        self.first: dict[str, str] = {}
+        """Reason -> the first one left out for it."""
+
+    def drop(self, reason: str, name: str) -> None:
+        """Counts what is left out."""
+        self.dropped[reason] += 1
+        self.first.setdefault(reason, name)
+
+    def __str__(self) -> str:
+        """One line."""
+        reasons = [f"{count:,} {reason} (first: {self.first[reason]!r})" for reason, count in self.dropped.items()]
+        return f"{self.kept:,} samples" + (f"; left out: {', '.join(reasons)}" if reasons else "")
+
+
+class Source:
+    """The samples of a data set that a task can use, in a fixed order."""
+
+    def __init__(
+        self,
+        path: str,
+        task: Task,
+        samples: Iterable[Sample],
+        report: Report,
+        *,
+        num_classes: int | None = None,
+        classes: list[str] | None = None,
+    ):
+        """Keeps the samples that have what the task needs, and counts the others in the report.
+
+        classes: names of the labels, where they have names. Raises DataError if nothing is left, or if labels are not
+        in [0, num_classes).
+        """
+        self.path, self.task, self.report, self.classes = path, task, report, classes
+        self.samples = [kept for sample in samples if (kept := _fit(sample, task, report)) is not None]
+        self.report.kept = len(self.samples)
+        if not self.samples:
+            raise DataError(f"{path}: nothing to train on for the task {task!r}: {report}")
+        if task == "class":
+            highest = max(self.samples, key=_label)
+            if num_classes is not None and _label(highest) >= num_classes:
+                raise DataError(
+                    f"{path}: {highest.id!r} has the label {highest.label}, but the model has {num_classes} classes; "
+                    "labels start at 0: set stage2.hparams.n_classes, or choose other data"
+                )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, number: int) -> Sample:
+        return self.samples[number]
+
+    def part(self, first: int, last: int) -> "Source":
+        """The samples in [first, last)."""
+        part = copy.copy(self)
+        part.samples = self.samples[first:last]
+        return part
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether the samples are codes, and not pictures."""
+        return self.samples[0].codes is not None
+
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of task, ids, sizes, captions and labels, in order: another one means other data.
+
+        Reads no pictures, so one that changed and kept its size goes unseen.
+        """
+        digest = hashlib.sha256(json.dumps([self.task, self.classes]).encode())
+        for sample in self.samples:
+            size_bytes = sample.image.size_bytes if isinstance(sample.image, Stored) else None
+            digest.update(json.dumps([sample.id, size_bytes, list(sample.captions), sample.label]).encode())
+        return digest.hexdigest()
+
+
+def _fit(sample: Sample, task: Task, report: Report) -> Sample | None:
+    """The sample without captions that cannot be used, or None, counted, if it lacks what the task needs."""
+    try:
+        sample.id.encode()
+    except UnicodeEncodeError:
+        report.drop("with a name that is not UTF-8", ascii(sample.id))
+        return None
+    if task == "class" and (sample.label is None or sample.label < 0):
+        report.drop("without a label", sample.id)
+        return None
+    if task == "text":
+        captions = [caption.strip() for caption in sample.captions if caption.strip()]
+        if not captions:
+            report.drop("with an empty caption" if sample.captions else "without a caption", sample.id)
+            return None
+        captions = [caption for caption in captions if _is_prompt(caption)]
+        if not captions:
+            report.drop("with a caption that is too long or no text", sample.id)
+            return None
+        if captions != sample.captions:
+            return dataclasses.replace(sample, captions=captions)
+    return sample
+
+
+def _is_prompt(caption: str) -> bool:
+    try:
+        check_prompt(caption)
+    except UsageError:
+        return False
+    return True
+
+
+def _label(sample: Sample) -> int:
+    return -1 if sample.label is None else sample.label

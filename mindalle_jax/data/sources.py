@@ -1,0 +1,69 @@
+"""Opens a data set on disk.
+
+What a path holds is found out from its content, and serves these tasks:
+
+    name.jpg (or .jpeg, .png, .webp) beside name.txt, one caption a line; in nested folders too    text
+    metadata.jsonl or metadata.csv with file_name and text, label                                  text, class
+    one folder a class                                                                             class
+    pictures alone, in nested folders too                                                          unconditional
+    tars as webdataset writes them: key.jpg with key.txt, key.json or key.cls                      text, class
+    codes that scripts/prepare_codes.py wrote; what `datasets` saved to disk                       text, class
+
+Each of them can be used for unconditional pictures too.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mindalle_jax.data import codes, folders, tars
+from mindalle_jax.data.samples import TASKS, Report, Sample, Source, Task
+from mindalle_jax.errors import DataError, UsageError
+
+
+def open_source(
+    path: str | Path,
+    task: Task,
+    *,
+    num_classes: int | None = None,
+    classes: list[str] | None = None,
+    vqgan: str | None = None,
+) -> Source:
+    """Finds out what `path` holds and opens it: a folder, a .tar, or a pattern of tars such as "cc3m-{00..31}.tar".
+
+    num_classes: of the model, for the task "class". classes: names of the training data's classes, which are given to
+    validation data so that folders get the same labels. vqgan: codes.vqgan_digest of the model, to hold codes against.
+    Raises DataError if there is nothing that the task can use, with counts of what was left out; UsageError for
+    arguments out of range.
+    """
+    if task not in TASKS:
+        raise UsageError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
+    report = Report()
+    try:
+        samples, names = _find_samples(str(path), task, classes, vqgan, report)
+        if classes is not None and names is not None and names != classes:
+            raise DataError(f"{path}: its {len(names)} classes are not the {len(classes)} of the training data")
+        return Source(str(path), task, samples, report, num_classes=num_classes, classes=names)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _find_samples(
+    path: str, task: Task, classes: list[str] | None, vqgan: str | None, report: Report
+) -> tuple[Iterator[Sample], list[str] | None]:
+    """The samples, and names of the classes where they have names; arguments as open_source."""
+    folder = Path(path)
+    if files := tars.find_tars(path):
+        return tars.tar_samples(files, report), None
+    if not folder.is_dir():
+        kind = "is neither a folder nor a .tar" if folder.exists() else "does not exist"
+        raise DataError(f"{path}: {kind}; pictures are read from folders and from uncompressed tars")
+    if (folder / codes.MANIFEST).exists():
+        return codes.code_samples(folder, vqgan)
+    if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
+        return folders.saved_samples(folder)
+    if metadata := folders.find_metadata(folder):
+        return folders.metadata_samples(metadata, report), None
+    if task == "class":
+        names = folders.class_names(folder, classes)
+        return folders.class_samples(folder, names, report), names
+    return folders.folder_samples(folder, task, report), None

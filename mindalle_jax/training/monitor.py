@@ -1,0 +1,132 @@
+"""What is seen of a run: a progress bar, metrics.jsonl, TensorBoard, and its memory.
+
+FLOPs of a sequence are counted as 6 a parameter and position, and 12 layers * width * positions^2 for attention, half
+of which a causal mask saves: the usual count for MFU, without what is computed again to save memory.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from mindalle_jax.config import Config
+from mindalle_jax.weights import count_parameters
+
+# Dense bfloat16 FLOP/s by the makers' data sheets, by jax's device_kind.
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def flops_per_sequence(config: Config) -> float:
+    """Of a forward and a backward pass."""
+    h = config.stage2.hparams
+    positions = h.ctx_len_img + (1 if config.image_only else h.ctx_len_txt)
+    attention = 12 * h.n_layers * h.embed_dim * positions**2 / 2
+    return 6 * count_parameters(config, "stage2") * positions + attention
+
+
+class Monitor:
+    """Writes the figures of a run; in the first process only, silent in the others."""
+
+    def __init__(self, out: Path, config: Config, batch_size: int, first_step: int, max_steps: int):
+        """first_step: the updates that a resumed run has behind it; later lines of metrics.jsonl are taken out."""
+        self.is_first = jax.process_index() == 0
+        self._bar = tqdm(total=max_steps, initial=first_step, unit="step", disable=not self.is_first)
+        self._batch_size, self._since, self._since_step = batch_size, time.perf_counter(), first_step
+        device = jax.devices()[0].device_kind
+        self._flops = flops_per_sequence(config)
+        self._peak = PEAK_FLOPS.get(device, 0.0) * jax.device_count()
+        self._board: Any = None
+        if self.is_first:
+            path = out / "metrics.jsonl"
+            _drop_later_lines(path, first_step)
+            self._file = path.open("a", encoding="utf-8")
+            try:
+                from tensorboardX import SummaryWriter  # an extra
+
+                self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
+            except ImportError:
+                pass
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        if self.is_first:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def log(self, step: int, figures: dict[str, Any], kind: str = "train") -> None:
+        """Writes the figures of an update, or of a validation, whose number is `step`."""
+        if kind == "train":
+            now = time.perf_counter()
+            rate = (step - self._since_step) * self._batch_size / max(now - self._since, 1e-9)
+            self._since, self._since_step = now, step
+            figures = figures | {"images_per_s": round(rate, 3)}
+            if self._peak:
+                figures["mfu"] = round(rate * self._flops / self._peak, 4)
+            shown = {"loss": f"{figures['loss']:.4f}", "lr": f"{figures['learning_rate']:.2e}", "img/s": f"{rate:.3g}"}
+            self._bar.set_postfix(shown | ({"MFU": f"{figures['mfu']:.1%}"} if self._peak else {}))
+            self._bar.update(step - self._bar.n)
+        if not self.is_first:
+            return
+        # JSON has no NaN.
+        line = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        self._file.write(json.dumps({"step": step, "kind": kind, **line}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in figures.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def say(self, line: str) -> None:
+        """A line above the bar, where the bar is: results alone go to stdout."""
+        if self.is_first:
+            self._bar.write(line, file=sys.stderr)
+
+
+def memory_line(parts: dict[str, Any]) -> str:
+    """Bytes on the first device of named trees of arrays: "weights 5.2 GB, optimizer 10.3 GB"."""
+    device = jax.local_devices()[0]
+    texts = []
+    for name, tree in parts.items():
+        size = sum(
+            shard.data.nbytes
+            for leaf in jax.tree.leaves(tree)
+            for shard in leaf.addressable_shards
+            if shard.device == device
+        )
+        texts.append(f"{name} {size / 1e9:.3g} GB")
+    return ", ".join(texts)
+
+
+def _drop_later_lines(path: Path, last_step: int) -> None:
+    """Keeps what was written up to the update that a run goes on from; a killed run may have got further."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # cut off by the kill
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,164 @@
+"""One update: gradients of a batch in micro-batches, clipped, AdamW. Pure functions over an explicit state.
+
+Parameters are flat dicts by path (`blocks/qkv/weight`) in the layout of training. Those that are trained are part of
+the state; those that are not, because they are frozen or because adapters are trained in their place, are an argument.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mindalle_jax.models.transformer import Transformer
+from mindalle_jax.training.losses import Terms, loss_sums, target_weights
+from mindalle_jax.weights import nest
+
+Params = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that one update hands to the next. Keys of random numbers follow from the seed and `step`."""
+
+    step: jax.Array
+    """int32: batches seen"""
+    params: Params
+    """float32: what is trained"""
+    opt_state: Any
+    ema: Params
+    """float32: moving average of params; empty where it is off"""
+    skipped: jax.Array
+    """int32: updates skipped in a row, because the loss or a gradient was not finite"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What stays the same from update to update, known at compilation."""
+
+    model: Transformer
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    pad_id: int | None
+    """None for an image-only model"""
+    text_loss_weight: float
+    caption_dropout: float
+    ema_decay: float
+    lora_scale: float
+    seed: int
+
+
+def init_state(task: Task, params: Params) -> TrainState:
+    """The state before the first update; everything of a parameter lies where the parameter does."""
+
+    def init(params: Params) -> TrainState:
+        ema = jax.tree.map(jnp.copy, params) if task.ema_decay else {}
+        return TrainState(jnp.int32(0), params, task.optimizer.init(params), ema, jnp.int32(0))
+
+    shardings = state_shardings(jax.eval_shape(init, params), {path: leaf.sharding for path, leaf in params.items()})
+    return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
+
+
+def state_shardings(state: TrainState, shardings: Mapping[str, Any]) -> TrainState:
+    """Where each array of a state lies: as the parameter of its path, and what belongs to none on every device.
+
+    state: arrays or their shapes. shardings: NamedSharding of each parameter that is trained.
+    """
+    mesh = next(iter(shardings.values())).mesh
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
+        return shardings.get(getattr(path[-1], "key", ""), everywhere)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def compile_train_step(task: Task, shardings: TrainState) -> Any:
+    """train_step for a state with these shardings, which it keeps; (state, frozen, batch) -> (state, figures)."""
+    return jax.jit(partial(train_step, task), out_shardings=(shardings, None), donate_argnums=0)
+
+
+def whole_params(task: Task, params: Params, frozen: Params) -> dict[str, Any]:
+    """Trained and frozen parameters together, nested; adapters scaled by alpha / rank."""
+    scaled = {path: leaf * task.lora_scale if path.endswith("/lora_b") else leaf for path, leaf in params.items()}
+    return nest(frozen | scaled)
+
+
+def train_step(
+    task: Task, state: TrainState, frozen: Params, batch: dict[str, jax.Array]
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The next state, and the figures of this update.
+
+    batch: micro-batches, prefix int32[a, b, p], codes int32[a, b, t], and index uint32[a, b], the position of each
+    sample in the stream; gradients of a are added up.
+    An update whose loss or gradient is not finite changes nothing but the counts.
+    """
+    key = jax.random.fold_in(jax.random.key(task.seed, impl="threefry2x32"), state.step)
+    dropout_key, caption_key = jax.random.split(key)
+    if task.caption_dropout and task.pad_id is not None:
+        # Drawn by the position of a sample in the stream, so that it does not matter how a batch is split.
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(caption_key, batch["index"].reshape(-1))
+        dropped = jax.vmap(lambda key: jax.random.bernoulli(key, task.caption_dropout))(keys)
+        dropped = dropped.reshape(*batch["index"].shape, 1)
+        batch = batch | {"prefix": jnp.where(dropped, task.pad_id, batch["prefix"])}
+    batch = batch | {"rows": jnp.ones(batch["codes"].shape[:2], jnp.float32)}
+    counts = Terms(*(jnp.maximum(jnp.sum(weights), 1) for weights in target_weights(batch, task.pad_id)))
+    has_dropout = _has_dropout(task.model)
+
+    def share(params: Params, micro: dict[str, jax.Array], i: jax.Array) -> tuple[jax.Array, Terms]:
+        """What a micro-batch adds to the loss of the batch."""
+        micro_key = jax.random.fold_in(dropout_key, i) if has_dropout else None
+        sums = loss_sums(task.model, whole_params(task, params, frozen), micro, task.pad_id, micro_key)
+        terms = Terms(sums.image / counts.image, sums.text / counts.text)
+        return terms.image + task.text_loss_weight * terms.text, terms
+
+    def add(carry: Any, xs: Any) -> Any:
+        (_, terms), grads = jax.value_and_grad(share, has_aux=True)(state.params, *xs)
+        return jax.tree.map(jnp.add, carry, (grads, terms)), None
+
+    nothing = jax.tree.map(jnp.zeros_like, state.params), Terms(jnp.float32(0), jnp.float32(0))
+    micro_batches = batch["codes"].shape[0]
+    (grads, terms), _ = jax.lax.scan(add, nothing, (batch, jnp.arange(micro_batches)))
+
+    loss, grad_norm = terms.image + task.text_loss_weight * terms.text, optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
+    params: Any = optax.apply_updates(state.params, updates)
+    decay = task.ema_decay
+    ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params) if decay else {}
+    params, opt_state, ema = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state, ema),
+        (state.params, state.opt_state, state.ema),
+    )
+    figures = {
+        "loss": loss,
+        "image_loss": terms.image,
+        "text_loss": terms.text,
+        "grad_norm": grad_norm,
+        "learning_rate": task.schedule(_updates(state.opt_state)),
+        "skipped": jnp.where(finite, 0, state.skipped + 1),
+    }
+    skipped = jnp.copy(figures["skipped"])  # the state's own: its memory is taken by the next update
+    return TrainState(state.step + 1, params, opt_state, ema, skipped), figures
+
+
+@partial(jax.jit, static_argnames="task")
+def eval_step(task: Task, params: Params, frozen: Params, batch: dict[str, jax.Array]) -> tuple[Terms, Terms]:
+    """Sums of the cross-entropies of a batch (prefix [b, p], codes [b, t], rows [b]), and how many targets count."""
+    sums = loss_sums(task.model, whole_params(task, params, frozen), batch, task.pad_id)
+    return sums, Terms(*(jnp.sum(weights) for weights in target_weights(batch, task.pad_id)))
+
+
+def _updates(opt_state: Any) -> jax.Array:
+    """How many updates AdamW has made; those that were skipped do not count."""
+    of_schedule: Any = lambda path, _: getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"  # noqa: E731
+    return optax.tree.get(opt_state, "count", filtering=of_schedule)
+
+
+def _has_dropout(model: Transformer) -> bool:
+    h = model.config.hparams
+    return max(h.embd_pdrop, h.resid_pdrop, h.attn_pdrop) > 0

@@ -1,0 +1,112 @@
+"""Model folders made from other models: the start of a transfer, and the result of a run."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+import mindalle_jax
+from mindalle_jax.config import Config, dump_config, load_config
+from mindalle_jax.errors import ConfigError
+from mindalle_jax.files import check_free_disk, new_folder
+from mindalle_jax.weights import (
+    FORMAT_VERSION,
+    MANIFEST,
+    check_tensors,
+    count_parameters,
+    leaf_shapes,
+    map_weights,
+    read_manifest,
+    write_weights,
+)
+
+SHARED = ("tok_emb_img/", "pos_emb_img/", "blocks/", "ln_f/")
+"""Paths of what an image-only model takes over from a text-to-image model."""
+
+
+def check_upstream(upstream: Config, config: Config) -> None:
+    """Raises ConfigError, naming all that differs, if a model of `config` cannot take its weights from `upstream`."""
+    theirs, ours = upstream.stage2.hparams, config.stage2.hparams
+    fields = ("embed_dim", "n_layers", "n_heads", "ctx_len_img", "mlp_bias", "attn_bias", "gelu_use_approx")
+    lines = [
+        f"stage2.hparams.{name} {getattr(ours, name)!r}, upstream {getattr(theirs, name)!r}"
+        for name in fields
+        if getattr(ours, name) != getattr(theirs, name)
+    ]
+    if config.stage1 != upstream.stage1:
+        lines.append("stage1, which must be the same")
+    if upstream.image_only or not config.image_only:
+        lines.append("stage2.type: a transfer goes from transformer1d to igpt")
+    if lines:
+        raise ConfigError(f"the model to start from does not fit: {'; '.join(lines)}")
+
+
+def write_transfer(upstream: Path, config: Config, target: Path, *, head: str = "fresh", seed: int = 0) -> None:
+    """A folder with an image-only model of `config` that starts from a text-to-image model.
+
+    Tables and blocks are taken over; the start vectors are drawn anew, N(0, 0.02) for classes and N(0, 1) without, and
+    so is the head, N(0, 0.02), unless head is "head_img". Raises ConfigError, CheckpointError or OutputError.
+    """
+    check_upstream(load_config(upstream / "config.yaml"), config)
+    tensors = read_manifest(upstream)["tensors"]["stage2"]
+    theirs = map_weights(upstream / "stage2.safetensors", tensors)
+
+    def leaf(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        if path.startswith(SHARED):
+            return theirs[path]
+        if path == "head/weight" and head == "head_img":
+            return theirs["head_img/weight"]
+        std = 1.0 if path.startswith("sos") and not config.stage2.use_cls_cond else 0.02
+        draw = np.random.default_rng([seed, path == "head/weight"]).standard_normal(shape, np.float32)
+        return draw * np.float32(std)
+
+    with new_folder(target) as folder:
+        write_model(upstream, config, folder, leaf, f"transfer from {upstream.name}")
+
+
+def write_model(
+    base: Path, config: Config, folder: Path, leaf: Callable[[str, tuple[int, ...]], np.ndarray], source: str
+) -> None:
+    """Writes a model into an existing folder: stage 2 from leaf(path, shape), all else as in the model `base`.
+
+    The manifest is replaced last, so a folder with an old model in it holds one of the two.
+    """
+    shapes = leaf_shapes(config, "stage2")
+    stage1_bytes = (base / "stage1.safetensors").stat().st_size
+    check_free_disk(folder, 4 * count_parameters(config, "stage2") + stage1_bytes, "the fine-tuned model")
+    manifest = read_manifest(base)
+    stage1 = check_tensors(base, "stage1", manifest["tensors"]["stage1"], leaf_shapes(config, "stage1"))
+
+    def chunks() -> Iterator[tuple[str, np.ndarray]]:
+        for path, shape in shapes.items():
+            array = np.asarray(leaf(path, shape), np.float32)
+            if not np.isfinite(array.min() + array.max()):
+                raise AssertionError(f"{path} is not finite and would be saved")
+            yield path, array
+
+    partial = folder / "stage2.safetensors.partial"
+    partial.unlink(missing_ok=True)
+    stage2 = write_weights(partial, shapes, chunks())
+    for name in ("LICENSE", "README.md"):
+        if (base / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(base / name, folder / name)
+    if not config.image_only and not (folder / "tokenizer").exists():
+        shutil.copytree(base / "tokenizer", folder / "tokenizer")
+    if not (folder / "stage1.safetensors").exists():
+        shutil.copyfile(base / "stage1.safetensors", folder / "stage1.safetensors")
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    text = json.dumps(
+        {
+            "format_version": FORMAT_VERSION,
+            "writer": f"mindalle-jax {mindalle_jax.__version__}",
+            "source": source,
+            "tensors": {"stage1": stage1, "stage2": stage2},
+        },
+        indent=1,
+    )
+    (folder / f"{MANIFEST}.partial").write_text(text, encoding="utf-8")
+    os.replace(partial, folder / "stage2.safetensors")
+    os.replace(folder / f"{MANIFEST}.partial", folder / MANIFEST)
