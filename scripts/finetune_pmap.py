@@ -37,7 +37,7 @@ from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.tokenizer import TextTokenizer
 from mindalle_jax.training.config import FinetuneConfig, load_finetune_config
-from mindalle_jax.training.loop import check_base, transfer_base
+from mindalle_jax.training.folder import check_base, transfer_base
 from mindalle_jax.training.losses import Terms, loss_sums, target_weights
 from mindalle_jax.training.optimizer import count_steps, learning_rate, make_optimizer
 from mindalle_jax.training.transfer import write_model

@@ -122,11 +122,11 @@ def saved_samples(folder: Path) -> tuple[Iterator[Sample], list[str] | None]:
         splits = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         raise DataError(f"{folder}: holds several splits; name the folder of one: {', '.join(splits)}")
     try:
-        import datasets  # pyright: ignore[reportMissingImports] - an extra
+        import datasets  # an extra
     except ImportError:
         raise DataError(f"{folder}: saved by the library datasets; pip install 'mindalle-jax[datasets]'") from None
     try:
-        dataset = datasets.load_from_disk(str(folder))
+        dataset: Any = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever the library raises
         raise DataError(f"{folder}: cannot be opened by the library datasets: {one_line(error)}") from None
     features = dataset.features

@@ -5,10 +5,8 @@
 Whatever a run is interrupted by, the same command goes on after the last checkpoint, with the same samples and numbers.
 """
 
-import dataclasses
 import hashlib
 import json
-import shutil
 import time
 import zlib
 from collections.abc import Sequence
@@ -23,15 +21,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mindalle_jax.checkpoint import Checkpoints, stop_on_signals
-from mindalle_jax.config import Config, dump_config, load_config
+from mindalle_jax.config import Config, load_config
 from mindalle_jax.data.codes import vqgan_digest
 from mindalle_jax.data.loader import Loader
 from mindalle_jax.data.samples import Source
 from mindalle_jax.data.samples import Task as DataTask
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.devices import device_memory, matmul_precision, use_compilation_cache
-from mindalle_jax.errors import CheckpointError, ConfigError, NonFiniteError, OutputError
-from mindalle_jax.files import check_writable, disk_errors
+from mindalle_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from mindalle_jax.interop.mindalle import find_model
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
@@ -39,25 +36,17 @@ from mindalle_jax.sharding import BATCH, SplitByBatch, batch_devices, make_mesh,
 from mindalle_jax.tokenizer import TextTokenizer
 from mindalle_jax.training import lora
 from mindalle_jax.training.config import FinetuneConfig, load_finetune_config
+from mindalle_jax.training.folder import check_base, check_folder, claim_folder, transfer_base
 from mindalle_jax.training.monitor import Monitor, memory_line
 from mindalle_jax.training.optimizer import count_steps, learning_rate, make_optimizer
 from mindalle_jax.training.samples import RECONSTRUCTIONS, Sampler
 from mindalle_jax.training.step import Params, Task, TrainState, compile_train_step, eval_step, init_state, whole_params
-from mindalle_jax.training.transfer import check_upstream, write_model, write_transfer
+from mindalle_jax.training.transfer import write_model
 from mindalle_jax.weights import MANIFEST, leaf_shapes, load_params, load_stacked, map_weights, read_manifest
 
-CONFIG_FILE, SUMMARY_FILE = "finetune.yaml", "summary.json"
-START = "start"
-"""Folder with the model that a transfer starts from."""
+SUMMARY_FILE = "summary.json"
 MAX_SKIPPED = 10
 """Updates in a row without a finite loss after which a run stops."""
-# What may change when a run goes on, because it has no effect on what is learned.
-FREE_FIELDS = (
-    "data.threads", "experiment.local_batch_size", "experiment.valid_batch_size", "experiment.save_ckpt_freq",
-    "experiment.test_freq", "training.keep_checkpoints", "training.checkpoint_every_steps",
-    "training.validate_every_steps", "training.sample_every_steps", "training.sample_prompts", "training.remat",
-    "sharding",
-)  # fmt: skip
 
 
 class Run:
@@ -109,6 +98,8 @@ class Run:
             if not any(lora.matches(path, [pattern]) for path in self.shapes):
                 raise ConfigError(f"training.freeze: {pattern!r} matches none of {', '.join(self.shapes)}")
         if training.lora.rank:
+            if training.freeze:
+                raise ConfigError("training.freeze goes without training.lora, beside which nothing else is trained")
             trained = lora.adapter_shapes(self.shapes, training.lora)
         else:
             trained = {path: shape for path, shape in self.shapes.items() if not lora.matches(path, training.freeze)}
@@ -377,74 +368,6 @@ def finetune(config_file: str | Path, overrides: Sequence[str], out: Path, *, ig
     claim_folder(out, config)
     run.base = transfer_base(config, base, out)
     return run(ignore_fingerprint=ignore_fingerprint)
-
-
-def check_base(config: FinetuneConfig, base: Path) -> None:
-    """Raises ConfigError where a run of `config` cannot start from the model `base`."""
-    theirs = load_config(base / "config.yaml")
-    if theirs.image_only != config.image_only:
-        return check_upstream(theirs, config.model_config())
-    before, now = (_flat(dataclasses.asdict(c)) for c in (theirs, config.model_config()))
-    # Rates of dropout change no weight, and nothing but the two stages shapes the weights.
-    shaping = {path: value for path, value in now.items() if path.startswith("stage") and "pdrop" not in path}
-    if lines := _differences(before, shaping):
-        raise ConfigError(f"the model to start from, {base}, does not fit: {'; '.join(lines)}")
-
-
-def transfer_base(config: FinetuneConfig, base: Path, out: Path) -> Path:
-    """The folder whose weights a run starts from: `base`, or for a transfer one made of it in the folder of the run."""
-    if load_config(base / "config.yaml").image_only == config.image_only:
-        return base
-    start = out / START
-    if not start.exists() and jax.process_index() == 0:
-        write_transfer(base, config.model_config(), start, head=config.training.head, seed=config.training.seed)
-    return start
-
-
-def check_folder(out: Path, config: FinetuneConfig) -> None:
-    """Raises OutputError if `out` holds something else than a run, ConfigError if one of another configuration.
-
-    A run that came to no checkpoint has nothing to go on from: it is begun anew, with any configuration.
-    """
-    file = out / CONFIG_FILE
-    if file.exists() and Checkpoints(out / "checkpoints").latest_step() is None:
-        pass
-    elif file.exists():
-        theirs = _flat(dataclasses.asdict(load_finetune_config(file)))
-        if lines := _differences(theirs, _flat(dataclasses.asdict(config))):
-            raise ConfigError(
-                f"{out} holds a run of another configuration: {'; '.join(lines)}; name another folder, or undo that"
-            )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} exists, is not empty and holds no run to go on with; name another place")
-    check_writable(out)
-
-
-def claim_folder(out: Path, config: FinetuneConfig) -> None:
-    """Makes the folder of a run, with its configuration; what a run without a checkpoint left is begun anew."""
-    if jax.process_index() == 0:
-        with disk_errors(out):
-            if Checkpoints(out / "checkpoints").latest_step() is None:
-                shutil.rmtree(out / START, ignore_errors=True)
-            out.mkdir(parents=True, exist_ok=True)
-            (out / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
-
-
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """Fields that differ, but for those of FREE_FIELDS."""
-    return [
-        f"{path} was {theirs[path]!r} and is {value!r}"
-        for path, value in ours.items()
-        if theirs[path] != value and not path.startswith(FREE_FIELDS)
-    ]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _tokenizer(base: Path, config: Config) -> TextTokenizer:

@@ -1,0 +1,94 @@
+"""The folder of a run: whether one may begin or go on there, and from which model."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mindalle_jax.checkpoint import Checkpoints
+from mindalle_jax.config import dump_config, load_config
+from mindalle_jax.errors import ConfigError, OutputError
+from mindalle_jax.files import check_writable, disk_errors
+from mindalle_jax.training.config import FinetuneConfig, load_finetune_config
+from mindalle_jax.training.transfer import check_upstream, write_transfer
+
+CONFIG_FILE = "finetune.yaml"
+START = "start"
+"""Folder with the model that a transfer starts from."""
+# What may change when a run goes on, because it has no effect on what is learned.
+FREE_FIELDS = (
+    "data.threads", "experiment.local_batch_size", "experiment.valid_batch_size", "experiment.save_ckpt_freq",
+    "experiment.test_freq", "training.keep_checkpoints", "training.checkpoint_every_steps",
+    "training.validate_every_steps", "training.sample_every_steps", "training.sample_prompts", "training.remat",
+    "sharding",
+)  # fmt: skip
+
+
+def check_base(config: FinetuneConfig, base: Path) -> None:
+    """Raises ConfigError where a run of `config` cannot start from the model `base`."""
+    theirs = load_config(base / "config.yaml")
+    if theirs.image_only != config.image_only:
+        return check_upstream(theirs, config.model_config())
+    before, now = (_flat(dataclasses.asdict(c)) for c in (theirs, config.model_config()))
+    # Rates of dropout change no weight, and nothing but the two stages shapes the weights.
+    shaping = {path: value for path, value in now.items() if path.startswith("stage") and "pdrop" not in path}
+    if lines := _differences(before, shaping):
+        raise ConfigError(f"the model to start from, {base}, does not fit: {'; '.join(lines)}")
+
+
+def transfer_base(config: FinetuneConfig, base: Path, out: Path) -> Path:
+    """The folder whose weights a run starts from: `base`, or for a transfer one made of it in the folder of the run."""
+    if load_config(base / "config.yaml").image_only == config.image_only:
+        return base
+    start = out / START
+    if not start.exists() and jax.process_index() == 0:
+        write_transfer(base, config.model_config(), start, head=config.training.head, seed=config.training.seed)
+    return start
+
+
+def check_folder(out: Path, config: FinetuneConfig) -> None:
+    """Raises OutputError if `out` holds something else than a run, ConfigError if one of another configuration.
+
+    A run that came to no checkpoint has nothing to go on from: it is begun anew, with any configuration.
+    """
+    file = out / CONFIG_FILE
+    if file.exists() and Checkpoints(out / "checkpoints").latest_step() is None:
+        pass
+    elif file.exists():
+        theirs = _flat(dataclasses.asdict(load_finetune_config(file)))
+        if lines := _differences(theirs, _flat(dataclasses.asdict(config))):
+            raise ConfigError(
+                f"{out} holds a run of another configuration: {'; '.join(lines)}; name another folder, or undo that"
+            )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out} exists, is not empty and holds no run to go on with; name another place")
+    check_writable(out)
+
+
+def claim_folder(out: Path, config: FinetuneConfig) -> None:
+    """Makes the folder of a run, with its configuration; what a run without a checkpoint left is begun anew."""
+    if jax.process_index() == 0:
+        with disk_errors(out):
+            if Checkpoints(out / "checkpoints").latest_step() is None:
+                shutil.rmtree(out / START, ignore_errors=True)
+            out.mkdir(parents=True, exist_ok=True)
+            (out / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Fields that differ, but for those of FREE_FIELDS."""
+    return [
+        f"{path} was {theirs[path]!r} and is {value!r}"
+        for path, value in ours.items()
+        if theirs[path] != value and not path.startswith(FREE_FIELDS)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
