@@ -1,0 +1,70 @@
+"""What a person looks at while a model is trained, and the model that a transfer begins with."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mindalle_jax import ImageGPT
+from mindalle_jax.errors import ConfigError
+from mindalle_jax.training.loop import finetune
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model_folder, tmp_path_factory):
+    """Folder of a run of two updates over four pictures of 32 x 32, with samples after each."""
+    work = tmp_path_factory.mktemp("samples")
+    (work / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(work / "photos" / f"{i}.png")
+        (work / "photos" / f"{i}.txt").write_text("a cat")
+    (work / "run.yaml").write_text(f"""
+data: {{train: {work / "photos"}, threads: 1}}
+optimizer: {{base_lr: 1e-3, max_steps: 2}}
+experiment: {{local_batch_size: 1, total_batch_size: 8}}
+training: {{init_from: {tiny_model_folder}, sample_every_steps: 1, sample_prompts: [the cat, dog]}}
+""")
+    assert finetune(work / "run.yaml", [], work / "out")
+    return work
+
+
+def test_samples_of_the_prompts(run):
+    """A block of four pictures a prompt, and other ones after another update."""
+    grids = [np.asarray(Image.open(run / "out" / "samples" / f"step_{step:06d}.png")) for step in (1, 2)]
+    assert grids[0].shape == (4 + 2 * (32 + 14 + 4), 4 + 4 * 36, 3)
+    assert (grids[0] != grids[1]).any()
+
+
+def test_reconstructions_are_the_vqgans(run, tiny_dalle):
+    """Pictures of the data above what they become by way of their codes."""
+    sheet = np.asarray(Image.open(run / "out" / "reconstructions.png"))
+    pictures = np.stack([np.asarray(Image.open(run / "photos" / f"{i}.png")) for i in range(8)])
+    assert sheet.shape == (64, 8 * 32, 3)
+    np.testing.assert_array_equal(sheet[:32], np.concatenate(pictures, axis=1))
+    decoded = (tiny_dalle.decode_codes(tiny_dalle.encode_images(pictures)) * 255).astype(np.uint8)
+    np.testing.assert_array_equal(sheet[32:], np.concatenate(decoded, axis=1))
+
+
+@pytest.mark.parametrize("head", ["fresh", "head_img"])
+def test_from_upstream(tiny_model_folder, tiny_igpt_config, tiny_dalle, head):
+    """Tables and blocks are taken over, bit by bit; start vectors are drawn, and the head as asked."""
+    model = ImageGPT.from_upstream(tiny_model_folder, tiny_igpt_config, head=head, seed=3)
+    theirs, ours = tiny_dalle._stage2, model._stage2
+    for name in ("tok_emb_img", "pos_emb_img", "blocks_0", "blocks_1", "ln_f"):
+        jax.tree.map(np.testing.assert_array_equal, ours[name], theirs[name])
+    same = np.array_equal(ours["head"]["weight"], theirs["head_img"]["weight"])
+    assert same == (head == "head_img")
+    assert 0.015 < np.std(ours["sos"]["embedding"]) < 0.025  # N(0, 0.02) for classes
+    assert model.generate(2, num_candidates=1).codes.shape == (1, 64)
+    again = ImageGPT.from_upstream(tiny_model_folder, tiny_igpt_config, head=head, seed=3)
+    assert again.folder == model.folder
+
+
+def test_an_upstream_that_does_not_fit(tiny_model_folder, tiny_igpt_config):
+    hparams = dataclasses.replace(tiny_igpt_config.stage2.hparams, n_layers=3)
+    config = dataclasses.replace(tiny_igpt_config, stage2=dataclasses.replace(tiny_igpt_config.stage2, hparams=hparams))
+    with pytest.raises(ConfigError, match="n_layers 3, upstream 2"):
+        ImageGPT.from_upstream(tiny_model_folder, config)
