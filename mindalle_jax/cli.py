@@ -205,7 +205,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
-    from mindalle_jax.training.loop import finetune
+    from mindalle_jax.training.finetune import finetune
 
     if any("=" not in override for override in arguments.overrides):
         raise UsageError("overrides have the form section.key=value, such as data.train=photos")

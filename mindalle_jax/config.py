@@ -4,15 +4,16 @@ The file is the one that the original implementation writes and reads, so a publ
 is. A file may leave any field out. Unknown fields and values of the wrong type are errors that name the nearest match.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import yaml
 
@@ -156,8 +157,23 @@ class Config:
         """Whether stage 2 is the image-only transformer (igpt)."""
         return self.stage2.type == "igpt"
 
+    def check(self) -> None:
+        """Raises ConfigError for values that contradict each other or that no model can have."""
+        check_stage1(self.stage1)
+        _check_stage2(self)
+        check_optimization(self.optimizer, self.experiment)
 
-AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+class AnyFile(Protocol):
+    """A dataclass whose fields are the sections of a file."""
+
+    def check(self) -> None:
+        """Raises ConfigError for values that go together in no file."""
+        ...
+
+
+AnyConfig = TypeVar("AnyConfig", bound=AnyFile)
+Section = TypeVar("Section")
 
 
 def load_config(
@@ -168,38 +184,54 @@ def load_config(
 ) -> AnyConfig:
     """Reads a config.yaml, then applies `section.key=value` overrides in order.
 
-    kind: Config, or one with more sections. defaults: whose fields stand in for those of dataset, stage1 and stage2
-    that the file leaves out; None: the published model's.
+    kind: Config, or a dataclass with other sections. defaults: whose fields stand in for those of dataset, stage1 and
+    stage2 that the file leaves out; None: the published model's.
     Raises ConfigError naming the file, the field and the nearest valid name or the type expected.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    try:
-        return parse_config(text, overrides, kind, defaults)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    with _naming(path):
+        return parse_config(_read(path), overrides, kind, defaults)
+
+
+def load_section(path: str | Path, overrides: Iterable[str], name: str, kind: type[Section]) -> Section:
+    """One section of the file alone, where the others cannot be told yet; otherwise as load_config."""
+    with _naming(path):
+        tree = _overridden(_parse_yaml(_read(path)), overrides)
+        section = tree.get(name) if isinstance(tree, dict) else None
+        return _build(kind, {} if section is None else section, f"{name}.")
 
 
 def parse_config(
     text: str, overrides: Iterable[str] = (), kind: type[AnyConfig] = Config, defaults: Config | None = None
 ) -> AnyConfig:
-    """The same from the text of a config.yaml."""
+    """load_config from the text of a config.yaml."""
     tree = _parse_yaml(text)
     if defaults is not None and isinstance(tree, dict):
-        plain = _plain(defaults)
-        tree = _merged({name: plain[name] for name in ("dataset", "stage1", "stage2")}, tree)
-    for override in overrides:
-        _apply_override(tree, override)
-    config = _build(kind, tree, "")
-    _check(config)
+        plain, sections = _plain(defaults), typing.get_type_hints(kind)
+        tree = _merged({name: plain[name] for name in ("dataset", "stage1", "stage2") if name in sections}, tree)
+    config = _build(kind, _overridden(tree, overrides), "")
+    config.check()
     return config
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: Any) -> str:
     """The text of a config.yaml that parse_config reads back to an equal Config."""
     return yaml.safe_dump(_plain(config), sort_keys=False, default_flow_style=None)
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read: {error}") from None
+
+
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Puts the file before the message of a ConfigError."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -224,6 +256,12 @@ def _merged(under: Any, over: Any) -> Any:
     if not isinstance(under, dict) or not isinstance(over, dict):
         return over
     return under | {key: _merged(under[key], value) if key in under else value for key, value in over.items()}
+
+
+def _overridden(tree: Any, overrides: Iterable[str]) -> Any:
+    for override in overrides:
+        _apply_override(tree, override)
+    return tree
 
 
 def _apply_override(tree: Any, override: str) -> None:
@@ -283,92 +321,106 @@ def _typed(value: Any, hint: Any, path: str) -> Any:
     return value
 
 
-def _check(config: Config) -> None:
-    """Refuses values that contradict each other or that no model can have."""
+def _refuse(condition: bool, message: str) -> None:
+    if condition:
+        raise ConfigError(message)
+
+
+def _check_sizes(sizes: dict[str, int]) -> None:
+    for path, size in sizes.items():
+        _refuse(size < 1, f"{path} must be at least 1, not {size}")
+
+
+def check_stage1(stage1: Stage1Config) -> None:
+    """Raises ConfigError for a VQGAN that cannot be."""
+    h = stage1.hparams
+    _check_sizes(
+        {"stage1.embed_dim": stage1.embed_dim, "stage1.n_embed": stage1.n_embed}
+        | {f"stage1.hparams.{k}": getattr(h, k) for k in ("z_channels", "resolution", "in_channels", "out_ch", "ch")}
+        | {"stage1.hparams.num_res_blocks": h.num_res_blocks}
+    )
+    _refuse(not h.ch_mult or min(h.ch_mult) < 1, f"stage1.hparams.ch_mult must list positive numbers, not {h.ch_mult}")
+    _refuse(h.double_z, "stage1.hparams.double_z true is a variational encoder, which this model does not have")
+    _refuse(h.ch % 32 != 0, f"stage1.hparams.ch must be a multiple of 32 (GroupNorm has 32 groups), not {h.ch}")
+    levels = len(h.ch_mult) - 1
+    _refuse(
+        h.resolution % 2**levels != 0,
+        f"stage1.hparams.resolution {h.resolution} must be a multiple of {2**levels} (two per level of ch_mult)",
+    )
+    _refuse(
+        (h.in_channels, h.out_ch) != (3, 3),
+        f"stage1.hparams.in_channels and out_ch must be 3 (red, green, blue), not {h.in_channels} and {h.out_ch}",
+    )
+    _check_rates({"stage1.hparams.pdrop": h.pdrop})
+
+
+def _check_stage2(config: Config) -> None:
+    """Stage 2, and how it goes with the VQGAN and the data."""
     s1, s2 = config.stage1, config.stage2
     h1, h2 = s1.hparams, s2.hparams
-
-    def refuse(condition: bool, message: str) -> None:
-        if condition:
-            raise ConfigError(message)
-
-    sizes: dict[str, int] = {
-        "dataset.context_length": config.dataset.context_length,
-        "dataset.image_resolution": config.dataset.image_resolution,
-        "stage1.embed_dim": s1.embed_dim,
-        "stage1.n_embed": s1.n_embed,
-        "stage2.vocab_size_txt": s2.vocab_size_txt,
-        "stage2.vocab_size_img": s2.vocab_size_img,
-        **{f"stage1.hparams.{k}": getattr(h1, k) for k in ("z_channels", "resolution", "in_channels", "out_ch", "ch")},
-        "stage1.hparams.num_res_blocks": h1.num_res_blocks,
-        **{f"stage2.hparams.{k}": getattr(h2, k) for k in ("embed_dim", "n_layers", "n_heads", "ctx_len_img")},
-        "stage2.hparams.ctx_len_txt": h2.ctx_len_txt,
-    }
-    for path, size in sizes.items():
-        refuse(size < 1, f"{path} must be at least 1, not {size}")
-    refuse(
-        not h1.ch_mult or min(h1.ch_mult) < 1, f"stage1.hparams.ch_mult must list positive numbers, not {h1.ch_mult}"
+    _check_sizes(
+        {
+            "dataset.context_length": config.dataset.context_length,
+            "dataset.image_resolution": config.dataset.image_resolution,
+            "stage2.vocab_size_txt": s2.vocab_size_txt,
+            "stage2.vocab_size_img": s2.vocab_size_img,
+        }
+        | {
+            f"stage2.hparams.{k}": getattr(h2, k)
+            for k in ("embed_dim", "n_layers", "n_heads", "ctx_len_img", "ctx_len_txt")
+        }
     )
-    refuse(h1.double_z, "stage1.hparams.double_z true is a variational encoder, which this model does not have")
-    refuse(h1.ch % 32 != 0, f"stage1.hparams.ch must be a multiple of 32 (GroupNorm has 32 groups), not {h1.ch}")
-    levels = len(h1.ch_mult) - 1
-    refuse(
-        h1.resolution % 2**levels != 0,
-        f"stage1.hparams.resolution {h1.resolution} must be a multiple of {2**levels} (two per level of ch_mult)",
-    )
-    refuse(
+    _refuse(
         config.dataset.image_resolution != h1.resolution,
         f"dataset.image_resolution {config.dataset.image_resolution} and stage1.hparams.resolution {h1.resolution} "
         "must be equal: the weights know one picture size only",
     )
-    refuse(
+    _refuse(
         h2.ctx_len_img != s1.code_size**2,
         f"stage2.hparams.ctx_len_img {h2.ctx_len_img} must be the codes of a picture: "
         f"{s1.code_size} x {s1.code_size} = {s1.code_size**2}",
     )
-    refuse(
+    _refuse(
         s2.vocab_size_img != s1.n_embed,
         f"stage2.vocab_size_img {s2.vocab_size_img} must equal stage1.n_embed {s1.n_embed}",
     )
-    refuse(
+    _refuse(
         h2.embed_dim % h2.n_heads != 0,
         f"stage2.hparams.embed_dim {h2.embed_dim} must be a multiple of n_heads {h2.n_heads}",
     )
-    refuse(
+    _refuse(
         h2.n_dense_layers not in (None, h2.n_layers),
         f"stage2.hparams.n_dense_layers {h2.n_dense_layers} must equal n_layers {h2.n_layers}",
     )
-    refuse(
+    _refuse(
         not config.image_only and h2.ctx_len_txt != config.dataset.context_length,
         f"stage2.hparams.ctx_len_txt {h2.ctx_len_txt} must equal dataset.context_length "
         f"{config.dataset.context_length}",
     )
-    refuse(
+    _refuse(
         config.image_only and bool(s2.use_cls_cond) and (h2.n_classes is None or h2.n_classes < 1),
         "stage2.use_cls_cond needs stage2.hparams.n_classes, the number of classes",
     )
-    refuse(
-        (h1.in_channels, h1.out_ch) != (3, 3),
-        f"stage1.hparams.in_channels and out_ch must be 3 (red, green, blue), not {h1.in_channels} and {h1.out_ch}",
-    )
-    optimizer, experiment = config.optimizer, config.experiment
-    for path, value in [
-        *[(f"optimizer.{k}", getattr(optimizer, k)) for k in ("base_lr", "weight_decay", "max_steps", "min_lr")],
-        ("optimizer.grad_clip_norm", optimizer.grad_clip_norm),
-    ]:
-        refuse(not 0 <= value < math.inf, f"{path} must be a finite number of at least 0, not {value}")
-    refuse(
+    _check_rates({f"stage2.hparams.{k}": getattr(h2, k) for k in ("embd_pdrop", "resid_pdrop", "attn_pdrop")})
+
+
+def check_optimization(optimizer: OptimizerConfig, experiment: ExperimentConfig) -> None:
+    """Raises ConfigError for values that no training can have."""
+    for name in ("base_lr", "weight_decay", "max_steps", "min_lr", "grad_clip_norm"):
+        value = getattr(optimizer, name)
+        _refuse(not 0 <= value < math.inf, f"optimizer.{name} must be a finite number of at least 0, not {value}")
+    _refuse(
         len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas),
         f"optimizer.betas must be two numbers in [0, 1), not {list(optimizer.betas)}",
     )
     for field in dataclasses.fields(experiment):
         value = getattr(experiment, field.name)
-        refuse(value < 1 and value is not False, f"experiment.{field.name} must be at least 1, not {value}")
-    for path, rate in [
-        ("stage1.hparams.pdrop", h1.pdrop),
-        *[(f"stage2.hparams.{k}", getattr(h2, k)) for k in ("embd_pdrop", "resid_pdrop", "attn_pdrop")],
-    ]:
-        refuse(not 0.0 <= rate < 1.0, f"{path} is a probability in [0, 1), not {rate}")
+        _refuse(value < 1 and value is not False, f"experiment.{field.name} must be at least 1, not {value}")
+
+
+def _check_rates(rates: dict[str, float]) -> None:
+    for path, rate in rates.items():
+        _refuse(not 0.0 <= rate < 1.0, f"{path} is a probability in [0, 1), not {rate}")
 
 
 def _plain(value: Any) -> Any:

@@ -25,19 +25,19 @@ import optax
 from jax.sharding import SingleDeviceSharding
 from tqdm import tqdm
 
-from mindalle_jax.config import dump_config, load_config
+from mindalle_jax.config import dump_config
 from mindalle_jax.data.codes import vqgan_digest
 from mindalle_jax.data.loader import Loader
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.devices import matmul_precision, use_compilation_cache
 from mindalle_jax.errors import ConfigError, MindalleError, NonFiniteError
 from mindalle_jax.files import check_output, disk_errors
-from mindalle_jax.interop.mindalle import find_model
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.tokenizer import TextTokenizer
-from mindalle_jax.training.config import FinetuneConfig, load_finetune_config
-from mindalle_jax.training.folder import check_base, transfer_base
+from mindalle_jax.training.config import FinetuneConfig
+from mindalle_jax.training.finetune import read_finetune
+from mindalle_jax.training.folder import check_base, start_folder
 from mindalle_jax.training.losses import Terms, loss_sums, target_weights
 from mindalle_jax.training.optimizer import count_steps, learning_rate, make_optimizer
 from mindalle_jax.training.transfer import write_model
@@ -125,12 +125,11 @@ def finetune(
 ) -> None:
     """Trains from the model that the configuration names, and makes `out` a model folder with metrics.jsonl in it.
 
-    devices: None is all of this machine. Raises as mindalle_jax.training.loop.finetune, and NonFiniteError at once.
+    devices: None is all of this machine. Raises as mindalle_jax.training.finetune.finetune, and NonFiniteError at once.
     """
     # ---- configuration: what the file leaves out is as in the model that it names
     devices = jax.local_devices() if devices is None else devices
-    base = find_model(load_finetune_config(config_file, overrides).training.init_from)
-    config = load_finetune_config(config_file, overrides, load_config(base / "config.yaml"))
+    config, base = read_finetune(config_file, overrides)
     check(config, len(devices))
     check_output(out, overwrite=out.is_dir())  # an empty folder may be used
     use_compilation_cache()
@@ -175,7 +174,7 @@ def finetune(
 
     # ---- folder: only now, when nothing can be wrong with the configuration and the data
     check_base(config, base)
-    base = transfer_base(config, base, out)  # for a transfer: with a fresh head and start vector
+    base = start_folder(config, base, out)  # for a transfer: with a fresh head and start vector
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / "finetune_pmap.yaml").write_text(dump_config(config), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""The configuration of a fine-tuning run: config.yaml of the model, and what is of no concern to a model.
+"""The configuration of a run: sections that every run has, and for fine-tuning those of the model's config.yaml.
 
-The original's recipes are such files too: they have the first five sections alone.
+The original's recipes are such files too: they have the sections of config.yaml alone.
 """
 
 import dataclasses
@@ -10,10 +10,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from mindalle_jax.config import Config, load_config
+from mindalle_jax.config import (
+    Config,
+    DatasetConfig,
+    ExperimentConfig,
+    OptimizerConfig,
+    Stage1Config,
+    Stage2Config,
+    check_optimization,
+    load_config,
+)
 from mindalle_jax.errors import ConfigError
 from mindalle_jax.models.transformer import Remat
 from mindalle_jax.sharding import AXES, Strategy
+
+SCRATCH = "scratch"
+"""The name under training.init_from that stands for no model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,40 +53,22 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingConfig:
-    """What is trained, and how."""
+class LoopConfig:
+    """What is said of every run, whatever it trains."""
 
-    init_from: str = "minDALL-E/1.3B"
-    """The model to start from, as for `mindalle sample`: a folder or a name."""
-    head: Literal["fresh", "head_img"] = "fresh"
-    """Head of an image-only model that starts from a text-to-image model: drawn anew as in the original, or taken."""
     seed: int = 0
     """Of the order of the data, its crops, dropout and fresh parameters."""
-    text_loss_weight: float = 0.125
-    """Of the text term. A caption has fewer tokens that count than a picture has codes, and the text is not drawn: at
-    full weight it would be learned at the expense of the pictures. As in DALL-E (Ramesh et al., 2021)."""
-    caption_dropout: float = 0.0
-    """Share of captions that are left blank, for guidance_scale; 0.1 is usual."""
     warmup_steps: int = 0
     """Updates over which the learning rate rises from 0."""
-    decay: Literal["all", "matrices"] = "all"
-    """What weight_decay covers: every parameter, as in the original, or those of two and more axes but tables."""
     ema_decay: float = 0.0
     """Of the moving average of the parameters that is validated, sampled and saved as the model; 0: off."""
-    freeze: tuple[str, ...] = ()
-    """Patterns of parameters that stay as they are; a whole path must match: `blocks/.*`, `tok_emb_img/embedding`."""
-    remat: Remat = "dots"
-    """What the backward pass computes again to save memory: none, dots (little) or full (more, a third slower)."""
-    lora: LoraConfig = LoraConfig()
     keep_checkpoints: int = 2
     checkpoint_every_steps: int = 0
     """Updates between checkpoints; 0: as experiment.save_ckpt_freq, in epochs."""
     validate_every_steps: int = 0
     """Updates between validations; 0: as experiment.test_freq, in epochs."""
     sample_every_steps: int = 0
-    """Updates between samples of sample_prompts; 0: none."""
-    sample_prompts: tuple[str, ...] = ()
-    """Prompts, or numbers of classes, to draw while training."""
+    """Updates between pictures to look at; 0: none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,49 +91,114 @@ class ShardingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneConfig(Config):
-    """A whole file for `mindalle finetune`."""
+class RunConfig:
+    """The sections that every run has."""
 
     data: DataConfig = DataConfig()
-    training: TrainingConfig = TrainingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    experiment: ExperimentConfig = ExperimentConfig()
+    training: LoopConfig = LoopConfig()
     sharding: ShardingConfig = ShardingConfig()
+
+    def check(self) -> None:
+        """Raises ConfigError for values that no run can have."""
+        check_optimization(self.optimizer, self.experiment)
+        t = self.training
+        check_share("training.ema_decay", t.ema_decay)
+        if not 0 <= t.seed < 2**32:
+            raise ConfigError(f"training.seed must lie in [0, 4294967296), not {t.seed}")
+        lowest = {"warmup_steps": 0, "keep_checkpoints": 1, "checkpoint_every_steps": 0, "validate_every_steps": 0}
+        for name, low in (lowest | {"sample_every_steps": 0}).items():
+            if getattr(t, name) < low:
+                raise ConfigError(f"training.{name} must be at least {low}, not {getattr(t, name)}")
+        if self.data.threads < 1:
+            raise ConfigError(f"data.threads must be at least 1, not {self.data.threads}")
+        self.sharding.sizes()
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig(LoopConfig):
+    """What is trained of a transformer, and how."""
+
+    init_from: str = "minDALL-E/1.3B"
+    """The model to start from, as for `mindalle sample`: a folder or a name; scratch: a fresh transformer."""
+    vqgan: str = ""
+    """From scratch: the model, or VQGAN alone, that turns pictures into codes; a folder or a name."""
+    tokenizer: str = ""
+    """From scratch: a folder with bpe-16k-vocab.json and bpe-16k-merges.txt; the default is that of `vqgan`."""
+    head: Literal["fresh", "head_img"] = "fresh"
+    """Head of an image-only model that starts from a text-to-image model: drawn anew as in the original, or taken."""
+    text_loss_weight: float = 0.125
+    """Of the text term. A caption has fewer tokens that count than a picture has codes, and the text is not drawn: at
+    full weight it would be learned at the expense of the pictures. As in DALL-E (Ramesh et al., 2021)."""
+    caption_dropout: float = 0.0
+    """Share of captions that are left blank, for guidance_scale; 0.1 is usual."""
+    decay: Literal["all", "matrices"] = "all"
+    """What weight_decay covers: every parameter, as in the original, or those of two and more axes but tables."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameters that stay as they are; a whole path must match: `blocks/.*`, `tok_emb_img/embedding`."""
+    remat: Remat = "dots"
+    """What the backward pass computes again to save memory: none, dots (little) or full (more, a third slower)."""
+    lora: LoraConfig = LoraConfig()
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts, or numbers of classes, to draw every sample_every_steps."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    """A whole file for `mindalle finetune`."""
+
+    training: TrainingConfig = TrainingConfig()
+    dataset: DatasetConfig = DatasetConfig()
+    stage1: Stage1Config = Stage1Config()
+    stage2: Stage2Config = Stage2Config()
 
     def model_config(self) -> Config:
         """The part that lies with the model."""
         return Config(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Config)})
 
+    @property
+    def image_only(self) -> bool:
+        """Whether the model draws without text."""
+        return self.model_config().image_only
+
+    def check(self) -> None:
+        """As RunConfig.check, and for the model and what is trained of it."""
+        super().check()
+        self.model_config().check()
+        t = self.training
+        check_share("training.caption_dropout", t.caption_dropout)
+        if not 0 <= t.text_loss_weight < math.inf:
+            raise ConfigError(
+                f"training.text_loss_weight must be a finite number of at least 0, not {t.text_loss_weight}"
+            )
+        if t.lora.rank < 0:
+            raise ConfigError(f"training.lora.rank must be at least 0, not {t.lora.rank}")
+        if not 0 < t.lora.alpha < math.inf:
+            raise ConfigError(f"training.lora.alpha must be a finite number over 0, not {t.lora.alpha}")
+        for pattern in (*t.freeze, *t.lora.targets):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"{pattern!r} is not a pattern: {error}") from None
+        if (t.init_from == SCRATCH) != bool(t.vqgan):
+            raise ConfigError(
+                f"training.vqgan names the model whose pictures' codes are learned, and goes with init_from: {SCRATCH}"
+            )
+        if t.tokenizer and t.init_from != SCRATCH:
+            raise ConfigError(f"training.tokenizer goes with init_from: {SCRATCH}; other models have their own")
+        if t.init_from == SCRATCH and (t.freeze or t.lora.rank):
+            raise ConfigError(
+                "training.freeze and training.lora keep what a model has learned; from scratch it is nothing"
+            )
+
+
+def check_share(path: str, share: float) -> None:
+    """Raises ConfigError for what does not lie in [0, 1)."""
+    if not 0 <= share < 1:
+        raise ConfigError(f"{path} must lie in [0, 1), not {share}")
+
 
 def load_finetune_config(path: str | Path, overrides: Iterable[str] = (), base: Config | None = None) -> FinetuneConfig:
-    """As config.load_config, base being the configuration of the model to start from.
-
-    Raises ConfigError also for values of training that no run can have.
-    """
-    config = load_config(path, overrides, FinetuneConfig, base)
-    t = config.training
-    for name, value in (("caption_dropout", t.caption_dropout), ("ema_decay", t.ema_decay)):
-        if not 0 <= value < 1:
-            raise ConfigError(f"{path}: training.{name} must lie in [0, 1), not {value}")
-    if not 0 <= t.text_loss_weight < math.inf:
-        raise ConfigError(
-            f"{path}: training.text_loss_weight must be a finite number of at least 0, not {t.text_loss_weight}"
-        )
-    if not 0 <= t.seed < 2**32:
-        raise ConfigError(f"{path}: training.seed must lie in [0, 4294967296), not {t.seed}")
-    for name in (
-        "warmup_steps", "keep_checkpoints", "checkpoint_every_steps", "validate_every_steps", "sample_every_steps",
-    ):  # fmt: skip
-        if getattr(t, name) < (name == "keep_checkpoints"):
-            raise ConfigError(f"{path}: training.{name} must be at least {int(name == 'keep_checkpoints')}")
-    if t.lora.rank < 0:
-        raise ConfigError(f"{path}: training.lora.rank must be at least 0, not {t.lora.rank}")
-    if not 0 < t.lora.alpha < math.inf:
-        raise ConfigError(f"{path}: training.lora.alpha must be a finite number over 0, not {t.lora.alpha}")
-    if config.data.threads < 1:
-        raise ConfigError(f"{path}: data.threads must be at least 1, not {config.data.threads}")
-    for pattern in (*t.freeze, *t.lora.targets):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(f"{path}: {pattern!r} is not a pattern: {error}") from None
-    config.sharding.sizes()
-    return config
+    """As config.load_config, base being the configuration of the model to start from."""
+    return load_config(path, overrides, FinetuneConfig, base)

@@ -11,12 +11,12 @@ from mindalle_jax.checkpoint import Checkpoints
 from mindalle_jax.config import dump_config, load_config
 from mindalle_jax.errors import ConfigError, OutputError
 from mindalle_jax.files import check_writable, disk_errors
-from mindalle_jax.training.config import FinetuneConfig, load_finetune_config
-from mindalle_jax.training.transfer import check_upstream, write_transfer
+from mindalle_jax.training.config import SCRATCH, FinetuneConfig, RunConfig
+from mindalle_jax.training.transfer import check_upstream, write_fresh, write_transfer
 
-CONFIG_FILE = "finetune.yaml"
+CONFIG_FILE = "run.yaml"
 START = "start"
-"""Folder with the model that a transfer starts from."""
+"""Folder with the model that a transfer, or a run from scratch, starts from."""
 # What may change when a run goes on, because it has no effect on what is learned.
 FREE_FIELDS = (
     "data.threads", "experiment.local_batch_size", "experiment.valid_batch_size", "experiment.save_ckpt_freq",
@@ -29,26 +29,36 @@ FREE_FIELDS = (
 def check_base(config: FinetuneConfig, base: Path) -> None:
     """Raises ConfigError where a run of `config` cannot start from the model `base`."""
     theirs = load_config(base / "config.yaml")
-    if theirs.image_only != config.image_only:
+    scratch = config.training.init_from == SCRATCH
+    if not scratch and theirs.image_only != config.image_only:
         return check_upstream(theirs, config.model_config())
     before, now = (_flat(dataclasses.asdict(c)) for c in (theirs, config.model_config()))
     # Rates of dropout change no weight, and nothing but the two stages shapes the weights.
-    shaping = {path: value for path, value in now.items() if path.startswith("stage") and "pdrop" not in path}
+    shaped = "stage1" if scratch else "stage"
+    shaping = {path: value for path, value in now.items() if path.startswith(shaped) and "pdrop" not in path}
     if lines := _differences(before, shaping):
         raise ConfigError(f"the model to start from, {base}, does not fit: {'; '.join(lines)}")
 
 
-def transfer_base(config: FinetuneConfig, base: Path, out: Path) -> Path:
-    """The folder whose weights a run starts from: `base`, or for a transfer one made of it in the folder of the run."""
-    if load_config(base / "config.yaml").image_only == config.image_only:
+def start_folder(config: FinetuneConfig, base: Path, out: Path) -> Path:
+    """The folder whose weights a run starts from: `base`, or one made in the folder of the run.
+
+    The latter for a transfer, whose weights are partly fresh, and from scratch.
+    """
+    training, start = config.training, out / START
+    scratch = training.init_from == SCRATCH
+    if not scratch and load_config(base / "config.yaml").image_only == config.image_only:
         return base
-    start = out / START
     if not start.exists() and jax.process_index() == 0:
-        write_transfer(base, config.model_config(), start, head=config.training.head, seed=config.training.seed)
+        if scratch:
+            tokenizer = Path(training.tokenizer or base / "tokenizer")
+            write_fresh(base, tokenizer, config.model_config(), start, seed=training.seed)
+        else:
+            write_transfer(base, config.model_config(), start, head=training.head, seed=training.seed)
     return start
 
 
-def check_folder(out: Path, config: FinetuneConfig) -> None:
+def check_folder(out: Path, config: RunConfig) -> None:
     """Raises OutputError if `out` holds something else than a run, ConfigError if one of another configuration.
 
     A run that came to no checkpoint has nothing to go on from: it is begun anew, with any configuration.
@@ -57,7 +67,7 @@ def check_folder(out: Path, config: FinetuneConfig) -> None:
     if file.exists() and Checkpoints(out / "checkpoints").latest_step() is None:
         pass
     elif file.exists():
-        theirs = _flat(dataclasses.asdict(load_finetune_config(file)))
+        theirs = _flat(dataclasses.asdict(load_config(file, kind=type(config))))
         if lines := _differences(theirs, _flat(dataclasses.asdict(config))):
             raise ConfigError(
                 f"{out} holds a run of another configuration: {'; '.join(lines)}; name another folder, or undo that"
@@ -67,7 +77,7 @@ def check_folder(out: Path, config: FinetuneConfig) -> None:
     check_writable(out)
 
 
-def claim_folder(out: Path, config: FinetuneConfig) -> None:
+def claim_folder(out: Path, config: RunConfig) -> None:
     """Makes the folder of a run, with its configuration; what a run without a checkpoint left is begun anew."""
     if jax.process_index() == 0:
         with disk_errors(out):

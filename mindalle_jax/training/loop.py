@@ -1,16 +1,15 @@
-"""A run of fine-tuning, from a configuration to a model folder.
+"""The loop of a run, whatever it trains.
 
-    base model, data -> parameters on the mesh -> (resume) -> updates, validation, samples, checkpoints -> model folder
+    data -> batches -> (resume) -> updates, validation, pictures to look at, checkpoints -> result
 
 Whatever a run is interrupted by, the same command goes on after the last checkpoint, with the same samples and numbers.
 """
 
-import hashlib
+import abc
 import json
 import time
 import zlib
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +17,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mindalle_jax.checkpoint import Checkpoints, stop_on_signals
-from mindalle_jax.config import Config, load_config
-from mindalle_jax.data.codes import vqgan_digest
 from mindalle_jax.data.loader import Loader
 from mindalle_jax.data.samples import Source
 from mindalle_jax.data.samples import Task as DataTask
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.devices import device_memory, matmul_precision, use_compilation_cache
 from mindalle_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from mindalle_jax.interop.mindalle import find_model
-from mindalle_jax.models.transformer import Transformer
-from mindalle_jax.models.vqgan import VQGAN
-from mindalle_jax.sharding import BATCH, SplitByBatch, batch_devices, make_mesh, param_shardings
-from mindalle_jax.tokenizer import TextTokenizer
-from mindalle_jax.training import lora
-from mindalle_jax.training.config import FinetuneConfig, load_finetune_config
-from mindalle_jax.training.folder import check_base, check_folder, claim_folder, transfer_base
+from mindalle_jax.sharding import BATCH, batch_devices, make_mesh
+from mindalle_jax.training.config import RunConfig
 from mindalle_jax.training.monitor import Monitor, memory_line
-from mindalle_jax.training.optimizer import count_steps, learning_rate, make_optimizer
-from mindalle_jax.training.samples import RECONSTRUCTIONS, Sampler
-from mindalle_jax.training.step import Params, Task, TrainState, compile_train_step, eval_step, init_state, whole_params
-from mindalle_jax.training.transfer import write_model
-from mindalle_jax.weights import MANIFEST, leaf_shapes, load_params, load_stacked, map_weights, read_manifest
+from mindalle_jax.training.optimizer import count_steps, learning_rate
 
 SUMMARY_FILE = "summary.json"
 MAX_SKIPPED = 10
 """Updates in a row without a finite loss after which a run stops."""
 
+Batch = dict[str, jax.Array]
+Rows = dict[str, np.ndarray]
 
-class Run:
-    """One run: what is built once, and the loop over it."""
 
-    def __init__(self, config: FinetuneConfig, base: Path, out: Path):
-        """config: as load_finetune_config gives it. base: the folder of the model to start from. out: of the run.
+class Run(abc.ABC):
+    """One run: mesh and data are set up once, then it is called. What is trained is a subclass's.
 
-        Raises ConfigError, CheckpointError, DataError or UsageError before anything is written.
+    A state is a NamedTuple of trees of arrays on the mesh. Two of its fields are known here: `step`, int32, batches
+    seen, and `skipped`, int32, updates in a row that changed nothing because a loss or gradient was not finite.
+    """
+
+    task: DataTask
+    flops_per_sample: float = 0.0
+    """Of a forward and a backward pass, for MFU; 0: not counted."""
+
+    def __init__(self, config: RunConfig, out: Path, *, image_size: int, tokenizer: Any = None, **options: Any):
+        """out: folder of the run. image_size: in pixels. tokenizer: as Loader. options: of open_source.
+
+        Raises ConfigError, DataError or UsageError before anything is written.
         """
-        self.config, self.base, self.out = config, base, out
-        self.model_config = config.model_config()
+        self._config, self.out, self.tokenizer, self._image_size = config, out, tokenizer, image_size
         use_compilation_cache()
 
         # ---- mesh and batches
@@ -74,92 +71,118 @@ class Run:
             )
         self.micro_batches = experiment.total_batch_size // rows
         self.valid_batch = -(-experiment.valid_batch_size // batch_devices(self.mesh)) * batch_devices(self.mesh)
+        self.dtype = jnp.dtype("bfloat16" if experiment.use_amp and jax.default_backend() != "cpu" else "float32")
 
         # ---- data
-        h = config.stage2.hparams
-        task: DataTask = "text"
-        if config.image_only:
-            task = "class" if config.stage2.use_cls_cond else "unconditional"
-        self.tokenizer = None if config.image_only else _tokenizer(base, self.model_config)
-        options: dict[str, Any] = {"num_classes": h.n_classes, "vqgan": vqgan_digest(base)}
-        self.source = open_source(config.data.train, task, **options)
+        self.source = open_source(config.data.train, self.task, **options)
         self.valid_source: Source | None = None
         if config.data.valid is not None:
-            self.valid_source = open_source(config.data.valid, task, classes=self.source.classes, **options)
+            self.valid_source = open_source(config.data.valid, self.task, classes=self.source.classes, **options)
         self.max_steps = count_steps(
             config.optimizer.max_steps, len(self.source), experiment.total_batch_size, experiment.epochs
         )
-        self.loader = self._loader(self.source, train=True)
+        self.loader = self.load_rows(self.source, train=True)
+        self.schedule = learning_rate(config.optimizer, config.training.warmup_steps, self.max_steps)
 
-        # ---- what is trained
-        training = config.training
-        self.shapes = leaf_shapes(self.model_config, "stage2")
-        for pattern in training.freeze:
-            if not any(lora.matches(path, [pattern]) for path in self.shapes):
-                raise ConfigError(f"training.freeze: {pattern!r} matches none of {', '.join(self.shapes)}")
-        if training.lora.rank:
-            if training.freeze:
-                raise ConfigError("training.freeze goes without training.lora, beside which nothing else is trained")
-            trained = lora.adapter_shapes(self.shapes, training.lora)
-        else:
-            trained = {path: shape for path, shape in self.shapes.items() if not lora.matches(path, training.freeze)}
-        if not trained:
-            raise ConfigError(
-                f"training.freeze {list(training.freeze)} matches every parameter: nothing is left to train"
-            )
-        self.trained_shapes = trained
-        self.dtype = jnp.dtype("bfloat16" if experiment.use_amp and jax.default_backend() != "cpu" else "float32")
-        schedule = learning_rate(config.optimizer, training.warmup_steps, self.max_steps)
-        constrain = SplitByBatch(self.mesh)
-        self.task = Task(
-            model=Transformer(config.stage2, dtype=self.dtype, remat=training.remat, constrain=constrain),
-            optimizer=make_optimizer(config.optimizer, schedule, training.decay, trained),
-            schedule=schedule,
-            pad_id=None if self.tokenizer is None else self.tokenizer.pad_id,
-            text_loss_weight=training.text_loss_weight,
-            caption_dropout=training.caption_dropout,
-            ema_decay=training.ema_decay,
-            lora_scale=training.lora.alpha / training.lora.rank if training.lora.rank else 1.0,
-            seed=training.seed,
+    # ---- what a subclass says
+
+    def origin(self) -> str:
+        """Digest of what the run began from; a checkpoint with another one is refused."""
+        return ""
+
+    @abc.abstractmethod
+    def init_state(self) -> Any:
+        """The state before the first update."""
+
+    @abc.abstractmethod
+    def compile_step(self, state: Any) -> Callable[[Any, Batch], tuple[Any, dict[str, jax.Array]]]:
+        """(state, batch) -> (next state, figures), for states placed as this one, which is donated.
+
+        Figures are scalars: loss, grad_norm, learning_rate, skipped (as in the state), and what else is of interest.
+        """
+
+    @abc.abstractmethod
+    def make_batch(self, rows: Rows) -> Batch:
+        """What the step takes, of the rows [total batch, ...] that the loader gave; see `place`."""
+
+    @abc.abstractmethod
+    def validate(self, state: Any) -> dict[str, float]:
+        """Figures over valid_source (see `validation_rows`); by `loss` the best checkpoint is told."""
+
+    @abc.abstractmethod
+    def write_result(self, state: Any) -> None:
+        """Makes the folder of the run what it is to become."""
+
+    def memory(self, state: Any) -> dict[str, Any]:
+        """Trees of arrays that stay on the devices, by what a person calls them."""
+        return {"state": state}
+
+    def show_data(self) -> None:  # noqa: B027
+        """Called before the first update of each start; need not do anything."""
+
+    def draw_samples(self, state: Any, step: int) -> None:  # noqa: B027
+        """Called every training.sample_every_steps; need not do anything."""
+
+    # ---- what a subclass can use
+
+    def load_rows(self, source: Source, train: bool) -> Loader:
+        """Batches of a source: endless for training, one pass in order otherwise."""
+        config = self._config
+        return Loader(
+            source,
+            batch_size=config.experiment.total_batch_size if train else self.valid_batch,
+            train=train,
+            seed=config.training.seed,
+            image_size=self._image_size,
+            tokenizer=self.tokenizer,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=config.data.threads,
         )
 
-        self.vqgan: Params = {}  # loaded if there are pictures to encode
-        self.sampler: Sampler | None = None
-        if (training.sample_every_steps or not self.source.has_codes) and jax.process_count() == 1:
-            prompts = training.sample_prompts or (("",) if task == "unconditional" else ())
-            self.sampler = Sampler(base, self.model_config, self.dtype, prompts, self.tokenizer)
+    def validation_rows(self) -> Iterator[Rows]:
+        """Rows [valid_batch, ...]; `valid` bool[valid_batch] is False for those that fill the last batch."""
+        assert self.valid_source is not None
+        return iter(self.load_rows(self.valid_source, train=False))
+
+    def place(self, rows: Rows, micro: bool) -> Batch:
+        """Arrays on the mesh, rows split over it: [a, b, ...] in micro-batches, or [b, ...]."""
+        placed = {}
+        for name, array in rows.items():
+            if micro:
+                array = array.reshape(self.micro_batches, -1, *array.shape[1:])
+            sharding = NamedSharding(self.mesh, PartitionSpec(None, BATCH) if micro else PartitionSpec(BATCH))
+            placed[name] = jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(array))
+        return placed
+
+    # ---- the loop
 
     def __call__(self, *, ignore_fingerprint: bool = False) -> bool:
         """Trains, and returns whether the run is complete: not so after SIGTERM or Ctrl-C, which save and stop.
 
         Raises NonFiniteError after MAX_SKIPPED updates in a row without a finite loss, and as __init__.
         """
-        training, experiment = self.config.training, self.config.experiment
+        config, training, batch_size = self._config, self._config.training, self._config.experiment.total_batch_size
         start_s = time.perf_counter()
         with device_memory(
             "the parameters do not fit into the memory of the devices: shard them (sharding.strategy=fsdp)"
         ):
-            params, frozen = self._load()
-            if not all(source.has_codes for source in (self.source, self.valid_source) if source is not None):
-                self.vqgan = load_params(self.base, "stage1", self.model_config, jnp.dtype("float32"), self.mesh)
-            state = init_state(self.task, params)
-        del params
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step_fn = compile_train_step(self.task, shardings)
-        steps_an_epoch = max(1, len(self.source) // experiment.total_batch_size)
-        checkpoint_every = training.checkpoint_every_steps or steps_an_epoch * experiment.save_ckpt_freq
-        validate_every = training.validate_every_steps or steps_an_epoch * experiment.test_freq
+            state = self.init_state()
+        step_fn = self.compile_step(state)
+        steps_an_epoch = max(1, len(self.source) // batch_size)
+        checkpoint_every = training.checkpoint_every_steps or steps_an_epoch * config.experiment.save_ckpt_freq
+        validate_every = training.validate_every_steps or steps_an_epoch * config.experiment.test_freq
         fingerprint = self.source.fingerprint()
         too_large = "an update does not fit into the memory of the devices; lower experiment.local_batch_size"
         with Checkpoints(self.out / "checkpoints", keep=training.keep_checkpoints, fingerprint=fingerprint) as saved:
             # ---- resume
             done = 0
             if saved.latest_step() is not None:
-                target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+                target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
                 del state  # not twice in memory
                 restored = saved.restore(target, ignore_fingerprint=ignore_fingerprint)
-                if restored.data_state["base"] != _digest(self.base):
-                    raise CheckpointError(f"{self.out}: the run began from another model than {self.base}")
+                if restored.data_state["base"] != self.origin():
+                    raise CheckpointError(f"{self.out}: the run began from another model than is given now")
                 state, done = restored.state, restored.step
                 self.loader.set_state(restored.data_state["loader"])
                 del restored
@@ -168,26 +191,25 @@ class Run:
                 return True
 
             def save(step: int, valid_loss: float | None) -> None:
-                data_state = {"loader": {"next_index": step * experiment.total_batch_size}, "base": _digest(self.base)}
+                data_state = {"loader": {"next_index": step * batch_size}, "base": self.origin()}
                 saved.save(step, state, data_state=data_state, validation_loss=valid_loss)
 
             # ---- updates
             with (
                 stop_on_signals() as stop,
-                Monitor(self.out, self.model_config, experiment.total_batch_size, done, self.max_steps) as monitor,
+                Monitor(self.out, self.flops_per_sample, batch_size, done, self.max_steps) as monitor,
                 device_memory(too_large),
                 matmul_precision(self.dtype),
             ):
-                monitor.say(memory_line({"trained": state.params, "frozen": frozen, "optimizer": state.opt_state,
-                                         "average": state.ema}))  # fmt: skip
-                monitor.say(f"{self.source.report}; {self.max_steps} updates of {experiment.total_batch_size}")
-                self._show_data()
+                monitor.say(memory_line(self.memory(state)))
+                monitor.say(f"{self.source.report}; {self.max_steps} updates of {batch_size}")
+                self.show_data()
                 unlogged: list[Any] = []  # figures of an update are fetched while the next one is computed
                 while done < self.max_steps:
-                    samples, batch = self._next_batch()
-                    state, figures = step_fn(state, frozen, batch)
+                    rows = next(self.loader)
+                    state, figures = step_fn(state, self.make_batch(rows))
                     done += 1
-                    unlogged.append((done, figures, samples))
+                    unlogged.append((done, figures, rows["sample"]))
                     valid_loss = None
                     last, stopping = done == self.max_steps, _any_process(stop.requested)
                     validating = self.valid_source is not None and (last or done % validate_every == 0)
@@ -196,84 +218,24 @@ class Run:
                     while len(unlogged) > (0 if validating or sampling or saving else 1):
                         self._log(monitor, *unlogged.pop(0))
                     if validating:
-                        figures = self._validate(state, frozen)
+                        figures = self.validate(state)
                         valid_loss = figures["loss"]
                         monitor.log(done, figures, "valid")
                     if sampling:
-                        self._draw_samples(state, frozen, done)
+                        self.draw_samples(state, done)
                     if saving:
                         save(done, valid_loss)
                     if stopping and not last:
                         monitor.say(f"stopped after update {done}; the same command goes on from there")
                         return False
-        self._write_model(state)
+        self.write_result(state)
         self._write_summary(time.perf_counter() - start_s)
         return True
-
-    def _load(self) -> tuple[Params, Params]:
-        """What is trained, float32, and what is not, in the compute dtype; each on the mesh as the strategy says."""
-        strategy = self.config.sharding.strategy
-        shardings = param_shardings(self.shapes, strategy, self.mesh)
-        dtypes = {path: np.dtype("float32" if path in self.trained_shapes else self.dtype) for path in self.shapes}
-        leaves = load_stacked(self.base, "stage2", self.model_config, dtypes, shardings)
-        params = {path: leaves.pop(path) for path in self.trained_shapes if path in leaves}
-        if self.config.training.lora.rank:
-            adapters = lora.init_adapters(self.trained_shapes, self.config.training.seed)
-            everywhere = NamedSharding(self.mesh, PartitionSpec())
-            params = {path: jax.device_put(array, everywhere) for path, array in adapters.items()}
-        return params, leaves
-
-    def _loader(self, source: Source, train: bool) -> Loader:
-        return Loader(
-            source,
-            batch_size=self.config.experiment.total_batch_size if train else self.valid_batch,
-            train=train,
-            seed=self.config.training.seed,
-            image_size=self.config.stage1.hparams.resolution,
-            tokenizer=self.tokenizer,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            threads=self.config.data.threads,
-        )
-
-    def _next_batch(self) -> tuple[np.ndarray, dict[str, jax.Array]]:
-        """Numbers of the samples int32[B], and the batch on the devices in micro-batches [a, b, ...]."""
-        rows = next(self.loader)
-        shape = (self.micro_batches, -1)
-        batch = {"index": rows["index"].astype(np.uint32), "prefix": self._prefix(rows)}
-        batch |= {name: rows[name] for name in ("image", "codes") if name in rows}
-        placed = {
-            name: self._place(array.reshape(*shape, *array.shape[1:]), PartitionSpec(None, BATCH))
-            for name, array in batch.items()
-        }
-        return rows["sample"], self._with_codes(placed)
-
-    def _prefix(self, rows: dict[str, np.ndarray]) -> np.ndarray:
-        """int32[B, p]: text ids, class labels [B, 1], or zeros."""
-        if "text" in rows:
-            return rows["text"]
-        return rows["label"][:, None] if "label" in rows else np.zeros((len(rows["index"]), 1), np.int32)
-
-    def _place(self, array: np.ndarray, spec: PartitionSpec) -> jax.Array:
-        return jax.make_array_from_process_local_data(NamedSharding(self.mesh, spec), np.ascontiguousarray(array))
-
-    def _with_codes(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """The batch with codes in place of pictures."""
-        if "image" in batch:
-            batch["codes"] = self._encode(batch.pop("image"))
-        return batch
-
-    def _encode(self, images: jax.Array) -> jax.Array:
-        """int32[..., t] of pictures uint8[..., S, S, 3], in float32, a micro-batch at a time."""
-        with matmul_precision(jnp.float32):
-            return _encode(VQGAN(self.config.stage1), self.mesh, self.vqgan, images)
 
     def _log(self, monitor: Monitor, step: int, figures: dict[str, Any], samples: np.ndarray) -> None:
         """Writes the figures of an update. Raises NonFiniteError after MAX_SKIPPED in a row without a finite loss."""
         values = {name: float(value) for name, value in jax.device_get(figures).items()}
         skipped = int(values.pop("skipped"))
-        if self.config.image_only:
-            del values["text_loss"]
         if skipped:
             monitor.say(f"update {step} was skipped: its loss or gradient is not finite")
         crc = zlib.crc32(np.ascontiguousarray(samples).tobytes())
@@ -282,56 +244,8 @@ class Run:
         if skipped >= MAX_SKIPPED:
             raise NonFiniteError(
                 f"{MAX_SKIPPED} updates in a row without a finite loss, the last at step {step}: lower "
-                f"optimizer.base_lr ({self.config.optimizer.base_lr}), or look at the data"
+                f"optimizer.base_lr ({self._config.optimizer.base_lr}), or look at the data"
             )
-
-    def _validate(self, state: TrainState, frozen: Params) -> dict[str, Any]:
-        """Mean cross-entropies over the validation data, of the moving average where there is one."""
-        assert self.valid_source is not None
-        params, totals = state.ema or state.params, np.zeros(4)
-        for rows in self._loader(self.valid_source, train=False):
-            batch = {"prefix": self._prefix(rows), "rows": rows["valid"].astype(np.float32)}
-            batch |= {name: rows[name] for name in ("image", "codes") if name in rows}
-            placed = {name: self._place(array, PartitionSpec(BATCH)) for name, array in batch.items()}
-            sums, counts = eval_step(self.task, params, frozen, self._with_codes(placed))
-            totals += np.array(jax.device_get([*sums, *counts]), np.float64)
-        image, text = totals[0] / max(totals[2], 1), totals[1] / max(totals[3], 1)
-        if self.config.image_only:
-            return {"loss": image}
-        return {"loss": image + self.config.training.text_loss_weight * text, "image_loss": image, "text_loss": text}
-
-    def _show_data(self) -> None:
-        """reconstructions.png: pictures of the data above what the VQGAN makes of them, the best that can be drawn."""
-        path, source = self.out / "reconstructions.png", self.valid_source or self.source
-        if self.sampler is None or source.has_codes or path.exists():
-            return
-        part = source.part(0, RECONSTRUCTIONS)
-        images = next(iter(self._loader(part, train=False)))["image"][: len(part)]
-        self.sampler.reconstruct(images, path)
-
-    def _draw_samples(self, state: TrainState, frozen: Params, step: int) -> None:
-        if self.sampler is not None and self.sampler.prompts:
-            params = whole_params(self.task, state.ema or state.params, frozen)
-            self.sampler.draw(params, self.out / "samples" / f"step_{step:06d}.png")
-
-    def _write_model(self, state: TrainState) -> None:
-        """The folder of the run becomes a model: the average where there is one, adapters merged."""
-        trained = {path: _whole(leaf) for path, leaf in (state.ema or state.params).items()}
-        if jax.process_index() != 0:
-            return
-        tensors = read_manifest(self.base)["tensors"]["stage2"]
-        before = map_weights(self.base / "stage2.safetensors", tensors)
-
-        def leaf(path: str, shape: tuple[int, ...]) -> np.ndarray:
-            weight = trained[path] if path in trained else np.asarray(before[path], np.float32)
-            return lora.merged(path, weight, trained, self.task.lora_scale)
-
-        write_model(self.base, self.model_config, self.out, leaf, f"fine-tuned from {self.base.name}")
-        if self.config.training.lora.rank:
-            import safetensors.numpy
-
-            about = {"lora_scale": str(self.task.lora_scale), "base_sha256": _digest(self.base)}
-            safetensors.numpy.save_file(trained, self.out / "adapters.safetensors", metadata=about)
 
     def _write_summary(self, seconds: float) -> None:
         if jax.process_index() != 0:
@@ -341,44 +255,18 @@ class Run:
         summary = {
             "updates": self.max_steps,
             "skipped_updates": sum(line["skipped"] for line in train),
-            "images": self.max_steps * self.config.experiment.total_batch_size,
+            "images": self.max_steps * self._config.experiment.total_batch_size,
             "first_loss": train[0]["loss"],
             "last_loss": train[-1]["loss"],
             "validation_loss": valid[-1]["loss"] if valid else None,
             "seconds_since_the_last_start": round(seconds, 1),
             "devices": jax.device_count(),
             "device": jax.devices()[0].device_kind,
-            "base": str(self.base),
         }
         (self.out / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
-def finetune(config_file: str | Path, overrides: Sequence[str], out: Path, *, ignore_fingerprint: bool = False) -> bool:
-    """What `mindalle finetune` does: reads the configuration, finds the model to start from, and runs or goes on.
-
-    Returns whether the run is complete.
-    """
-    # Read twice: what the file leaves out of dataset, stage1 and stage2 is as in the model that it names.
-    init_from = load_finetune_config(config_file, overrides).training.init_from
-    base = find_model(init_from)
-    config = load_finetune_config(config_file, overrides, load_config(base / "config.yaml"))
-    check_folder(out, config)
-    check_base(config, base)
-    run = Run(config, base, out)  # the rest of what can be wrong
-    claim_folder(out, config)
-    run.base = transfer_base(config, base, out)
-    return run(ignore_fingerprint=ignore_fingerprint)
-
-
-def _tokenizer(base: Path, config: Config) -> TextTokenizer:
-    return TextTokenizer(base / "tokenizer", config.dataset.context_length, config.stage2.vocab_size_txt)
-
-
-def _digest(folder: Path) -> str:
-    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-
-
-def _whole(leaf: jax.Array) -> np.ndarray:
+def whole(leaf: jax.Array) -> np.ndarray:
     """The array on the host, wherever its parts are."""
     if leaf.is_fully_addressable:
         return np.asarray(leaf)
@@ -390,21 +278,3 @@ def _any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
-
-
-@partial(jax.jit, static_argnames=("vqgan", "mesh"))
-def _encode(vqgan: VQGAN, mesh: Mesh, params: dict[str, Any], images: jax.Array) -> jax.Array:
-    def encode(params: dict[str, Any], images: jax.Array) -> jax.Array:
-        codes: Any = vqgan.apply({"params": params}, images.astype(jnp.float32) / 255 * 2 - 1, method="encode")
-        return codes.reshape(len(codes), -1)
-
-    spread = jax.shard_map(
-        encode,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(BATCH)),
-        out_specs=PartitionSpec(BATCH),
-        check_vma=False,
-    )
-    if images.ndim == 4:
-        return spread(params, images)
-    return jax.lax.map(lambda micro: spread(params, micro), images)

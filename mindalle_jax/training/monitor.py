@@ -42,14 +42,16 @@ def flops_per_sequence(config: Config) -> float:
 class Monitor:
     """Writes the figures of a run; in the first process only, silent in the others."""
 
-    def __init__(self, out: Path, config: Config, batch_size: int, first_step: int, max_steps: int):
-        """first_step: the updates that a resumed run has behind it; later lines of metrics.jsonl are taken out."""
+    def __init__(self, out: Path, flops_per_sample: float, batch_size: int, first_step: int, max_steps: int):
+        """flops_per_sample: for MFU; 0 if it is not counted. first_step: the updates that a resumed run has behind it;
+        later lines of metrics.jsonl are taken out.
+        """
         self.is_first = jax.process_index() == 0
         self._bar = tqdm(total=max_steps, initial=first_step, unit="step", disable=not self.is_first)
         self._batch_size, self._since, self._since_step = batch_size, time.perf_counter(), first_step
         device = jax.devices()[0].device_kind
-        self._flops = flops_per_sequence(config)
-        self._peak = PEAK_FLOPS.get(device, 0.0) * jax.device_count()
+        self._flops = flops_per_sample
+        self._peak = PEAK_FLOPS.get(device, 0.0) * jax.device_count() if flops_per_sample else 0.0
         self._board: Any = None
         if self.is_first:
             path = out / "metrics.jsonl"

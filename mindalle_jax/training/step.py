@@ -137,11 +137,12 @@ def train_step(
     figures = {
         "loss": loss,
         "image_loss": terms.image,
-        "text_loss": terms.text,
         "grad_norm": grad_norm,
         "learning_rate": task.schedule(_updates(state.opt_state)),
         "skipped": jnp.where(finite, 0, state.skipped + 1),
     }
+    if task.pad_id is not None:
+        figures["text_loss"] = terms.text
     skipped = jnp.copy(figures["skipped"])  # the state's own: its memory is taken by the next update
     return TrainState(state.step + 1, params, opt_state, ema, skipped), figures
 

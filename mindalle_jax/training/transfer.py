@@ -1,8 +1,9 @@
-"""Model folders made from other models: the start of a transfer, and the result of a run."""
+"""Model folders made from other models: the start of a transfer or from scratch, and the result of a run."""
 
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -67,10 +68,30 @@ def write_transfer(upstream: Path, config: Config, target: Path, *, head: str = 
         write_model(upstream, config, folder, leaf, f"transfer from {upstream.name}")
 
 
+def write_fresh(vqgan: Path, tokenizer: Path, config: Config, target: Path, *, seed: int = 0) -> None:
+    """A folder with a fresh transformer of `config` over the codes of the VQGAN in the folder `vqgan`.
+
+    Weights and tables are drawn from N(0, 0.02), the start vector without classes from N(0, 1); biases are 0 and gains
+    1, as in the original. tokenizer: its folder, for text-to-image models. Raises CheckpointError or OutputError.
+    """
+
+    def leaf(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        if path.endswith(("/bias", "/scale")):
+            return np.full(shape, path.endswith("/scale"), np.float32)
+        std = 1.0 if path.startswith("sos") and not config.stage2.use_cls_cond else 0.02
+        draw = np.random.default_rng([seed, zlib.crc32(path.encode())]).standard_normal(shape, np.float32)
+        return draw * np.float32(std)
+
+    with new_folder(target) as folder:
+        if not config.image_only:
+            shutil.copytree(tokenizer, folder / "tokenizer")
+        write_model(vqgan, config, folder, leaf, f"fresh, for the codes of {vqgan.name}")
+
+
 def write_model(
     base: Path, config: Config, folder: Path, leaf: Callable[[str, tuple[int, ...]], np.ndarray], source: str
 ) -> None:
-    """Writes a model into an existing folder: stage 2 from leaf(path, shape), all else as in the model `base`.
+    """Writes a model into an existing folder: stage 2 from leaf(path, shape), what is not there as in the model `base`.
 
     The manifest is replaced last, so a folder with an old model in it holds one of the two.
     """

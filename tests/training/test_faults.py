@@ -246,9 +246,9 @@ def test_a_data_set_that_changed_is_refused_unless_told(finetune, begun, tmp_pat
     (tmp_path / "data").symlink_to(text["data"]["train"])
     text["data"]["train"] = str(tmp_path / "data")
     changed.write_text(yaml.safe_dump(text))
-    theirs = yaml.safe_load((out / "finetune.yaml").read_text())
+    theirs = yaml.safe_load((out / "run.yaml").read_text())
     theirs["data"]["train"] = str(tmp_path / "data")
-    (out / "finetune.yaml").write_text(yaml.safe_dump(theirs))
+    (out / "run.yaml").write_text(yaml.safe_dump(theirs))
     (tmp_path / "data").unlink()
     (tmp_path / "data").symlink_to(other)
 
@@ -266,13 +266,13 @@ def test_another_base_model_at_the_same_place_is_refused(
     """Adapters and frozen parameters belong to the model they were trained beside."""
     config, out = begun
     place = tmp_path / "model"
-    for file in (config, out / "finetune.yaml"):
+    for file in (config, out / "run.yaml"):
         text = yaml.safe_load(file.read_text())
         text["training"]["init_from"] = str(place)
         (tmp_path / "moved.yaml" if file == config else file).write_text(yaml.safe_dump(text))
     edit_model(tiny_config, tiny_folder, place, lambda tensors: tensors["ln_f.bias"].__iadd__(1))
     code, _, err = finetune(tmp_path / "moved.yaml", out)
-    assert code == 4 and message(err) == f"{out}: the run began from another model than {place}"
+    assert code == 4 and message(err) == f"{out}: the run began from another model than is given now"
     assert not (out / "manifest.json").exists()
     shutil.rmtree(place)
     shutil.copytree(tiny_model_folder, place)

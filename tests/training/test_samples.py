@@ -9,7 +9,7 @@ from PIL import Image
 
 from mindalle_jax import ImageGPT
 from mindalle_jax.errors import ConfigError
-from mindalle_jax.training.loop import finetune
+from mindalle_jax.training.finetune import finetune
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,245 @@
+"""Training of the transformer: further, on other pictures, as another kind of model, or from nothing.
+
+base model -> parameters on the mesh -> the loop -> model folder
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mindalle_jax.config import load_config, load_section
+from mindalle_jax.data.codes import vqgan_digest
+from mindalle_jax.devices import matmul_precision
+from mindalle_jax.errors import ConfigError
+from mindalle_jax.interop.mindalle import find_model
+from mindalle_jax.models.transformer import Transformer
+from mindalle_jax.models.vqgan import VQGAN
+from mindalle_jax.sharding import BATCH, SplitByBatch, param_shardings
+from mindalle_jax.tokenizer import TextTokenizer
+from mindalle_jax.training import lora
+from mindalle_jax.training.config import SCRATCH, FinetuneConfig, TrainingConfig, load_finetune_config
+from mindalle_jax.training.folder import check_base, check_folder, claim_folder, start_folder
+from mindalle_jax.training.loop import Batch, Rows, Run, whole
+from mindalle_jax.training.monitor import flops_per_sequence
+from mindalle_jax.training.optimizer import make_optimizer
+from mindalle_jax.training.samples import RECONSTRUCTIONS, Sampler
+from mindalle_jax.training.step import Params, Task, TrainState, compile_train_step, eval_step, init_state, whole_params
+from mindalle_jax.training.transfer import write_model
+from mindalle_jax.weights import MANIFEST, leaf_shapes, load_params, load_stacked, map_weights, read_manifest
+
+
+class FinetuneRun(Run):
+    """One run of `mindalle finetune`."""
+
+    def __init__(self, config: FinetuneConfig, base: Path, out: Path):
+        """config: as load_finetune_config gives it. base: the folder of the model to start from. out: of the run.
+
+        Raises ConfigError, CheckpointError, DataError or UsageError before anything is written.
+        """
+        self.config, self.base = config, base
+        self.model_config = config.model_config()
+        self.task = "text"
+        if config.image_only:
+            self.task = "class" if config.stage2.use_cls_cond else "unconditional"
+        super().__init__(
+            config,
+            out,
+            image_size=config.stage1.hparams.resolution,
+            tokenizer=None if config.image_only else _tokenizer(config, base),
+            num_classes=config.stage2.hparams.n_classes,
+            vqgan=vqgan_digest(base),
+        )
+        self.flops_per_sample = flops_per_sequence(self.model_config)
+
+        # ---- what is trained
+        training = config.training
+        self.shapes = leaf_shapes(self.model_config, "stage2")
+        for pattern in training.freeze:
+            if not any(lora.matches(path, [pattern]) for path in self.shapes):
+                raise ConfigError(f"training.freeze: {pattern!r} matches none of {', '.join(self.shapes)}")
+        if training.lora.rank:
+            if training.freeze:
+                raise ConfigError("training.freeze goes without training.lora, beside which nothing else is trained")
+            trained = lora.adapter_shapes(self.shapes, training.lora)
+        else:
+            trained = {path: shape for path, shape in self.shapes.items() if not lora.matches(path, training.freeze)}
+        if not trained:
+            raise ConfigError(
+                f"training.freeze {list(training.freeze)} matches every parameter: nothing is left to train"
+            )
+        self.trained_shapes = trained
+        constrain = SplitByBatch(self.mesh)
+        self.step_task = Task(
+            model=Transformer(config.stage2, dtype=self.dtype, remat=training.remat, constrain=constrain),
+            optimizer=make_optimizer(config.optimizer, self.schedule, training.decay, trained),
+            schedule=self.schedule,
+            pad_id=None if self.tokenizer is None else self.tokenizer.pad_id,
+            text_loss_weight=training.text_loss_weight,
+            caption_dropout=training.caption_dropout,
+            ema_decay=training.ema_decay,
+            lora_scale=training.lora.alpha / training.lora.rank if training.lora.rank else 1.0,
+            seed=training.seed,
+        )
+
+        self.frozen: Params = {}
+        self.vqgan: Params = {}  # loaded if there are pictures to encode
+        self.sampler: Sampler | None = None
+        if (training.sample_every_steps or not self.source.has_codes) and jax.process_count() == 1:
+            prompts = training.sample_prompts or (("",) if self.task == "unconditional" else ())
+            self.sampler = Sampler(base, self.model_config, self.dtype, prompts, self.tokenizer)
+
+    def origin(self) -> str:
+        """Digest of the manifest of the base model."""
+        return hashlib.sha256((self.base / MANIFEST).read_bytes()).hexdigest()
+
+    def init_state(self) -> TrainState:
+        """What is trained in float32, the rest in the compute dtype; each on the mesh as the strategy says."""
+        config = self.config
+        shardings = param_shardings(self.shapes, config.sharding.strategy, self.mesh)
+        dtypes = {path: np.dtype("float32" if path in self.trained_shapes else self.dtype) for path in self.shapes}
+        leaves = load_stacked(self.base, "stage2", self.model_config, dtypes, shardings)
+        params = {path: leaves.pop(path) for path in self.trained_shapes if path in leaves}
+        if config.training.lora.rank:
+            adapters = lora.init_adapters(self.trained_shapes, config.training.seed)
+            everywhere = NamedSharding(self.mesh, PartitionSpec())
+            params = {path: jax.device_put(array, everywhere) for path, array in adapters.items()}
+        self.frozen = leaves
+        if not all(source.has_codes for source in (self.source, self.valid_source) if source is not None):
+            self.vqgan = load_params(self.base, "stage1", self.model_config, jnp.dtype("float32"), self.mesh)
+        return init_state(self.step_task, params)
+
+    def compile_step(self, state: TrainState) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+        """step.train_step."""
+        step = compile_train_step(self.step_task, jax.tree.map(lambda leaf: leaf.sharding, state))
+        return lambda state, batch: step(state, self.frozen, batch)
+
+    def make_batch(self, rows: Rows) -> Batch:
+        """prefix, codes and index in micro-batches."""
+        batch = {"index": rows["index"].astype(np.uint32), "prefix": _prefix(rows)}
+        return self._with_codes(self.place(batch | _pictures(rows), micro=True))
+
+    def validate(self, state: TrainState) -> dict[str, float]:
+        """Mean cross-entropies over the validation data, of the moving average where there is one."""
+        params, totals = state.ema or state.params, np.zeros(4)
+        for rows in self.validation_rows():
+            batch = {"prefix": _prefix(rows), "rows": rows["valid"].astype(np.float32)} | _pictures(rows)
+            placed = self._with_codes(self.place(batch, micro=False))
+            sums, counts = eval_step(self.step_task, params, self.frozen, placed)
+            totals += np.array(jax.device_get([*sums, *counts]), np.float64)
+        image, text = totals[0] / max(totals[2], 1), totals[1] / max(totals[3], 1)
+        if self.config.image_only:
+            return {"loss": image}
+        return {"loss": image + self.config.training.text_loss_weight * text, "image_loss": image, "text_loss": text}
+
+    def memory(self, state: TrainState) -> dict[str, Any]:
+        """Parameters and what Adam keeps."""
+        return {"trained": state.params, "frozen": self.frozen, "optimizer": state.opt_state, "average": state.ema}
+
+    def show_data(self) -> None:
+        """reconstructions.png: pictures of the data above what the VQGAN makes of them, the best that can be drawn."""
+        path, source = self.out / "reconstructions.png", self.valid_source or self.source
+        if self.sampler is None or source.has_codes or path.exists():
+            return
+        part = source.part(0, RECONSTRUCTIONS)
+        images = next(iter(self.load_rows(part, train=False)))["image"][: len(part)]
+        self.sampler.reconstruct(images, path)
+
+    def draw_samples(self, state: TrainState, step: int) -> None:
+        """samples/step_*.png: pictures of the sample prompts."""
+        if self.sampler is not None and self.sampler.prompts:
+            params = whole_params(self.step_task, state.ema or state.params, self.frozen)
+            self.sampler.draw(params, self.out / "samples" / f"step_{step:06d}.png")
+
+    def write_result(self, state: TrainState) -> None:
+        """The folder of the run becomes a model: the average where there is one, adapters merged."""
+        trained = {path: whole(leaf) for path, leaf in (state.ema or state.params).items()}
+        if jax.process_index() != 0:
+            return
+        tensors = read_manifest(self.base)["tensors"]["stage2"]
+        before = map_weights(self.base / "stage2.safetensors", tensors)
+        scale = self.step_task.lora_scale
+
+        def leaf(path: str, shape: tuple[int, ...]) -> np.ndarray:
+            weight = trained[path] if path in trained else np.asarray(before[path], np.float32)
+            return lora.merged(path, weight, trained, scale)
+
+        write_model(self.base, self.model_config, self.out, leaf, f"fine-tuned from {self.base.name}")
+        if self.config.training.lora.rank:
+            import safetensors.numpy
+
+            about = {"lora_scale": str(scale), "base_sha256": self.origin()}
+            safetensors.numpy.save_file(trained, self.out / "adapters.safetensors", metadata=about)
+
+    def _with_codes(self, batch: Batch) -> Batch:
+        """The batch with codes in place of pictures, encoded in float32, a micro-batch at a time."""
+        if "image" in batch:
+            with matmul_precision(jnp.float32):
+                batch["codes"] = _encode(VQGAN(self.config.stage1), self.mesh, self.vqgan, batch.pop("image"))
+        return batch
+
+
+def finetune(config_file: str | Path, overrides: Sequence[str], out: Path, *, ignore_fingerprint: bool = False) -> bool:
+    """What `mindalle finetune` does: reads the configuration, finds the model to start from, and runs or goes on.
+
+    Returns whether the run is complete.
+    """
+    config, base = read_finetune(config_file, overrides)
+    check_folder(out, config)
+    check_base(config, base)
+    run = FinetuneRun(config, base, out)  # the rest of what can be wrong
+    claim_folder(out, config)
+    run.base = start_folder(config, base, out)
+    return run(ignore_fingerprint=ignore_fingerprint)
+
+
+def read_finetune(config_file: str | Path, overrides: Sequence[str]) -> tuple[FinetuneConfig, Path]:
+    """The configuration, and the folder of the model to start from, or from scratch of the VQGAN.
+
+    What the file leaves out of dataset, stage1 and stage2 is as in that model.
+    """
+    training = load_section(config_file, overrides, "training", TrainingConfig)
+    base = find_model(training.vqgan if training.init_from == SCRATCH else training.init_from)
+    return load_finetune_config(config_file, overrides, load_config(base / "config.yaml")), base
+
+
+def _tokenizer(config: FinetuneConfig, base: Path) -> TextTokenizer:
+    folder = Path(config.training.tokenizer or base / "tokenizer")
+    return TextTokenizer(folder, config.dataset.context_length, config.stage2.vocab_size_txt)
+
+
+def _pictures(rows: Rows) -> Rows:
+    return {name: rows[name] for name in ("image", "codes") if name in rows}
+
+
+def _prefix(rows: Rows) -> np.ndarray:
+    """int32[B, p]: text ids, class labels [B, 1], or zeros."""
+    if "text" in rows:
+        return rows["text"]
+    return rows["label"][:, None] if "label" in rows else np.zeros((len(rows["index"]), 1), np.int32)
+
+
+@partial(jax.jit, static_argnames=("vqgan", "mesh"))
+def _encode(vqgan: VQGAN, mesh: Mesh, params: dict[str, Any], images: jax.Array) -> jax.Array:
+    """int32[..., t] of pictures uint8[..., S, S, 3]."""
+
+    def encode(params: dict[str, Any], images: jax.Array) -> jax.Array:
+        codes: Any = vqgan.apply({"params": params}, images.astype(jnp.float32) / 255 * 2 - 1, method="encode")
+        return codes.reshape(len(codes), -1)
+
+    spread = jax.shard_map(
+        encode,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(BATCH)),
+        out_specs=PartitionSpec(BATCH),
+        check_vma=False,
+    )
+    if images.ndim == 4:
+        return spread(params, images)
+    return jax.lax.map(lambda micro: spread(params, micro), images)
