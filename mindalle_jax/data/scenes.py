@@ -1,0 +1,380 @@
+"""Captioned pictures of simple scenes, drawn on demand: to train and measure a small text-to-image model anywhere.
+
+A scene is one thing, or two beside or above each other, on a plain background. Every scene, its captions and its
+picture are functions of (split, index) and the same on every machine. evaluation/scenes.py reads a picture back.
+
+Lengths are in 64ths of the picture's side, so they are pixels of a picture of 64 x 64.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from mindalle_jax.errors import OutputError, UsageError
+from mindalle_jax.files import new_folder
+
+_T = TypeVar("_T")
+
+Split = Literal["train", "valid", "heldout"]
+SPLITS = ("train", "valid", "heldout")
+"""train and valid share no description; in both nothing of heldout is ever seen: HELDOUT_LOOKS, HELDOUT_PAIRS."""
+Style = Literal["flat", "tiled"]
+STYLES = ("flat", "tiled")
+"""tiled: a quarter of the background, every other square of every other row, has another colour."""
+
+SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "diamond")
+COLOURS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
+    "red": ((222, 36, 40), (122, 8, 14)),
+    "orange": ((248, 136, 20), (166, 76, 0)),
+    "yellow": ((250, 222, 40), (176, 146, 0)),
+    "green": ((36, 156, 56), (148, 228, 140)),
+    "turquoise": ((40, 204, 204), (0, 118, 126)),
+    "blue": ((46, 84, 224), (146, 178, 255)),
+    "purple": ((140, 50, 184), (212, 156, 240)),
+    "pink": ((252, 140, 194), (196, 52, 124)),
+    "brown": ((124, 72, 36), (198, 150, 108)),
+}
+"""Name -> RGB, and RGB of every other band of what is striped: a darker shade, of dark colours a lighter one."""
+BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
+    "white": ((246, 246, 246), (132, 132, 132)),
+    "grey": ((132, 132, 132), (246, 246, 246)),
+    "black": ((16, 16, 16), (132, 132, 132)),
+    "cream": ((246, 226, 180), (132, 132, 132)),
+    "navy": ((22, 32, 84), (132, 132, 132)),
+}
+"""Name -> RGB, and RGB of the squares of the style "tiled". No name of a thing's colour is among them."""
+SIZES = {"small": 18, "large": 28}
+"""Name -> width and height of the box around a thing, which a shape fills in at least one direction."""
+RELATIONS = ("left of", "above")
+"""Of the first thing to the second. "right of" and "below" are the same scenes, told from the second thing."""
+MARGIN = 2
+"""Least distance of a thing from the edge."""
+GAP = 4
+"""Least distance of two things, in the direction of their relation."""
+STEP = 4
+"""Centres are multiples of this, and so are the edges of stripes: few patterns are to be learnt."""
+MAX_THINGS = 2
+
+HELDOUT_LOOKS = frozenset(
+    {
+        ("red", "star"),
+        ("orange", "ring"),
+        ("yellow", "diamond"),
+        ("green", "heart"),
+        ("turquoise", "star"),
+        ("blue", "circle"),
+        ("purple", "triangle"),
+        ("pink", "square"),
+    }
+)
+"""Colours and shapes that only the split heldout puts together."""
+HELDOUT_PAIRS = frozenset(
+    pair for number, pair in enumerate(itertools.product(SHAPES, RELATIONS, SHAPES)) if number % 11 == 3
+)
+"""Shapes in relations that only the split heldout has: 9 of 98."""
+
+ONE_THING = 0.4
+"""Share of the scenes with one thing."""
+STRIPED = 0.4
+VALID_SHARE = 16
+"""One description in so many is of the split valid."""
+FORMAT_VERSION = 1
+MANIFEST = "scenes.json"
+
+
+@dataclass(frozen=True)
+class Thing:
+    """What a caption says of a thing."""
+
+    shape: str
+    colour: str
+    size: str
+    striped: bool
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption says, and where things are."""
+
+    things: tuple[Thing, ...]
+    """One or two; of two the left or upper one is the first."""
+    relation: str | None
+    """Of RELATIONS, for two things."""
+    background: str
+    centres: tuple[tuple[int, int], ...]
+    """(x, y) of each thing, from the upper left corner."""
+
+    def description(self) -> str:
+        """All but the centres: scenes with the same captions have the same description."""
+        return repr((self.things, self.relation, self.background))
+
+
+def make_scene(split: Split, index: int) -> Scene:
+    """Scene `index` of a split, which has no end. Raises UsageError."""
+    if split not in SPLITS or index < 0:
+        raise UsageError(f"split must be one of {', '.join(SPLITS)} and index at least 0, not {split!r} and {index}")
+    chance = _Chance(f"{split} {index}")
+    num_things = 1 if chance.share(ONE_THING) else 2
+    while True:  # one draw in 4 is of heldout, one in 20 of valid
+        scene = _any_scene(chance, num_things)
+        if _split(scene) == split:
+            return scene
+
+
+def heldout_parts(scene: Scene) -> set[tuple[str, ...]]:
+    """The HELDOUT_LOOKS and HELDOUT_PAIRS of a scene; empty for those of train and valid."""
+    looks = {(thing.colour, thing.shape) for thing in scene.things}
+    pairs = {(scene.things[0].shape, scene.relation, scene.things[1].shape)} if scene.relation else set()
+    return {*(looks & HELDOUT_LOOKS), *(pairs & HELDOUT_PAIRS)}
+
+
+def captions(scene: Scene, count: int = 2) -> list[str]:
+    """Different captions of a scene, at most 20 words in lower case; the first names the background, most others too.
+
+    Each tells all of every thing and the relation; what is not called striped is plain. Raises UsageError.
+    """
+    if not 1 <= count <= 8:  # of a single thing little more can be said
+        raise UsageError(f"count must be from 1 to 8, not {count}")
+    chance = _Chance(f"captions {scene}")
+    found: list[str] = []
+    while len(found) < count:
+        named = not found or chance.share(0.6)
+        caption = _caption(scene, chance, named)
+        if caption not in found:
+            found.append(caption)
+    return found
+
+
+def draw(scene: Scene, size: int = 64, style: Style = "flat") -> np.ndarray:
+    """uint8[size, size, 3], antialiased. size: a multiple of 16, at least 64. Raises UsageError."""
+    _check(size, style)
+    pixel = size // 64 if size % 64 == 0 else size / 64
+    picture = background_picture(scene.background, size, style).astype(np.float32)
+    for thing, (x, y) in zip(scene.things, scene.centres, strict=True):
+        mask = thing_mask(thing.shape, thing.size, size)  # [h, h]
+        left, top = round(x * pixel) - len(mask) // 2, round(y * pixel) - len(mask) // 2
+        rows, columns = slice(top, top + len(mask)), slice(left, left + len(mask))
+        colours = np.array(COLOURS[thing.colour], np.float32)
+        bands = (np.arange(top, top + len(mask)) // (size // 16) % 2) * thing.striped
+        alpha = mask[:, :, None]
+        picture[rows, columns] += alpha * (colours[bands][:, None] - picture[rows, columns])
+    return (picture + 0.5).astype(np.uint8)
+
+
+@functools.cache
+def background_picture(background: str, size: int, style: Style) -> np.ndarray:
+    """uint8[size, size, 3] without things. Not to be changed."""
+    main, other = BACKGROUNDS[background]
+    odd = np.arange(size) // (size // 8) % 2 == 1
+    tiles = odd[:, None] & odd & (style == "tiled")
+    picture = np.where(tiles[:, :, None], other, main).astype(np.uint8)
+    picture.setflags(write=False)
+    return picture
+
+
+@functools.cache
+def thing_mask(shape: str, thing_size: str, size: int) -> np.ndarray:
+    """f32[h, h] in [0, 1]: the part of each pixel that a thing covers, its centre in the middle. h is even."""
+    radius = SIZES[thing_size] * size / 128  # pixels
+    half, fine = math.ceil(radius), 8
+    steps = ((np.arange(2 * half * fine) + 0.5) / fine - half) / radius
+    inside = _OUTLINES[shape](*np.meshgrid(steps, steps))
+    mask = inside.reshape(2 * half, fine, 2 * half, fine).mean((1, 3), dtype=np.float32)
+    mask.setflags(write=False)
+    return mask
+
+
+def write_scenes(
+    folder: Path,
+    split: Split,
+    first: int,
+    count: int,
+    *,
+    size: int = 64,
+    style: Style = "flat",
+    classes: bool = False,
+) -> None:
+    """Writes pictures of the scenes first to first + count - 1 as a data set that data/folders.py reads.
+
+    A file is named after the index: make_scene(split, index) is what 000123.png shows. metadata.jsonl has the captions.
+    classes: write only scenes of one thing, about 4 in 10, into a folder for each shape and without captions.
+    Nothing is done if the folder holds just this already. Raises OutputError if it holds anything else.
+    """
+    _check(size, style)
+    wanted = dict(
+        version=FORMAT_VERSION, split=split, first=first, count=count, size=size, style=style, classes=classes
+    )
+    if _read_manifest(folder / MANIFEST) == wanted:
+        return
+    with new_folder(folder, overwrite=folder.is_dir() and not any(folder.iterdir())) as new:
+        rows = []
+        if classes:
+            for shape in SHAPES:  # also where no scene is: a label is the position of a name among all
+                (new / shape).mkdir()
+        for index in tqdm(range(first, first + count), desc=folder.name, unit="scene", disable=None):
+            scene = make_scene(split, index)
+            if classes and scene.relation:
+                continue
+            name = f"{index:06}.png"
+            place = new / scene.things[0].shape if classes else new
+            Image.fromarray(draw(scene, size, style)).save(place / name)
+            rows.append({"file_name": name, "text": captions(scene), "split": split, "index": index})
+        if not classes:
+            (new / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (new / MANIFEST).write_text(json.dumps(wanted), encoding="utf-8")
+
+
+def _check(size: int, style: str) -> None:
+    if size < 64 or size % 16:
+        raise UsageError(f"size must be a multiple of 16 and at least 64, not {size}; for example 64 or 128")
+    if style not in STYLES:
+        raise UsageError(f"style must be one of {', '.join(STYLES)}, not {style!r}")
+
+
+def _read_manifest(path: Path) -> Any:
+    """None if there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (OSError, ValueError):
+        raise OutputError(f"{path}: cannot be read; name another folder, or remove it") from None
+
+
+class _Chance:
+    """Random choices that a name determines. Of Python's generator only random() is promised to stay the same."""
+
+    def __init__(self, name: str) -> None:
+        self._random = random.Random(name).random
+
+    def share(self, probability: float) -> bool:
+        return self._random() < probability
+
+    def of(self, options: Sequence[_T]) -> _T:
+        return options[int(self._random() * len(options))]
+
+
+def _any_scene(chance: _Chance, num_things: int) -> Scene:
+    """A scene of whatever split."""
+    things = [_any_thing(chance) for _ in range(num_things)]
+    while num_things == 2 and (things[0].shape, things[0].colour) == (things[1].shape, things[1].colour):
+        things[1] = _any_thing(chance)  # two that a caption tells apart
+    relation = chance.of(RELATIONS) if num_things == 2 else None
+    background = chance.of(tuple(BACKGROUNDS))
+    centres = chance.of(_centres(tuple(thing.size for thing in things), relation))
+    return Scene(tuple(things), relation, background, centres)
+
+
+def _any_thing(chance: _Chance) -> Thing:
+    return Thing(chance.of(SHAPES), chance.of(tuple(COLOURS)), chance.of(tuple(SIZES)), chance.share(STRIPED))
+
+
+def _split(scene: Scene) -> str:
+    if heldout_parts(scene):
+        return "heldout"
+    digest = hashlib.blake2b(scene.description().encode(), digest_size=8).digest()
+    return "valid" if int.from_bytes(digest, "big") % VALID_SHARE == 0 else "train"
+
+
+@functools.cache
+def _centres(sizes: tuple[str, ...], relation: str | None) -> list[tuple[tuple[int, int], ...]]:
+    """Every place of things of these sizes: inside, apart, and more in the direction of the relation than across."""
+    radii = [SIZES[size] // 2 for size in sizes]
+
+    def places(radius: int) -> list[tuple[int, int]]:
+        steps = [step for step in range(0, 65, STEP) if MARGIN + radius <= step <= 64 - MARGIN - radius]
+        return list(itertools.product(steps, steps))
+
+    if relation is None:
+        return [(centre,) for centre in places(radii[0])]
+    along, across = (0, 1) if relation == "left of" else (1, 0)
+    return [
+        (first, second)
+        for first, second in itertools.product(*map(places, radii))
+        if second[along] - first[along] >= max(sum(radii) + GAP, 2 * abs(second[across] - first[across]))
+    ]
+
+
+def _caption(scene: Scene, chance: _Chance, background: bool) -> str:
+    """A caption in one of the orders of words."""
+    phrases = [_phrase(thing, chance) for thing in scene.things]
+    if scene.relation is None:
+        text = phrases[0]
+    else:
+        swap = chance.share(0.5)
+        one, other = reversed(phrases) if swap else phrases
+        between, after = _WORDS[scene.relation][swap]
+        if chance.share(0.3) and not one.endswith("with stripes"):
+            text = f"{one} with {other} {chance.of(after)}"
+        else:
+            text = f"{one} {chance.of(between)} {other}"
+    if not background:
+        return text
+    colour = scene.background
+    if chance.share(0.3):
+        return f"{chance.of((f'on {colour}', f'on a {colour} background', f'{colour} background'))}, {text}"
+    return f"{text} {chance.of((f'on a {colour} background', f'on {colour}', f'against a {colour} background'))}"
+
+
+_WORDS = {
+    "left of": (
+        (("to the left of", "left of"), ("on its right", "to its right")),
+        (("to the right of", "right of"), ("on its left", "to its left")),
+    ),
+    "above": ((("above", "over"), ("below it", "under it")), (("below", "under"), ("above it", "over it"))),
+}
+"""Relation -> for each thing that can be mentioned first: words between the two, words after the second."""
+
+
+def _phrase(thing: Thing, chance: _Chance) -> str:
+    size = chance.of(("small", "small", "little") if thing.size == "small" else ("large", "large", "big"))
+    if thing.striped and chance.share(0.2):
+        return f"a {size} {thing.colour} {thing.shape} with stripes"
+    look = "striped " if thing.striped else "plain " if chance.share(0.25) else ""
+    return f"a {size} {look}{thing.colour} {thing.shape}"
+
+
+def _polygon(corners: list[tuple[float, float]]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Whether points are inside: a ray to the right crosses an odd number of sides."""
+
+    def inside(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        odd = np.zeros(x.shape, bool)
+        for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
+            if y0 != y1:
+                odd ^= ((y0 <= y) != (y1 <= y)) & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
+        return odd
+
+    return inside
+
+
+def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Two discs above, and below them a triangle that touches both."""
+    discs = (np.abs(x) - 0.48) ** 2 + (y + 0.42) ** 2 <= 0.52**2
+    return discs | _polygon([(-0.88, -0.09), (0.0, -0.75), (0.88, -0.09), (0.0, 0.95)])(x, y)
+
+
+def _star_corners() -> list[tuple[float, float]]:
+    turns = [math.pi * corner / 5 for corner in range(10)]
+    radii = [1.05, 0.47] * 5
+    return [(r * math.sin(turn), 0.07 - r * math.cos(turn)) for r, turn in zip(radii, turns, strict=True)]
+
+
+_OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "circle": lambda x, y: x**2 + y**2 <= 1,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) <= 1,
+    "triangle": _polygon([(0.0, -0.95), (1.0, 0.85), (-1.0, 0.85)]),
+    "star": _polygon(_star_corners()),
+    "heart": _heart,
+    "ring": lambda x, y: (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.5**2),
+    "diamond": lambda x, y: np.abs(x) / 0.72 + np.abs(y) <= 1,
+}
+"""Shape -> whether the points (x, y) are in it; the box around a thing is [-1, 1], y goes down."""
