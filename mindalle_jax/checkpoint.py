@@ -166,7 +166,8 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.folder / str(step)}: the data set has changed since this checkpoint (its fingerprint was "
                 f"{record['fingerprint']!r} and is {self.fingerprint!r}), so its place in the data means other "
-                "samples; bring the old data back, or pass ignore_fingerprint=True"
+                "samples; bring the old data back, or go on with --ignore-fingerprint (in Python: "
+                "ignore_fingerprint=True)"
             )
         with (
             self._damage(step),

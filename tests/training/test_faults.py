@@ -254,7 +254,7 @@ def test_a_data_set_that_changed_is_refused_unless_told(finetune, begun, tmp_pat
 
     code, _, err = finetune(changed, out)
     assert code == 4 and "the data set has changed since this checkpoint" in message(err)
-    assert "ignore" in message(err)
+    assert "bring the old data back, or go on with --ignore-fingerprint" in message(err)
     assert not (out / "manifest.json").exists()
     assert finetune(changed, out, "--ignore-fingerprint")[0] == 0
     assert [line["step"] for line in metrics(out)] == [1, 2]
