@@ -162,6 +162,9 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.yaml, where it is not beside the weights")
     parser.add_argument(
+        "--adapters", type=Path, metavar="FILE", help="add adapters.safetensors of a run that began from SRC"
+    )
+    parser.add_argument(
         "--download-from", metavar="URL", help="another source of the same archive: a URL or a local file"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DST, if it is a model folder")
@@ -176,14 +179,27 @@ def run_convert(arguments: argparse.Namespace) -> None:
         MODEL_MARKS,
         copy_model,
         export_checkpoint,
+        find_model,
         import_checkpoint,
     )
+    from mindalle_jax.training.lora import load_adapters
     from mindalle_jax.weights import MANIFEST
 
     check_output(arguments.target, arguments.overwrite, MODEL_MARKS)  # before gigabytes are downloaded
     source = arguments.source
     if arguments.dtype and arguments.to == "torch":
         raise UsageError("--dtype goes with --to jax; the original's format is float32")
+    if arguments.adapters:
+        if arguments.to == "torch" or arguments.config or arguments.download_from:
+            raise UsageError("--adapters goes with --dtype and --overwrite alone; convert what it makes once more")
+        folder = find_model(source)  # as the run did
+        adapters = load_adapters(arguments.adapters, folder)
+        print(
+            copy_model(
+                folder, arguments.target, dtype=arguments.dtype, adapters=adapters, overwrite=arguments.overwrite
+            )
+        )
+        return
     if not (source in RELEASES or arguments.download_from or Path(source).exists()) and is_repo_id(source):
         source = str(fetch_repo(source, MODEL_FILES))
     if arguments.to == "torch":

@@ -29,6 +29,7 @@ from mindalle_jax.interop.hub import fetch_repo, is_repo_id
 from mindalle_jax.interop.key_maps import Slot, check_keys, slots, to_float32
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
 from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE, TextTokenizer
+from mindalle_jax.training.lora import Adapters, merged
 from mindalle_jax.weights import (
     FORMAT_VERSION,
     MANIFEST,
@@ -137,18 +138,28 @@ def import_checkpoint(
 
 
 def copy_model(
-    source: str | Path, target: str | Path, *, dtype: DiskDType | None = None, overwrite: bool = False
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: DiskDType | None = None,
+    adapters: Adapters | None = None,
+    overwrite: bool = False,
 ) -> Report:
     """Writes a model folder again, shows progress, verifies what was written.
 
     dtype: of the weights in the copy; None is that of the source. Half as many bytes are half the disk and download.
+    adapters: are added to the weights of the transformer, whose dtype is then float32 by default, as after a run.
 
     Raises CheckpointError (also for values that dtype cannot hold), ConfigError, OutputError or UsageError; nothing
     half-written is left behind.
     """
     source, target = Path(source), Path(target)
     manifest, config, tensors = _open_model(source)
+    if adapters and "stage2" not in tensors:
+        raise CheckpointError(f"{source}: a VQGAN alone has no weights that adapters go with")
     dtypes = {stage: _one_dtype(entries) if dtype is None else dtype for stage, entries in tensors.items()}
+    if adapters and dtype is None:
+        dtypes["stage2"] = "float32"
     parameters = {stage: count_parameters(config, stage) for stage in tensors}
     weight_bytes = sum(numpy_dtype(dtypes[stage]).itemsize * parameters[stage] for stage in tensors)
     check_apart(source, target)
@@ -158,7 +169,8 @@ def copy_model(
         with _progress(weight_bytes, "copying") as bar:
             for stage, entries in tensors.items():
                 name = f"{stage}.safetensors"
-                chunks = _copy_chunks(source / name, entries, dtypes[stage], bar)
+                added = adapters if stage == "stage2" else None
+                chunks = _copy_chunks(source / name, entries, dtypes[stage], added, bar)
                 shapes = leaf_shapes(config, stage)
                 manifest["tensors"][stage] = write_weights(folder / name, shapes, chunks, dtypes[stage])
         write_s = time.perf_counter() - start
@@ -372,10 +384,16 @@ def _import_chunks(tensors: _Tensors, table: list[Slot], dtype: str, bar: tqdm) 
             yield slot.path, slot.from_torch(array)
 
 
-def _copy_chunks(path: Path, tensors: dict[str, Any], dtype: str, bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
-    """(Flax path, array in dtype) of each part of a weights file."""
-    for name, _, array in read_weights(path, tensors):
-        if array.dtype != numpy_dtype(dtype):  # else bit for bit
+def _copy_chunks(
+    path: Path, tensors: dict[str, Any], dtype: str, adapters: Adapters | None, bar: tqdm
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(Flax path, array in dtype) of each part of a weights file, its adapter added."""
+    for name, layer, array in read_weights(path, tensors):
+        before = array
+        if adapters:
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
+                array = merged(name, array, adapters.leaves, adapters.scale, layer)
+        if array is not before or array.dtype != numpy_dtype(dtype):  # else bit for bit
             array = _in_dtype(array, dtype, f"{path}: {name}")
         bar.update(array.nbytes)
         yield name, array
