@@ -1,0 +1,69 @@
+"""How often pictures that a model draws from captions of scenes are right, by the judge of evaluation/scenes.py."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from mindalle_jax.data.scenes import Scene, Split, Style, captions, make_scene
+from mindalle_jax.evaluation.scenes import Verdict, judge
+from mindalle_jax.pipeline import Dalle
+from mindalle_jax.rerank import ClipRanker
+
+
+class Drawn(NamedTuple):
+    """What a model drew from a caption."""
+
+    scene: Scene
+    caption: str
+    picture: np.ndarray
+    """uint8[S, S, 3]: the first candidate, or the best by the ranker"""
+    verdict: Verdict
+
+
+def draw_scenes(
+    model: Dalle,
+    split: Split,
+    count: int,
+    *,
+    ranker: ClipRanker | None = None,
+    num_candidates: int = 1,
+    style: Style = "flat",
+    **options: Any,
+) -> list[Drawn]:
+    """Pictures of the first `count` scenes of a split, from the first caption of each, judged.
+
+    num_candidates, options: as Dalle.generate. Of several candidates the ranker's best counts.
+    """
+    drawn = []
+    for index in tqdm(range(count), desc=f"{split}, best of {num_candidates}", unit="prompt", disable=None):
+        scene = make_scene(split, index)
+        caption = captions(scene)[0]
+        pictures = model.generate(caption, num_candidates=num_candidates, ranker=ranker, **options)
+        picture = pictures.images[pictures.order[0]]
+        drawn.append(Drawn(scene, caption, picture, judge(picture, scene, caption, style)))
+    return drawn
+
+
+def accuracy(verdicts: Iterable[Verdict]) -> dict[str, float]:
+    """Share of verdicts, in [0, 1], in which an attribute is right of all things; `all` is every attribute at once.
+
+    What was asked for in no picture of them is left out.
+    """
+    answers: dict[str, list[bool]] = {}
+    for verdict in verdicts:
+        right = {name: [getattr(verdict, name)] for name in ("count", "background", "relation")}
+        for name in ("shape", "colour", "size", "striped"):
+            right[name] = [getattr(thing, name) for thing in verdict.things]
+        for name, values in (right | {"all": [verdict.all_right]}).items():
+            if None not in values:
+                answers.setdefault(name, []).append(all(values))
+    return {name: float(np.mean(values)) for name, values in answers.items()}
+
+
+def nearest(pictures: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """f32[n]: mean absolute difference, in [0, 1], of each picture uint8[n, S, S, 3] to the most similar of others."""
+    flat = others.reshape(len(others), -1).astype(np.int16)
+    distances = [np.abs(flat - picture.reshape(-1).astype(np.int16)).mean(1).min() / 255 for picture in pictures]
+    return np.array(distances, np.float32)
