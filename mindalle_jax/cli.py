@@ -140,6 +140,17 @@ def _parser() -> argparse.ArgumentParser:
         "--ignore-fingerprint", action="store_true", help="go on although the data set has changed since the checkpoint"
     )
 
+    tokenizer = verb("train-tokenizer", _train_tokenizer, "make a tokenizer from the captions of a data set")
+    tokenizer.add_argument("data", metavar="DATA", help="a folder or tars of pictures with captions, as for finetune")
+    tokenizer.add_argument("--out", required=True, type=Path, metavar="DIR", help="where its files go; a new folder")
+    tokenizer.add_argument("--vocab-size", required=True, type=int, metavar="N", help="tokens at most")
+    tokenizer.add_argument(
+        "--kind",
+        required=True,
+        choices=["mindalle", "clip"],
+        help="for the transformer that draws, or for a CLIP model",
+    )
+
     convert = verb("convert", run_convert, "convert weights from PyTorch, or back to it, without PyTorch")
     add_convert_arguments(convert)
     return parser
@@ -231,6 +242,12 @@ def _finetune(arguments: argparse.Namespace) -> None:
     if not complete:
         raise KeyboardInterrupt  # so that a script does not go on as if there were a model
     print(f"{arguments.out}: a model; mindalle sample --model {arguments.out}")
+
+
+def _train_tokenizer(arguments: argparse.Namespace) -> None:
+    from mindalle_jax.training.tokenizers import train_tokenizer
+
+    print(train_tokenizer(arguments.data, arguments.out, vocab_size=arguments.vocab_size, kind=arguments.kind))
 
 
 def _sample(arguments: argparse.Namespace) -> None:

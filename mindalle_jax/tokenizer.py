@@ -15,6 +15,7 @@ from mindalle_jax.errors import CheckpointError, UsageError
 
 VOCAB_FILE = "bpe-16k-vocab.json"
 MERGES_FILE = "bpe-16k-merges.txt"
+UNKNOWN, PAD, WORD_END = "[UNK]", "[PAD]", "</w>"
 MAX_PROMPT_CHARACTERS = 2_000
 """Longer prompts are refused before tokenising: a megabyte takes seconds, and 64 tokens are used at most."""
 
@@ -62,18 +63,13 @@ class TextTokenizer:
                 f"{folder / VOCAB_FILE}: has ids up to {max(vocab.values())}, but the text embedding has {vocab_size} "
                 "rows; the tokenizer belongs to another model"
             )
-        self.unk_id, self.pad_id = _special_id(folder, vocab, "[UNK]"), _special_id(folder, vocab, "[PAD]")
+        self.unk_id, self.pad_id = _special_id(folder, vocab, UNKNOWN), _special_id(folder, vocab, PAD)
         self.context_length = context_length
         try:
-            bpe = models.BPE(vocab, merges, unk_token="[UNK]", end_of_word_suffix="</w>")
+            bpe = models.BPE(vocab, merges, unk_token=UNKNOWN, end_of_word_suffix=WORD_END)
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{folder / MERGES_FILE}: does not fit {VOCAB_FILE}: {error}") from None
-        # What CharBPETokenizer(lowercase=True) builds, without registering the special tokens for matching.
-        self._tokenizer = Tokenizer(bpe)
-        self._tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.BertNormalizer(lowercase=False), normalizers.Lowercase()]
-        )
-        self._tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self._tokenizer = char_bpe(bpe)
 
     def __call__(self, prompts: list[str]) -> TokenizedPrompts:
         """Ids of each prompt, int32[P, N]. An empty prompt gives N times [PAD].
@@ -91,6 +87,14 @@ class TextTokenizer:
         return TokenizedPrompts(
             np.asarray(rows, np.int32).reshape(len(prompts), self.context_length), num_tokens, num_unknown
         )
+
+
+def char_bpe(model: models.BPE) -> Tokenizer:
+    """What CharBPETokenizer(lowercase=True) builds, without registering the special tokens for matching."""
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.BertNormalizer(lowercase=False), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
 
 
 def quote_prompt(prompt: str) -> str:

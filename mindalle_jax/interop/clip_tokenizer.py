@@ -23,11 +23,11 @@ def read_clip_tokenizer(path: Path, config: ClipTextConfig) -> Tokenizer:
     """The tokenizer of a folder or of OpenAI's file of merges; CheckpointError if it does not fit the network."""
     try:
         if path.is_file() and path.suffix == ".gz":
-            tokenizer = _clip_tokenizer(*_read_openai_merges(path))
+            tokenizer = make_clip_tokenizer(*_read_openai_merges(path))
         elif (path / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-            tokenizer = _clip_tokenizer(*models.BPE.read_file(str(path / "vocab.json"), str(path / "merges.txt")))
+            tokenizer = make_clip_tokenizer(*models.BPE.read_file(str(path / "vocab.json"), str(path / "merges.txt")))
         else:
             raise CheckpointError(
                 f"{path}: holds no tokenizer: neither tokenizer.json nor vocab.json with merges.txt; name a folder "
@@ -58,7 +58,7 @@ def read_clip_tokenizer(path: Path, config: ClipTextConfig) -> Tokenizer:
     return tokenizer
 
 
-def _clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+def make_clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
     """What transformers' CLIPTokenizer builds (transformers/models/clip/tokenization_clip.py)."""
     for token in (START, END):
         if token not in vocab:
@@ -96,8 +96,15 @@ def _read_openai_merges(file: Path) -> tuple[dict[str, int], list[tuple[str, str
             pairs.append((pair[0], pair[1]))
         elif line:
             raise CheckpointError(f"{file}: line {number} is not a pair of tokens: {line!r:.60}")
-    # One character for each byte: itself if it can be printed, else one from 256 on; in that order.
+    tokens = [*byte_tokens(), *("".join(pair) for pair in pairs), START, END]
+    return {token: i for i, token in enumerate(tokens)}, pairs
+
+
+def byte_tokens() -> list[str]:
+    """The first 512 tokens of a vocabulary: one for each byte, then one for each that ends a word.
+
+    A byte is written as itself if it can be printed, else as a character from 256 on; in that order.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     symbols = [chr(code) for code in [*printable, *range(256, 512 - len(printable))]]
-    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(pair) for pair in pairs), START, END]
-    return {token: i for i, token in enumerate(tokens)}, pairs
+    return [*symbols, *(symbol + "</w>" for symbol in symbols)]
