@@ -24,7 +24,7 @@ from PIL import Image
 from mindalle_jax.devices import DType, choose_devices, device_memory, matmul_precision, use_compilation_cache
 from mindalle_jax.errors import NonFiniteError, UsageError
 from mindalle_jax.interop.clip import ClipModel, find_clip, read_clip, write_clip
-from mindalle_jax.models.clip import CLIP, PIXEL_MEAN, PIXEL_STD
+from mindalle_jax.models.clip import CLIP, normalise_pictures
 from mindalle_jax.pictures import check_pixels
 from mindalle_jax.tokenizer import check_prompt, quote_prompt
 
@@ -193,8 +193,7 @@ def encode_pictures(clip: CLIP, mesh: Mesh, params: dict[str, Any], pictures: ja
     """Features f32[b, e], not normalised, of square pictures uint8[b, y, x, 3], each device its share."""
 
     def encode(params: Any, pictures: jax.Array) -> Any:
-        pixels = resize_square(pictures, clip.config.vision.image_size).astype(jnp.float32) / 255
-        pixels = (pixels - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
+        pixels = normalise_pictures(resize_square(pictures, clip.config.vision.image_size))
         return clip.apply({"params": params}, pixels, method="encode_images")
 
     spread = jax.shard_map(encode, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False)

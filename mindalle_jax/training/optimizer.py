@@ -42,7 +42,7 @@ def make_optimizer(
 
 def _is_matrix(path: str) -> bool:
     """Whether it is a weight that vectors are multiplied with: no bias, gain or table of embeddings."""
-    return path.endswith(("/weight", "/lora_a", "/lora_b"))
+    return path.endswith(("/weight", "/kernel", "/lora_a", "/lora_b"))
 
 
 def count_steps(config_max_steps: int, images: int, batch_size: int, epochs: int) -> int:

@@ -126,7 +126,7 @@ def train_step(
     loss, grad_norm = terms.image + task.text_loss_weight * terms.text, optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
+    params: Any = optax.applyupdates_made(state.params, updates)
     decay = task.ema_decay
     ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params) if decay else {}
     params, opt_state, ema = jax.tree.map(
@@ -138,7 +138,7 @@ def train_step(
         "loss": loss,
         "image_loss": terms.image,
         "grad_norm": grad_norm,
-        "learning_rate": task.schedule(_updates(state.opt_state)),
+        "learning_rate": task.schedule(updates_made(state.opt_state)),
         "skipped": jnp.where(finite, 0, state.skipped + 1),
     }
     if task.pad_id is not None:
@@ -154,7 +154,7 @@ def eval_step(task: Task, params: Params, frozen: Params, batch: dict[str, jax.A
     return sums, Terms(*(jnp.sum(weights) for weights in target_weights(batch, task.pad_id)))
 
 
-def _updates(opt_state: Any) -> jax.Array:
+def updates_made(opt_state: Any) -> jax.Array:
     """How many updates AdamW has made; those that were skipped do not count."""
     of_schedule: Any = lambda path, _: getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"  # noqa: E731
     return optax.tree.get(opt_state, "count", filtering=of_schedule)

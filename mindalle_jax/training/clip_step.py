@@ -1,0 +1,152 @@
+"""One update of contrastive training: which text of the batch belongs to which picture, and which picture to which text.
+
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, figure 3.
+
+    logits[i, j] = exp(logit_scale) * cosine(picture i, text j)
+    loss = mean over i of (CE(logits[i, :], i) + CE(logits[:, i], i)) / 2
+
+The batch is all of an update: every text is a wrong answer for every other picture, on whatever device it lies.
+
+A caption that stands twice in a batch would make a right answer wrong. Such a pair, picture i and the same caption of
+another picture j, is left out: it is no target of i and not among its wrong answers. With captions a, b, a the logits
+that count are
+
+    .  1  x        1: the target, x: left out
+    .  1  .
+    x  .  1        and picture 0 is told from b alone
+
+Dimensions: b batch, s text length, e width of the common space.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mindalle_jax.models.clip import CLIP, ClipConfig, normalise_pictures
+from mindalle_jax.training.step import Params, TrainState, updates_made
+from mindalle_jax.weights import nest
+
+MAX_LOGIT_SCALE = math.log(100)
+"""Of the parameter, whose exponential multiplies the cosines; as in the paper, section 2.5."""
+
+
+class Sums(NamedTuple):
+    """Over the pairs of a batch that count, float32."""
+
+    loss: jax.Array
+    image_to_text: jax.Array
+    """Pictures whose own text has the highest logit."""
+    text_to_image: jax.Array
+    """Texts whose own picture has it."""
+    pairs: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTask:
+    """What stays the same from update to update, known at compilation."""
+
+    model: CLIP
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    ema_decay: float
+
+
+def init_params(config: ClipConfig, shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+    """Fresh float32 parameters by path, the same on any device; widths as OpenAI's CLIP.initialize_parameters.
+
+    There the standard deviations are of the text tower; here they serve both, and patches have that of their size.
+    """
+    params = {}
+    for number, (path, shape) in enumerate(shapes.items()):
+        tower = config.vision if path.startswith("vis") else config.text  # visual_projection, vision_model
+        width, layers = tower.hidden_size, tower.num_hidden_layers
+        if path == "logit_scale":
+            value = np.full(shape, math.log(1 / 0.07))
+        elif path.endswith(("/bias", "/scale")):
+            value = np.full(shape, path.endswith("/scale"))
+        else:
+            std = width**-0.5
+            if path.endswith(("out_proj/kernel", "fc2/kernel")):  # what is added to the residual stream
+                std *= (2 * layers) ** -0.5
+            elif path.endswith("fc1/kernel"):
+                std *= 2**-0.5
+            elif path.endswith("patch_embedding/kernel"):
+                std = math.prod(shape[:-1]) ** -0.5
+            elif path.startswith("text_model/embeddings"):
+                std = 0.02 if "token" in path else 0.01
+            value = std * np.random.default_rng([seed, number]).standard_normal(shape, np.float32)
+        params[path] = np.asarray(value, np.float32)
+    return params
+
+
+def compile_clip_step(task: ClipTask, shardings: TrainState) -> Any:
+    """clip_step for a state with these shardings, which it keeps; (state, batch) -> (state, figures)."""
+    return jax.jit(partial(clip_step, task), out_shardings=(shardings, None), donate_argnums=0)
+
+
+def clip_step(task: ClipTask, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, Any]]:
+    """The next state, and the figures of this update.
+
+    batch: image uint8[b, y, x, 3] of the size of the model, text int32[b, s].
+    An update whose loss or gradient is not finite changes nothing but the counts.
+    """
+    rows = jnp.ones(len(batch["text"]), jnp.float32)
+
+    def mean_loss(params: Params) -> jax.Array:
+        sums = contrastive_sums(task.model, params, batch, rows)
+        return sums.loss / sums.pairs
+
+    loss, grads = jax.value_and_grad(mean_loss)(state.params)
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
+    params: Any = optax.apply_updates(state.params, updates)
+    params["logit_scale"] = jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)
+    decay = task.ema_decay
+    ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params) if decay else {}
+    params, opt_state, ema = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state, ema),
+        (state.params, state.opt_state, state.ema),
+    )
+    figures = {
+        "loss": loss,
+        "logit_scale": jnp.exp(params["logit_scale"]),
+        "grad_norm": grad_norm,
+        "learning_rate": task.schedule(updates_made(state.opt_state)),
+        "skipped": jnp.where(finite, 0, state.skipped + 1),
+    }
+    skipped = jnp.copy(figures["skipped"])  # the state's own: its memory is taken by the next update
+    return TrainState(state.step + 1, params, opt_state, ema, skipped), figures
+
+
+@partial(jax.jit, static_argnames="model")
+def eval_sums(model: CLIP, params: Params, batch: Mapping[str, jax.Array], rows: jax.Array) -> Sums:
+    """contrastive_sums, compiled."""
+    return contrastive_sums(model, params, batch, rows)
+
+
+def contrastive_sums(model: CLIP, params: Params, batch: Mapping[str, jax.Array], rows: jax.Array) -> Sums:
+    """What the batch adds up to; rows f32[b] is 0 for those that fill up a last batch, which are nobody's answer.
+
+    batch: image uint8[b, y, x, 3], text int32[b, s].
+    """
+    pixels = normalise_pictures(batch["image"])
+    result: Any = model.apply({"params": nest(params)}, batch["text"], pixels)
+    text, image, scale = result
+    text, image = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (text, image))
+    own = jnp.eye(len(rows), dtype=bool)
+    same = jnp.all(batch["text"][:, None] == batch["text"][None], axis=-1)
+    counted = own | (~same & (rows[None] > 0) & (rows[:, None] > 0))
+    logits = jnp.where(counted, scale * image @ text.T, -jnp.inf)  # [b pictures, b texts]
+    target = jnp.diagonal(logits)
+    loss = (jax.nn.logsumexp(logits, axis=1) + jax.nn.logsumexp(logits, axis=0)) / 2 - target
+    right = (jnp.argmax(logits, axis=axis) == jnp.arange(len(rows)) for axis in (1, 0))
+    return Sums(jnp.sum(rows * loss), *(jnp.sum(rows * hits) for hits in right), jnp.sum(rows))
