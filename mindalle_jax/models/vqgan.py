@@ -6,13 +6,26 @@ PyTorch release, with `.` between numbered parts written `_` (encoder/down_0_blo
 Dimensions: b batch, y height, x width, c channels, n codes in the codebook, e width of a codebook row.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mindalle_jax.config import Stage1Config, Stage1Hparams
+
+
+class Autoencoded(NamedTuple):
+    """What training sees of a pass through the network, float32."""
+
+    images: jax.Array
+    """[b, Y, X, 3]: the reconstruction"""
+    features: jax.Array
+    """[b, y, x, e]: what was quantised"""
+    rows: jax.Array
+    """[b, y, x, e]: the rows of the codebook in its place"""
+    codes: jax.Array
+    """int32[b, y, x]"""
 
 
 class VQGAN(nn.Module):
@@ -43,11 +56,7 @@ class VQGAN(nn.Module):
 
     def encode(self, images: jax.Array) -> jax.Array:
         """Codes int32[b, y, x] in [0, n): the codebook row nearest to each feature, the lowest id on a tie."""
-        z = self.features(images).astype(jnp.float32)
-        rows = self.codebook.astype(jnp.float32)
-        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every row.
-        distances = jnp.sum(rows**2, axis=1) - 2 * jnp.einsum("byxe,ne->byxn", z, rows, precision="highest")
-        return jnp.argmin(distances, axis=-1).astype(jnp.int32)
+        return self._nearest(self.features(images).astype(jnp.float32))
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """f32[b, Y, X, 3] (about [-1, 1], not clipped) of codes int32[b, y, x].
@@ -58,6 +67,26 @@ class VQGAN(nn.Module):
         mean = jnp.mean(self.codebook, axis=0).astype(self.dtype)
         z = jnp.where(codes[..., None] < 0, mean, jnp.take(rows, jnp.maximum(codes, 0), axis=0))
         return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
+
+    def autoencode(self, images: jax.Array) -> Autoencoded:
+        """Encoder, codebook and decoder for training: the gradient passes the codebook as if it were not there.
+
+        The decoder sees the rows, so the gradient of the pictures goes on to the features unchanged (the
+        straight-through estimator, van den Oord et al. 2017, arXiv:1711.00937); the rows get theirs from the losses.
+        """
+        z = self.features(images).astype(jnp.float32)
+        codes = self._nearest(jax.lax.stop_gradient(z))
+        rows = jnp.take(self.codebook.astype(jnp.float32), codes, axis=0)
+        # z - stop(z) is 0 exactly: pictures are those of decode(codes).
+        through = jax.lax.stop_gradient(rows) + (z - jax.lax.stop_gradient(z))
+        pictures = self.decoder(self.post_quant_conv(through.astype(self.dtype))).astype(jnp.float32)
+        return Autoencoded(pictures, z, rows, codes)
+
+    def _nearest(self, z: jax.Array) -> jax.Array:
+        rows = self.codebook.astype(jnp.float32)
+        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every row.
+        distances = jnp.sum(rows**2, axis=1) - 2 * jnp.einsum("byxe,ne->byxn", z, rows, precision="highest")
+        return jnp.argmin(distances, axis=-1).astype(jnp.int32)
 
 
 class Encoder(nn.Module):

@@ -1,0 +1,300 @@
+"""One update of a VQGAN: against the losses of the paper in PyTorch, however it is split, and what becomes of codes."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mindalle_jax.config import Config, Stage1Config, Stage1Hparams
+from mindalle_jax.models.discriminator import PatchDiscriminator
+from mindalle_jax.models.vqgan import VQGAN
+from mindalle_jax.training.vqgan_step import (
+    LAST_LAYER,
+    EvalSums,
+    LossConfig,
+    VqganTask,
+    adversarial_weight,
+    fresh_params,
+    init_vqgan_state,
+    perplexity,
+    to_floats,
+    vqgan_eval_step,
+    vqgan_train_step,
+)
+from mindalle_jax.weights import nest
+
+# 16 x 16 pixels, 8 x 8 codes out of 50.
+HPARAMS = Stage1Hparams(
+    z_channels=24, resolution=16, ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,)
+)  # fmt: skip
+STAGE1 = Stage1Config(embed_dim=16, n_embed=50, hparams=HPARAMS)
+LOSSES = LossConfig(l1=1.0, l2=0.5, codebook=0.7, commitment=0.25, adversarial=0.8)
+MESH = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+
+# Programs run a few times only: LLVM need not optimise what compiling takes longer than running.
+quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
+
+
+def downhill(rate: float) -> optax.GradientTransformation:
+    """Parameters less `rate` times the gradient: what an update changed tells the gradient."""
+    return optax.scale_by_schedule(lambda _: -rate)
+
+
+def make_task(**changes) -> VqganTask:
+    values = {
+        "model": VQGAN(STAGE1), "discriminator": None, "optimizer": downhill(1.0), "discriminator_optimizer": None,
+        "schedule": lambda _: 1.0, "losses": dataclasses.replace(LOSSES, adversarial=0.0), "restart_after_steps": 0,
+        "ema_decay": 0.0, "seed": 0,
+    }  # fmt: skip
+    return VqganTask(**(values | changes))
+
+
+def adversarial_task(start_step: int = 0, **changes) -> VqganTask:
+    return make_task(
+        discriminator=PatchDiscriminator(width=32, layers=1), discriminator_optimizer=downhill(1.0),
+        losses=dataclasses.replace(LOSSES, start_step=start_step), **changes,
+    )  # fmt: skip
+
+
+def autoencode(params, images: jax.Array):
+    """What training sees of pictures uint8[b, 16, 16, 3]."""
+    apply = partial(VQGAN(STAGE1).apply, method="autoencode")
+    return quick(apply)({"params": nest(params)}, to_floats(images))
+
+
+def pictures(count: int, micro_batches: int = 1, seed: int = 0) -> dict[str, jax.Array]:
+    images = np.random.default_rng(seed).integers(0, 256, (count, 16, 16, 3)).astype(np.uint8)
+    return {"image": jnp.asarray(images.reshape(micro_batches, -1, 16, 16, 3))}
+
+
+@pytest.fixture(scope="module")
+def params(random_params):
+    """() -> flat parameters of a network with activations of order one, fresh arrays each time."""
+    import flax.traverse_util
+
+    flat = flax.traverse_util.flatten_dict(random_params(Config(stage1=STAGE1), "stage1"), sep="/")
+    return lambda: {path: jnp.array(leaf) for path, leaf in flat.items()}
+
+
+@pytest.fixture(scope="module")
+def run():
+    """run(task, params, batches, fresh=False) -> the states before, between and after, and the figures."""
+    compiled = {}
+
+    def run(task, params, batches, fresh=False, frozen=None):
+        state = init_vqgan_state(task, params, MESH, fresh_codebook=fresh)
+        if task not in compiled:
+            compiled[task] = quick(partial(vqgan_train_step, task))
+        states, figures = [state], []
+        with jax.default_matmul_precision("highest"):
+            for batch in batches:
+                state, figure = compiled[task](state, frozen or {}, batch)
+                states.append(state)
+                figures.append(jax.device_get(figure))
+        return jax.device_get(states), figures
+
+    return run
+
+
+def change(before: dict, after: dict) -> dict[str, np.ndarray]:
+    """Gradients, where updates go downhill by them."""
+    return {path: before[path] - after[path] for path in before}
+
+
+def test_gradients_agree_with_pytorch(oracle, params, run):
+    """The losses of the paper written down in PyTorch: straight through the codebook, hinge, adaptive weight."""
+    import torch
+    import torch.nn.functional as F
+
+    task, batch = adversarial_task(), pictures(3)
+    (before, after), (figures,) = run(task, params(), [batch])
+    ours, of_discriminator = change(before.params, after.params), change(before.discriminator, after.discriminator)
+
+    def tensor(array):
+        return torch.from_numpy(np.array(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array))
+
+    # The oracle's network, with our weights by the project's tables.
+    from mindalle_jax.interop.key_maps import slots
+
+    table = slots(Config(stage1=STAGE1), "stage1")
+    fields = dataclasses.asdict(HPARAMS) | {"embed_dim": 16, "n_embed": 50}
+    fields = {k: v for k, v in fields.items() if k in oracle.VQGANConfig.__dataclass_fields__}
+    theirs = oracle.VQGAN(oracle.VQGANConfig(**fields))
+    theirs.load_state_dict({slot.torch_key: torch.from_numpy(slot.to_torch(before.params[slot.path]).copy())
+                            for slot in table})  # fmt: skip
+    leaves = {path: tensor(leaf).requires_grad_() for path, leaf in before.discriminator.items()}
+
+    def discriminate(h):
+        h = F.leaky_relu(F.conv2d(h, leaves["conv_0/kernel"], leaves["conv_0/bias"], 2, 1), 0.2)
+        h = F.conv2d(h, leaves["conv_1/kernel"], None, 1, 1)
+        h = F.leaky_relu(F.group_norm(h, 32, leaves["norm_1/scale"], leaves["norm_1/bias"], 1e-5), 0.2)
+        return F.conv2d(h, leaves["conv_out/kernel"], leaves["conv_out/bias"], 1, 1)
+
+    x = torch.from_numpy(np.array(batch["image"][0])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    z = theirs.features(x)
+    e = theirs.quantize.embedding(theirs.nearest(z).unflatten(1, (8, 8))).permute(0, 3, 1, 2)
+    y = theirs.decoder(theirs.post_quant_conv(z + (e - z).detach()))
+    reconstruction = 1.0 * (x - y).abs().mean() + 0.5 * ((x - y) ** 2).mean()
+    quantisation = 0.7 * ((z.detach() - e) ** 2).mean() + 0.25 * ((z - e.detach()) ** 2).mean()
+    adversarial = -discriminate(y).mean()
+    last = theirs.decoder.conv_out.weight
+    lengths = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)]
+    weight = 0.8 * (lengths[0] / (lengths[1] + 1e-4)).clamp(0, 1e4).detach()
+    (reconstruction + quantisation + weight * adversarial).backward()
+    their_gradients = {slot.path: slot.from_torch(theirs.get_parameter(slot.torch_key).grad.numpy()) for slot in table}
+    for leaf in leaves.values():
+        leaf.grad = None
+    hinge = 0.5 * (F.relu(1 - discriminate(x)).mean() + F.relu(1 + discriminate(y.detach())).mean())
+    hinge.backward()
+
+    assert figures["adversarial_weight"] == pytest.approx(float(weight), rel=1e-4)
+    assert figures["loss"] == pytest.approx(float(reconstruction + quantisation), rel=1e-5)
+    assert figures["discriminator_loss"] == pytest.approx(float(hinge), rel=1e-5)
+    assert len(np.unique(np.asarray(theirs.codes(x)))) > 5
+    # A gradient is the difference of parameters of order 1, so 6e-8 is lost; the rest is float32 sums in another order.
+    for path, gradient in their_gradients.items():
+        limit = 1e-6 + 2e-4 * np.abs(gradient).max()
+        np.testing.assert_allclose(ours[path], gradient.reshape(ours[path].shape), rtol=0, atol=limit, err_msg=path)
+    for path, leaf in leaves.items():
+        gradient = leaf.grad.numpy().transpose(2, 3, 1, 0) if leaf.ndim == 4 else leaf.grad.numpy()
+        limit = 1e-6 + 2e-4 * np.abs(gradient).max()
+        np.testing.assert_allclose(of_discriminator[path], gradient, rtol=0, atol=limit, err_msg=path)
+
+
+def test_micro_batches_add_up_to_one_batch(params, run):
+    """The adaptive weight is that of the whole batch, not one for each part of it."""
+    task = adversarial_task(restart_after_steps=1)
+    whole, (figures,) = run(task, params(), [pictures(4)])
+    parts, (part_figures,) = run(task, params(), [pictures(4, micro_batches=2)])
+    for name, value in figures.items():
+        assert part_figures[name] == pytest.approx(value, rel=1e-4), name
+    before, after, split = whole[0], whole[1], parts[1]
+    ours, theirs = (
+        change(before.params | before.discriminator, state.params | state.discriminator) for state in (after, split)
+    )
+    np.testing.assert_array_equal(after.unused, split.unused)
+    for path, gradient in ours.items():  # as against PyTorch; rows that started again are other pictures' features
+        limit = 1e-6 + 2e-4 * np.abs(gradient).max()
+        np.testing.assert_allclose(theirs[path], gradient, rtol=0, atol=limit, err_msg=path)
+
+
+def test_unused_codes_start_again_from_features_of_the_batch(params, run):
+    """Only after so many updates without use; rows in use go on as they are; no feature is taken twice."""
+    task = make_task(restart_after_steps=2, optimizer=downhill(0.0), ema_decay=0.5)
+    batches = [pictures(2, seed=seed) for seed in range(2)]
+    states, figures = run(task, params(), batches)
+    rows = [state.params["codebook"] for state in states]
+    codes, features = [], []
+    for batch in batches:
+        out = autoencode(params(), batch["image"][0])
+        codes.append(set(np.unique(out.codes).tolist()))
+        features.append(np.asarray(out.features).reshape(-1, 16))
+    np.testing.assert_array_equal(rows[1], rows[0])
+    dead = sorted(set(range(50)) - codes[0] - codes[1])
+    assert 5 < len(dead) < 45 and figures[1]["codes_restarted"] == len(dead) and figures[0]["codes_restarted"] == 0
+    alive = sorted(codes[0] | codes[1])
+    np.testing.assert_array_equal(rows[2][alive], rows[0][alive])
+    distances = np.abs(rows[2][dead][:, None] - features[1][None]).max(axis=-1)
+    # Features of two programs differ by rounding.
+    assert distances.min(axis=1).max() < 1e-4 and len(set(distances.argmin(axis=1).tolist())) == len(dead)
+    np.testing.assert_array_equal(states[2].ema["codebook"][dead], rows[2][dead])
+    assert (states[2].unused[dead] == 0).all() and set(states[2].unused[sorted(codes[1])]) == {0}
+    assert set(states[2].unused[sorted(codes[0] - codes[1])]) <= {1}
+
+
+def test_a_fresh_codebook_starts_from_features_and_a_trained_one_does_not(run):
+    """U(-1/n, 1/n) lies near 0, features do not: one code would be nearest to all of them."""
+    task, batches = make_task(optimizer=downhill(0.0)), [pictures(2), pictures(2)]
+    fresh = fresh_params(STAGE1, 0)
+    states, figures = run(task, jax.tree.map(jnp.copy, fresh), batches, fresh=True)
+    assert figures[0]["perplexity"] < 25 < figures[1]["perplexity"]
+    assert figures[0]["codes_restarted"] > 25 and figures[1]["codes_restarted"] == 0
+    kept, _ = run(task, fresh, batches)
+    np.testing.assert_array_equal(kept[2].params["codebook"], kept[0].params["codebook"])
+
+
+def test_an_update_can_be_repeated_bit_for_bit(params, run):
+    """Dropout and restarts draw from the seed and the step alone; another seed draws otherwise."""
+    model = VQGAN(dataclasses.replace(STAGE1, hparams=dataclasses.replace(HPARAMS, pdrop=0.3)))
+    task = adversarial_task(model=model, restart_after_steps=1, ema_decay=0.9)
+    batches = [pictures(4, 2, seed) for seed in range(2)]
+    first, _ = run(task, params(), batches)
+    again, _ = run(task, params(), batches)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    other, _ = run(dataclasses.replace(task, seed=1), params(), batches)
+    assert np.any(other[1].params[LAST_LAYER] != first[1].params[LAST_LAYER])
+
+
+def test_the_discriminator_has_no_effect_before_its_start(params, run):
+    """Until then the generator learns as without one and the discriminator nothing; then both learn."""
+    batches = [pictures(2, seed=seed) for seed in range(2)]
+    small = {"optimizer": downhill(1e-3), "discriminator_optimizer": downhill(1e-3)}
+    alone, _ = run(make_task(optimizer=downhill(1e-3)), params(), batches)
+    states, figures = run(dataclasses.replace(adversarial_task(start_step=1), **small), params(), batches)
+    for path, leaf in alone[1].params.items():  # two programs: rounding of gradients of order 1, times the rate
+        np.testing.assert_allclose(states[1].params[path], leaf, rtol=0, atol=1e-6, err_msg=path)
+    jax.tree.map(np.testing.assert_array_equal, states[1].discriminator, states[0].discriminator)
+    assert figures[0]["adversarial_weight"] == figures[0]["discriminator_loss"] == 0
+    assert figures[1]["adversarial_weight"] > 0
+    assert all(np.any(states[2].discriminator[path] != leaf) for path, leaf in states[1].discriminator.items())
+    effect = np.abs(states[2].params["decoder/conv_in/kernel"] - alone[2].params["decoder/conv_in/kernel"]).max()
+    assert effect > 1e-5
+    assert alone[0].discriminator == {} and alone[0].discriminator_opt_state == {}
+
+
+def test_the_adaptive_weight_is_bounded():
+    """Where the discriminator has no gradient, the quotient would be without bound."""
+    of_length = lambda length: {LAST_LAYER: jnp.full((3, 3, 4, 4), length / 12)}  # noqa: E731
+    assert adversarial_weight(of_length(3.0), of_length(1.5)) == pytest.approx(3.0 / 1.5001, rel=1e-6)
+    assert adversarial_weight(of_length(3.0), of_length(0.0)) == 1e4
+    assert adversarial_weight(of_length(0.0), of_length(0.0)) == 0
+
+
+def test_an_update_that_is_not_finite_changes_nothing(params, run):
+    """One infinite parameter makes every loss infinite or NaN; the state stays, and what was skipped is counted."""
+    broken = params()
+    broken["decoder/conv_out/bias"] = jnp.full(3, jnp.inf)
+    states, figures = run(adversarial_task(restart_after_steps=1, ema_decay=0.5), broken, [pictures(2), pictures(2)])
+    assert [figure["skipped"] for figure in figures] == [1, 2] and not np.isfinite(figures[0]["loss"])
+    assert states[2].step == 2 and states[2].skipped == 2
+    same = [state._replace(step=0, skipped=0) for state in (states[0], states[2])]
+    jax.tree.map(np.testing.assert_array_equal, *same)
+
+
+def test_validation_counts_pictures_and_codes_once(params):
+    """Rows that fill up a batch do not count; PSNR is that of each picture, in dB, cut to what can be shown."""
+    task, batch = make_task(), pictures(3)
+    batch = {"image": batch["image"][0], "rows": jnp.array([1.0, 0.0, 1.0])}
+    sums = EvalSums(*map(np.asarray, vqgan_eval_step(task, params(), {}, batch)))
+    out = autoencode(params(), batch["image"])
+    codes, decoded = np.asarray(out.codes), np.asarray(out.images)
+    x, kept = np.asarray(batch["image"], np.float64) / 127.5 - 1, [0, 2]
+    l1 = np.abs(x - decoded).mean(axis=(1, 2, 3))[kept]
+    l2 = ((x - decoded) ** 2).mean(axis=(1, 2, 3))[kept]
+    error = (((x - decoded.clip(-1, 1)) / 2) ** 2).mean(axis=(1, 2, 3))[kept]
+    # Float32 sums of 768 numbers.
+    assert sums.pictures == 2 and sums.l1 == pytest.approx(l1.sum(), rel=1e-4)
+    assert sums.loss == pytest.approx((l1 + 0.5 * l2).sum(), rel=1e-4)
+    assert sums.psnr == pytest.approx((-10 * np.log10(error)).sum(), rel=1e-4)
+    np.testing.assert_array_equal(sums.counts, np.bincount(codes[kept].ravel(), minlength=50))
+
+
+def test_perplexity_is_the_number_of_codes_in_even_use():
+    assert perplexity(jnp.array([3, 3, 0, 3, 3])) == pytest.approx(4, rel=1e-6)
+    assert perplexity(jnp.array([0, 9])) == pytest.approx(1, rel=1e-6)
+    assert 1 < perplexity(jnp.array([1, 9])) < 2
+    assert perplexity(jnp.zeros(3, jnp.int32)) == pytest.approx(1)
+
+
+def test_pictures_of_training_are_those_of_the_codes(params):
+    """What training optimises is what is decoded later: the rows themselves, not z + (e - z), which rounds."""
+    images = pictures(2)["image"][0]
+    out = autoencode(params(), images)
+    codes, decoded = quick(VQGAN(STAGE1).apply)({"params": nest(params())}, to_floats(images))
+    np.testing.assert_array_equal(out.codes, codes)
+    np.testing.assert_array_equal(out.rows, np.asarray(params()["codebook"])[np.asarray(codes)])
+    np.testing.assert_allclose(out.images, decoded, rtol=0, atol=1e-5)  # XLA may fuse the two in another way
