@@ -26,9 +26,9 @@ def shifted(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(picture + rng.uniform(-10, 10, 3), 0, 255).astype(np.uint8)
 
 
-def halved(picture: np.ndarray) -> np.ndarray:
+def shrunk(picture: np.ndarray, times: int) -> np.ndarray:
     image = Image.fromarray(picture)
-    small = image.resize((image.width // 2, image.height // 2), Image.Resampling.BILINEAR)
+    small = image.resize((image.width // times, image.height // times), Image.Resampling.BILINEAR)
     return np.asarray(small.resize(image.size, Image.Resampling.BILINEAR))
 
 
@@ -37,7 +37,8 @@ DAMAGE = {
     "box": lambda picture, rng: filtered(picture, ImageFilter.BoxBlur(1)),
     "noise": noisy,
     "colour": shifted,
-    "halved and back": lambda picture, rng: halved(picture),
+    "to a half and back": lambda picture, rng: shrunk(picture, 2),
+    "to a third and back": lambda picture, rng: shrunk(picture, 3),
     "all": lambda picture, rng: shifted(noisy(filtered(picture, ImageFilter.GaussianBlur(1)), rng), rng),
 }
 
