@@ -27,6 +27,7 @@ from mindalle_jax.interop.clip import ClipModel, find_clip, read_clip, write_cli
 from mindalle_jax.models.clip import CLIP, normalise_pictures
 from mindalle_jax.pictures import check_pixels
 from mindalle_jax.tokenizer import check_prompt, quote_prompt
+from mindalle_jax.weights import DiskDType
 
 PRECISION_BITS = 32 - 8 - 2
 """Weights of the resampling are integers in units of 2**-22, as in Pillow."""
@@ -62,7 +63,7 @@ class ClipRanker:
     ) -> Self:
         """Loads CLIP.
 
-        path_or_name: a Hugging Face folder; a .pt file of OpenAI; or "OWNER/NAME", a repository of the Hugging Face
+        path_or_name: a Hugging Face folder; a .pt file of OpenAI; "demo", in the package; or "OWNER/NAME", a repository of the Hugging Face
         hub, such as "openai/clip-vit-base-patch32" (downloaded into the cache of the hub).
         tokenizer: the path of one, where the model has none beside it (see interop.clip.read_clip).
         dtype: compute dtype; None is float32 on CPU and bfloat16 elsewhere.
@@ -81,15 +82,17 @@ class ClipRanker:
     def __str__(self) -> str:
         return f"CLIP {self.source}"
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Writes the model, with its tokenizer, as a Hugging Face folder of float32 weights.
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, overwrite: bool = False, dtype: DiskDType = "float32"
+    ) -> None:
+        """Writes the model, with its tokenizer, as a Hugging Face folder.
 
-        Raises UsageError if it was loaded in bfloat16, where the digits beyond are gone; otherwise as write_clip.
+        dtype: of the weights in the folder. Raises UsageError if it was loaded in bfloat16, where the digits beyond are gone; otherwise as write_clip.
         """
         if self.dtype != "float32":
             raise UsageError(f"weights held in {self.dtype} are not saved, they are rounded; load with dtype='float32'")
         params = jax.device_get(self._params)
-        write_clip(Path(folder).expanduser(), ClipModel(self.config, params, self.tokenizer), overwrite)
+        write_clip(Path(folder).expanduser(), ClipModel(self.config, params, self.tokenizer), overwrite, dtype)
 
     def tokenize(self, prompts: str | Sequence[str]) -> np.ndarray:
         """Ids int32[P, N] of P prompts (one for a bare string), N the context of the text tower, 77 as a rule.

@@ -24,13 +24,13 @@ import safetensors.numpy
 from tokenizers import Tokenizer
 
 from mindalle_jax.errors import CheckpointError, OutputError, UsageError, one_line
-from mindalle_jax.files import check_apart, check_free_disk, check_output, new_folder
+from mindalle_jax.files import DEMO, RANKER, check_apart, check_free_disk, check_output, new_folder
 from mindalle_jax.interop.clip_tokenizer import read_clip_tokenizer
 from mindalle_jax.interop.hub import fetch_repo, is_repo_id
 from mindalle_jax.interop.key_maps import SUFFIXES, check_shapes, to_float32
 from mindalle_jax.interop.torch_archive import TorchArchive
 from mindalle_jax.models.clip import CLIP, PIXEL_MEAN, PIXEL_STD, ClipConfig, ClipTextConfig, ClipVisionConfig
-from mindalle_jax.weights import nest
+from mindalle_jax.weights import DiskDType, nest, numpy_dtype
 
 CLIP_MARKS = ("preprocessor_config.json",)
 """A folder that holds this is a CLIP model, and may be replaced by another."""
@@ -86,7 +86,8 @@ class ClipModel(NamedTuple):
 def find_clip(
     path_or_name: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
 ) -> Path:
-    """The folder or file of a path, else of a repository of the Hugging Face hub, of which one weights file is fetched.
+    """The folder or file of a path, else for "demo" the ranker in the package, else of a repository of the Hugging Face
+    hub, of which one weights file is fetched.
 
     revision, local_files_only: as fetch_repo. Raises CheckpointError, DownloadError, or UsageError for the revision of
     a path.
@@ -96,6 +97,8 @@ def find_clip(
         if revision is not None:
             raise UsageError(f"{name} is a path and has no revision {revision!r}")
         return path
+    if name == DEMO.name:
+        return DEMO / RANKER
     if not is_repo_id(name):
         raise CheckpointError(f"{name}: no such file or folder, and no OWNER/NAME of the hub")
     for weights in WEIGHT_FILES:
@@ -126,15 +129,15 @@ def read_clip(path: str | Path, tokenizer: str | Path | None = None) -> ClipMode
     return ClipModel(config, _read_folder(path, config), words)
 
 
-def write_clip(folder: str | Path, model: ClipModel, overwrite: bool = False) -> None:
-    """Writes a folder for Hugging Face's CLIPModel, AutoTokenizer and CLIPImageProcessor, float32, and for read_clip.
+def write_clip(folder: str | Path, model: ClipModel, overwrite: bool = False, dtype: DiskDType = "float32") -> None:
+    """Writes a folder for Hugging Face's CLIPModel, AutoTokenizer and CLIPImageProcessor, and for read_clip.
 
-    Raises OutputError; nothing half-written is left behind.
+    dtype: of the weights. Raises OutputError; nothing half-written is left behind.
     """
     folder, (config, params, tokenizer) = Path(folder), model
     leaves = flax.traverse_util.flatten_dict(params, sep="/")
     tensors = {
-        slot.key: np.asarray(slot.to_file(np.asarray(leaves[slot.path], np.float32)), order="C")
+        slot.key: np.asarray(slot.to_file(np.asarray(leaves[slot.path], np.float32)), numpy_dtype(dtype), order="C")
         for slot in _slots(config, "torch")
     }
     check_free_disk(folder, sum(tensor.nbytes for tensor in tensors.values()) + (64 << 20), "the CLIP model")
@@ -148,7 +151,7 @@ def write_clip(folder: str | Path, model: ClipModel, overwrite: bool = False) ->
         "config.json": {
             "architectures": ["CLIPModel"],
             "model_type": "clip",
-            "dtype": "float32",
+            "dtype": dtype,
             "projection_dim": config.projection_dim,
             "text_config": {
                 "model_type": "clip_text_model",

@@ -126,7 +126,7 @@ def train_step(
     loss, grad_norm = terms.image + task.text_loss_weight * terms.text, optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
-    params: Any = optax.applyupdates_made(state.params, updates)
+    params: Any = optax.apply_updates(state.params, updates)
     decay = task.ema_decay
     ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params) if decay else {}
     params, opt_state, ema = jax.tree.map(

@@ -1,0 +1,184 @@
+"""Makes the small model that ships in the package, from nothing: pictures, tokenizers, VQGAN, transformer, CLIP.
+
+    python scripts/make_demo_model.py --work DIR
+
+Every stage goes on where it was interrupted when the same command is given again, and what is complete is not done
+again. DIR/demo is then the model with its ranker and card, and DIR/demo/metrics.json what was measured of it;
+docs/training-from-scratch.md walks through the stages.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from mindalle_jax.cli import HelpFormatter, run_reporting
+from mindalle_jax.cli import main as mindalle
+from mindalle_jax.data.scenes import captions, draw, make_scene, write_scenes
+from mindalle_jax.errors import MindalleError
+from mindalle_jax.evaluation.scene_accuracy import accuracy, draw_scenes, nearest
+from mindalle_jax.evaluation.scenes import judge
+from mindalle_jax.interop.mindalle import copy_model
+from mindalle_jax.pipeline import Dalle
+from mindalle_jax.rerank import ClipRanker
+
+ROOT = Path(__file__).resolve().parents[1]
+NUM_TRAIN, NUM_VALID = 20_000, 500
+BEST_OF = 16
+# What the size for a GPU changes in the configurations of configs/scenes.
+CHANGES: dict[str, dict[str, list[str]]] = {"cpu": {}, "gpu": {}}
+CARD = """\
+---
+library_name: mindalle-jax
+pipeline_tag: text-to-image
+license: apache-2.0
+---
+
+# Scenes
+
+A small text-to-image model, with its ranker in `ranker/`: one or two coloured shapes on a plain background, 64 x 64
+pixels. Made from nothing by `scripts/make_demo_model.py`; no published weights and no photographs went into it.
+
+    mindalle sample "{caption}"
+
+- Things: {shapes}; small or large; plain or striped; {colours}. Two of them left of, right of, above or below each
+  other, on {backgrounds}.
+- It knows no other words.
+- metrics.json: how often its pictures are right.
+- Licence: Apache-2.0, as the code.
+"""
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Runs all stages, or one."""
+    work, changes = arguments.work, CHANGES[arguments.size]
+
+    def train(verb: str, name: str, *overrides: str) -> None:
+        config = ROOT / "configs" / "scenes" / f"{name}.yaml"
+        run("mindalle", verb, "--config", config, "--out", work / name, *overrides, *changes.get(name, []))
+
+    stages: dict[str, Callable[[], None]] = {
+        "scenes": lambda: make_scenes(work),
+        "tokenizers": lambda: make_tokenizers(work),
+        "vqgan": lambda: train(
+            "train-vqgan", "vqgan", f"data.train={work}/scenes", f"data.valid={work}/scenes-valid"
+        ),
+        "codes": lambda: make_codes(work),
+        "transformer": lambda: train(
+            "finetune", "transformer", f"data.train={work}/codes", f"data.valid={work}/codes-valid",
+            f"training.vqgan={work}/vqgan", f"training.tokenizer={work}/tokenizer",
+        ),
+        "clip": lambda: train(
+            "train-clip", "clip", f"data.train={work}/scenes", f"data.valid={work}/scenes-valid",
+            f"training.tokenizer={work}/clip-tokenizer",
+        ),
+        "pack": lambda: pack(work),
+        "measure": lambda: measure(work / "demo", arguments.prompts),
+    }  # fmt: skip
+    for name, stage in stages.items():
+        if arguments.stage in ("all", name):
+            start = time.perf_counter()
+            print(f"== {name}", file=sys.stderr)
+            stage()
+            print(f"== {name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+
+
+def run(program: str, *arguments: Any) -> None:
+    """A command of the package, in this process; raises MindalleError if it does not succeed."""
+    print(f"$ {program} {' '.join(map(str, arguments))}", file=sys.stderr)
+    if mindalle([str(argument) for argument in arguments]):
+        raise MindalleError(f"{program} {arguments[0]} did not come to its end; the same command goes on")
+
+
+def make_scenes(work: Path) -> None:
+    """Pictures with captions, to train on and to validate by."""
+    write_scenes(work / "scenes", "train", 0, NUM_TRAIN)
+    write_scenes(work / "scenes-valid", "valid", 0, NUM_VALID)
+
+
+def make_tokenizers(work: Path) -> None:
+    """The transformer's and CLIP's, from the captions to train on."""
+    for kind, name, size in (("mindalle", "tokenizer", 256), ("clip", "clip-tokenizer", 1024)):
+        if not (work / name).exists():
+            run("mindalle", "train-tokenizer", work / "scenes", "--out", work / name, "--vocab-size", size, "--kind", kind)
+
+
+def make_codes(work: Path) -> None:
+    """The codes of all pictures."""
+    import prepare_codes
+
+    for name in ("scenes", "scenes-valid"):
+        options = ["--model", work / "vqgan", "--data", work / name, "--out", work / name.replace("scenes", "codes")]
+        prepare_codes.main(prepare_codes.parser().parse_args([*map(str, options), "--batch-size", "32"]))
+
+
+def pack(work: Path) -> None:
+    """The model and its ranker in float16, with a card and a licence."""
+    from mindalle_jax.data import scenes
+
+    demo = work / "demo"
+    if demo.exists():
+        shutil.rmtree(demo)
+    copy_model(work / "transformer", demo, dtype="float16")
+    ClipRanker.from_pretrained(work / "clip", dtype="float32").save_pretrained(demo / "ranker", dtype="float16")
+    shutil.copyfile(ROOT / "LICENSE", demo / "LICENSE")
+    card = CARD.format(
+        caption=captions(make_scene("valid", 1))[0],
+        shapes=", ".join(scenes.SHAPES),
+        colours=", ".join(scenes.COLOURS),
+        backgrounds=", ".join(scenes.BACKGROUNDS),
+    )
+    (demo / "README.md").write_text(card, encoding="utf-8")
+
+
+def measure(demo: Path, count: int) -> None:
+    """Writes metrics.json: what the judge finds in what the model draws, and how near that is to training pictures."""
+    model, ranker = Dalle.from_pretrained(demo), ClipRanker.from_pretrained(demo / "ranker")
+    figures: dict[str, Any] = {"prompts": count, "defaults": "top_k 256, temperature 1, seed 0"}
+    for split in ("valid", "heldout"):
+        pictures = np.stack([draw(make_scene(split, index)) for index in range(count)])
+        scenes = [make_scene(split, index) for index in range(count)]
+        decoded = model.decode_codes(model.encode_images(pictures))
+        again = (np.asarray(decoded) * 255 + 0.5).astype(np.uint8)
+        figures[f"{split}: pictures of the generator"] = accuracy(map(judge, pictures, scenes))
+        figures[f"{split}: reconstructions by the VQGAN"] = accuracy(map(judge, again, scenes))
+        drawn = draw_scenes(model, split, count)
+        figures[f"{split}: one picture a prompt"] = accuracy(one.verdict for one in drawn)
+        best = draw_scenes(model, split, count, ranker=ranker, num_candidates=BEST_OF)
+        figures[f"{split}: best of {BEST_OF}"] = accuracy(one.verdict for one in best)
+        if split == "valid":
+            train = np.stack([draw(make_scene("train", index)) for index in tqdm(range(NUM_TRAIN), desc="nearest")])
+            for name, some in (("drawn", np.stack([one.picture for one in drawn])), ("of the generator", pictures)):
+                distances = nearest(some[:100], train)
+                figures[f"distance to the nearest training picture: {name}"] = {
+                    "median": round(float(np.median(distances)), 4), "least": round(float(distances.min()), 4)
+                }  # fmt: skip
+        sheet = [np.concatenate([one.picture for one in drawn[row * 10 : row * 10 + 10]], 1) for row in range(5)]
+        Image.fromarray(np.concatenate(sheet)).save(demo.parent / f"{split}.png")
+    text = json.dumps(figures, indent=1)
+    (demo / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    description, _, notes = (__doc__ or "").strip().split("\n\n")
+    parser = argparse.ArgumentParser(description=description, epilog=notes, formatter_class=HelpFormatter)
+    parser.add_argument("--work", required=True, type=Path, metavar="DIR", help="where everything goes")
+    parser.add_argument("--size", choices=list(CHANGES), default="cpu", help="of the networks, by where they are trained")
+    names = ["all", "scenes", "tokenizers", "vqgan", "codes", "transformer", "clip", "pack", "measure"]
+    parser.add_argument("--stage", choices=names, default="all", help="only this stage; those before it must be done")
+    parser.add_argument("--prompts", type=int, default=500, metavar="N", help="that are drawn to measure, of each split")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_reporting("make_demo_model.py", lambda: main(parser().parse_args())))
