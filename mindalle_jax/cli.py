@@ -140,6 +140,11 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_argument(
         "--ignore-fingerprint", action="store_true", help="go on although the data set has changed since the checkpoint"
     )
+    finetune.add_argument(
+        "--distributed",
+        action="store_true",
+        help="this is one of several processes with the same --out (docs/fine-tuning.md, Several processes)",
+    )
 
     tokenizer = verb("train-tokenizer", _train_tokenizer, "make a tokenizer from the captions of a data set")
     tokenizer.add_argument("data", metavar="DATA", help="a folder or tars of pictures with captions, as for finetune")
@@ -233,10 +238,13 @@ def run_convert(arguments: argparse.Namespace) -> None:
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
+    from mindalle_jax.devices import join_processes
     from mindalle_jax.training.finetune import finetune
 
     if any("=" not in override for override in arguments.overrides):
         raise UsageError("overrides have the form section.key=value, such as data.train=photos")
+    if arguments.distributed:
+        join_processes()
     complete = finetune(
         arguments.config, arguments.overrides, arguments.out, ignore_fingerprint=arguments.ignore_fingerprint
     )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mindalle_jax.errors import DeviceMemoryError, UsageError
+from mindalle_jax.errors import DeviceMemoryError, UsageError, one_line
 from mindalle_jax.interop.download import cache_dir
 
 DType = Literal["bfloat16", "float32"]
@@ -51,3 +51,28 @@ def use_compilation_cache() -> None:
     """Compiled programs are kept on disk, unless JAX was told where to keep them, or not to."""
     if jax.config.values["jax_compilation_cache_dir"] is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+
+
+def join_processes() -> None:
+    """Makes this process one of several that train together; before any other use of a device.
+
+    JAX_COORDINATOR_ADDRESS (HOST:PORT of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment
+    say which; what is not there JAX finds out from Slurm, Open MPI, Kubernetes or a TPU pod.
+    Raises UsageError where that does not say, or the others cannot be reached.
+    """
+    count, index = _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
+    try:
+        jax.distributed.initialize(num_processes=count, process_id=index)
+    except (ValueError, RuntimeError) as error:  # JaxRuntimeError is one
+        raise UsageError(
+            f"the processes cannot be joined: {one_line(error)}; set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+            "JAX_PROCESS_ID, or run without --distributed"
+        ) from error
+
+
+def _number(name: str) -> int | None:
+    """A number from the environment. Raises UsageError for what is none."""
+    text = os.environ.get(name)
+    if text is not None and not text.isdecimal():
+        raise UsageError(f"{name} must be a number, not {text!r}")
+    return None if text is None else int(text)
