@@ -44,10 +44,11 @@ def run(config: Path, out: Path, *overrides: str, count: int) -> list[Ended]:
         start(config, out, *several, *overrides, devices=4 // count, **environment) for environment in environments
     ]
     try:
-        outputs = [process.communicate(timeout=120) for process in processes]
+        outputs = [process.communicate(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     return [Ended(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
 
