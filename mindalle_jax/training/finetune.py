@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mindalle_jax.config import load_config, load_section
@@ -194,8 +195,10 @@ def finetune(config_file: str | Path, overrides: Sequence[str], out: Path, *, ig
     check_folder(out, config)
     check_base(config, base)
     run = FinetuneRun(config, base, out)  # the rest of what can be wrong
+    multihost_utils.sync_global_devices("checked")  # the first process changes what the others looked at
     claim_folder(out, config)
     run.base = start_folder(config, base, out)
+    multihost_utils.sync_global_devices("begun")  # and they read what it wrote
     return run(ignore_fingerprint=ignore_fingerprint)
 
 

@@ -69,6 +69,11 @@ class Run(abc.ABC):
                 f"local_batch_size {experiment.local_batch_size} on {batch_devices(self.mesh)} devices; "
                 f"{f'{below} or ' if below else ''}{below + rows} would work"
             )
+        if batch_devices(self.mesh) % jax.process_count():
+            raise ConfigError(
+                f"sharding: a batch in {batch_devices(self.mesh)} parts cannot be read by {jax.process_count()} "
+                "processes, each its own; give tensor a size that divides the devices of one process"
+            )
         self.micro_batches = experiment.total_batch_size // rows
         self.valid_batch = -(-experiment.valid_batch_size // batch_devices(self.mesh)) * batch_devices(self.mesh)
         self.dtype = jnp.dtype("bfloat16" if experiment.use_amp and jax.default_backend() != "cpu" else "float32")
@@ -209,7 +214,8 @@ class Run(abc.ABC):
                     rows = next(self.loader)
                     state, figures = step_fn(state, self.make_batch(rows))
                     done += 1
-                    unlogged.append((done, figures, rows["sample"]))
+                    samples = _gathered(rows["sample"]).T.reshape(-1)  # process p has p, p + P, ... of the batch
+                    unlogged.append((done, figures, samples))
                     valid_loss = None
                     last, stopping = done == self.max_steps, _any_process(stop.requested)
                     validating = self.valid_source is not None and (last or done % validate_every == 0)
@@ -230,6 +236,7 @@ class Run(abc.ABC):
                         return False
         self.write_result(state)
         self._write_summary(time.perf_counter() - start_s)
+        multihost_utils.sync_global_devices("written")  # a process that ends well may say so
         return True
 
     def _log(self, monitor: Monitor, step: int, figures: dict[str, Any], samples: np.ndarray) -> None:
@@ -239,7 +246,7 @@ class Run(abc.ABC):
         if skipped:
             monitor.say(f"update {step} was skipped: its loss or gradient is not finite")
         crc = zlib.crc32(np.ascontiguousarray(samples).tobytes())
-        bad_images = self.loader.counts["bad_images"]
+        bad_images = int(_gathered(np.array(self.loader.counts["bad_images"])).sum())
         monitor.log(step, values | {"samples_crc32": crc, "skipped": int(skipped > 0), "bad_images": bad_images})
         if skipped >= MAX_SKIPPED:
             raise NonFiniteError(
@@ -275,6 +282,9 @@ def whole(leaf: jax.Array) -> np.ndarray:
 
 def _any_process(flag: bool) -> bool:
     """Whether the flag is set in any process, so that all stop after the same update."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+    return bool(_gathered(np.array(flag)).any())
+
+
+def _gathered(array: np.ndarray) -> np.ndarray:
+    """[P, ...]: the array of each process."""
+    return array[None] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(array))
