@@ -125,26 +125,22 @@ def _parser() -> argparse.ArgumentParser:
         help="after every N codes rewrite preview.png in --out (default: never)",
     )
 
-    finetune = verb("finetune", _finetune, "train a model on your own pictures, or go on with a run")
-    finetune.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration, as data.train=photos"
-    )
-    finetune.add_argument("--config", required=True, type=Path, metavar="FILE", help="configs/ has some to start from")
-    finetune.add_argument(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="folder of the run, in the end a model; if a run is there, it goes on",
-    )
-    finetune.add_argument(
-        "--ignore-fingerprint", action="store_true", help="go on although the data set has changed since the checkpoint"
-    )
-    finetune.add_argument(
-        "--distributed",
-        action="store_true",
-        help="this is one of several processes with the same --out (docs/fine-tuning.md, Several processes)",
-    )
+    for train in (
+        verb("finetune", _finetune, "train a model on your own pictures, or go on with a run"),
+        verb("train-vqgan", _train_vqgan, "train the network that turns pictures into codes, or go on with a run"),
+    ):
+        text = "changes to the configuration, as data.train=photos"
+        train.add_argument("overrides", nargs="*", metavar="section.key=value", help=text)
+        train.add_argument("--config", required=True, type=Path, metavar="FILE", help="configs/ has some to start from")
+        text = "folder of the run, in the end a model; if a run is there, it goes on"
+        train.add_argument("--out", required=True, type=Path, metavar="DIR", help=text)
+        text = "go on although the data set has changed since the checkpoint"
+        train.add_argument("--ignore-fingerprint", action="store_true", help=text)
+        train.add_argument(
+            "--distributed",
+            action="store_true",
+            help="this is one of several processes with the same --out (docs/fine-tuning.md, Several processes)",
+        )
 
     tokenizer = verb("train-tokenizer", _train_tokenizer, "make a tokenizer from the captions of a data set")
     tokenizer.add_argument("data", metavar="DATA", help="a folder or tars of pictures with captions, as for finetune")
@@ -238,19 +234,31 @@ def run_convert(arguments: argparse.Namespace) -> None:
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
-    from mindalle_jax.devices import join_processes
     from mindalle_jax.training.finetune import finetune
 
+    _run(finetune, arguments)
+    print(f"{arguments.out}: a model; mindalle sample --model {arguments.out}")
+
+
+def _train_vqgan(arguments: argparse.Namespace) -> None:
+    from mindalle_jax.training.vqgan import train_vqgan
+
+    _run(train_vqgan, arguments)
+    print(f"{arguments.out}: a VQGAN; scripts/prepare_codes.py --model {arguments.out}, or training.vqgan of finetune")
+
+
+def _run(train: Callable[..., bool], arguments: argparse.Namespace) -> None:
     if any("=" not in override for override in arguments.overrides):
         raise UsageError("overrides have the form section.key=value, such as data.train=photos")
     if arguments.distributed:
+        from mindalle_jax.devices import join_processes
+
         join_processes()
-    complete = finetune(
+    complete = train(
         arguments.config, arguments.overrides, arguments.out, ignore_fingerprint=arguments.ignore_fingerprint
     )
     if not complete:
         raise KeyboardInterrupt  # so that a script does not go on as if there were a model
-    print(f"{arguments.out}: a model; mindalle sample --model {arguments.out}")
 
 
 def _train_tokenizer(arguments: argparse.Namespace) -> None:

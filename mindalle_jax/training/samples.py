@@ -58,12 +58,17 @@ class Sampler:
 
     def reconstruct(self, images: np.ndarray, path: Path) -> None:
         """Writes pictures uint8[n, S, S, 3] above what the VQGAN makes of them."""
-        codes = self.codec.encode(images)
-        both = np.stack([images, self._decode(codes.reshape(len(codes), -1))])  # [2, n, S, S, 3]
-        Image.fromarray(np.concatenate(np.concatenate(both, axis=1), axis=1)).save(path)
+        write_reconstructions(self.codec, images, path)
 
     def _decode(self, codes: np.ndarray) -> np.ndarray:
         return np.concatenate(list(self.codec.decode(self.codec.check_codes(codes))))
+
+
+def write_reconstructions(codec: PictureCodec, images: np.ndarray, path: Path) -> None:
+    """Writes pictures uint8[n, S, S, 3] above what the VQGAN makes of them."""
+    decoded = np.concatenate(list(codec.decode(codec.encode(images))))
+    both = np.stack([images, decoded])  # [2, n, S, S, 3]
+    Image.fromarray(np.concatenate(np.concatenate(both, axis=1), axis=1)).save(path)
 
 
 def _prefixes(config: Config, prompts: list[str], tokenizer: TextTokenizer | None) -> np.ndarray:

@@ -4,8 +4,9 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -119,15 +120,31 @@ def write_model(
     if not (folder / "stage1.safetensors").exists():
         shutil.copyfile(base / "stage1.safetensors", folder / "stage1.safetensors")
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    _replace(folder, "stage2.safetensors", {"stage1": stage1, "stage2": stage2}, source)
+
+
+def write_vqgan(config: Config, folder: Path, params: Mapping[str, np.ndarray], source: str) -> None:
+    """Writes a VQGAN alone into an existing folder. params: its parameters by path, float32."""
+    shapes = leaf_shapes(config, "stage1")
+    check_free_disk(folder, 4 * count_parameters(config, "stage1"), "the trained VQGAN")
+    partial = folder / "stage1.safetensors.partial"
+    partial.unlink(missing_ok=True)
+    stage1 = write_weights(partial, shapes, ((path, params[path]) for path in shapes))
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    _replace(folder, "stage1.safetensors", {"stage1": stage1}, source)
+
+
+def _replace(folder: Path, weights: str, tensors: dict[str, Any], source: str) -> None:
+    """Puts the weights `NAME.partial` in their place, and a manifest of these tensors."""
     text = json.dumps(
         {
             "format_version": FORMAT_VERSION,
             "writer": f"mindalle-jax {mindalle_jax.__version__}",
             "source": source,
-            "tensors": {"stage1": stage1, "stage2": stage2},
+            "tensors": tensors,
         },
         indent=1,
     )
     (folder / f"{MANIFEST}.partial").write_text(text, encoding="utf-8")
-    os.replace(partial, folder / "stage2.safetensors")
+    os.replace(folder / f"{weights}.partial", folder / weights)
     os.replace(folder / f"{MANIFEST}.partial", folder / MANIFEST)

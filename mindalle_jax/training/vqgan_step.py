@@ -30,30 +30,17 @@ from mindalle_jax.config import Stage1Config
 from mindalle_jax.models.discriminator import PatchDiscriminator
 from mindalle_jax.models.lpips import LPIPS
 from mindalle_jax.models.vqgan import VQGAN
-from mindalle_jax.training.step import Params, _updates
+from mindalle_jax.training.step import Params, updates_made
+from mindalle_jax.training.vqgan_config import LossConfig
 from mindalle_jax.weights import nest
 
 LAST_LAYER = "decoder/conv_out/kernel"
 """Where the gradients of reconstruction and discriminator are balanced."""
 MAX_ADVERSARIAL_WEIGHT = 1e4
+UNROLL = jax.default_backend() == "cpu"
+"""XLA's convolutions take 15 times as long within a loop on CPU (docs/log.md)."""
 NEVER_USED = 1 << 30
 """`unused` of the rows of a fresh codebook: they start from features of the first batch."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """Weights of the terms; see the head of training/vqgan_step.py."""
-
-    l1: float = 1.0
-    l2: float = 0.0
-    perceptual: float = 0.0
-    """Of LPIPS, whose weights training.vgg_weights and training.lpips_weights name; 1 in the paper."""
-    codebook: float = 1.0
-    commitment: float = 0.25
-    adversarial: float = 0.0
-    """Of the discriminator, on top of the adaptive weight; 0: there is none. 0.75 to 1 is usual."""
-    start_step: int = 0
-    """Updates before the discriminator sets in: reconstructions should be good by then."""
 
 
 class VqganState(NamedTuple):
@@ -113,6 +100,12 @@ def fresh_params(config: Stage1Config, seed: int) -> Params:
     return _flat(init(jax.random.key(seed, impl="threefry2x32"), images))
 
 
+def discriminator_shapes(discriminator: PatchDiscriminator, resolution: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter by its path."""
+    init = partial(_init_discriminator, discriminator, resolution=resolution)
+    return {path: leaf.shape for path, leaf in jax.eval_shape(init, jax.random.key(0)).items()}
+
+
 def init_vqgan_state(task: VqganTask, params: Params, mesh: Mesh, *, fresh_codebook: bool) -> VqganState:
     """The state before the first update, on every device of the mesh."""
 
@@ -121,9 +114,8 @@ def init_vqgan_state(task: VqganTask, params: Params, mesh: Mesh, *, fresh_codeb
         unused = jnp.full(task.model.config.n_embed, NEVER_USED if fresh_codebook else 0, jnp.int32)
         discriminator, discriminator_opt_state = {}, {}
         if task.discriminator is not None and task.discriminator_optimizer is not None:
-            size = task.model.config.hparams.resolution
             key = jax.random.fold_in(jax.random.key(task.seed, impl="threefry2x32"), (1 << 32) - 1)  # of no update
-            discriminator = _flat(task.discriminator.init(key, jnp.zeros((1, size, size, 3))))
+            discriminator = _init_discriminator(task.discriminator, key, task.model.config.hparams.resolution)
             discriminator_opt_state = task.discriminator_optimizer.init(discriminator)
         return VqganState(
             jnp.int32(0), params, task.optimizer.init(params), ema, unused,
@@ -193,7 +185,7 @@ def vqgan_train_step(
         "codes_used": jnp.mean(used.astype(jnp.float32)),
         "codes_restarted": jnp.where(finite, jnp.sum(dead), 0),
         "grad_norm": grad_norm,
-        "learning_rate": task.schedule(_updates(state.opt_state)),
+        "learning_rate": task.schedule(updates_made(state.opt_state)),
         "skipped": jnp.where(finite, 0, state.skipped + 1),
     }
     skipped = jnp.copy(figures["skipped"])  # the state's own: its memory is taken by the next update
@@ -300,7 +292,8 @@ def _gradients(
 
     nothing = jax.tree.map(jnp.zeros_like, state.params)
     start = (nothing, nothing) if adversarial else (nothing,)
-    grads, (terms, counts, features, pictures) = jax.lax.scan(add, start, (images, jnp.arange(micro_batches)))
+    scan: Any = partial(jax.lax.scan, unroll=UNROLL)
+    grads, (terms, counts, features, pictures) = scan(add, start, (images, jnp.arange(micro_batches)))
     figures = jax.tree.map(lambda term: jnp.sum(term), terms)
     counts, features = jnp.sum(counts, axis=0), features.reshape(-1, features.shape[-1])
     of_discriminator = jax.tree.map(jnp.zeros_like, state.discriminator)
@@ -320,7 +313,7 @@ def _gradients(
     def add_hinge(carry: Any, xs: Any) -> Any:
         return jax.tree.map(jnp.add, carry, jax.value_and_grad(hinge)(state.discriminator, *xs)), None
 
-    (loss, of_discriminator), _ = jax.lax.scan(add_hinge, (jnp.float32(0), of_discriminator), (images, pictures))
+    (loss, of_discriminator), _ = scan(add_hinge, (jnp.float32(0), of_discriminator), (images, pictures))
     figures |= {"adversarial_weight": weight, "discriminator_loss": loss}
     return _Gradients(whole, of_discriminator, figures, counts, features)
 
@@ -350,6 +343,10 @@ def _restarts(key: jax.Array, dead: jax.Array, features: jax.Array) -> jax.Array
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
+
+
+def _init_discriminator(discriminator: PatchDiscriminator, key: jax.Array, resolution: int) -> Params:
+    return _flat(discriminator.init(key, jnp.zeros((1, resolution, resolution, 3))))
 
 
 def _flat(variables: Any) -> Any:

@@ -1,0 +1,203 @@
+"""Training of a VQGAN, from nothing or from existing weights.
+
+pictures -> parameters on the mesh -> the loop -> model folder with a VQGAN alone
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mindalle_jax.config import (
+    Config,
+    DatasetConfig,
+    Stage1Config,
+    Stage2Config,
+    Stage2Hparams,
+    load_config,
+    load_section,
+)
+from mindalle_jax.errors import ConfigError, DataError
+from mindalle_jax.interop.lpips import read_lpips
+from mindalle_jax.interop.mindalle import find_model
+from mindalle_jax.models.discriminator import PatchDiscriminator
+from mindalle_jax.models.vqgan import VQGAN
+from mindalle_jax.pictures import PictureCodec
+from mindalle_jax.training.config import SCRATCH
+from mindalle_jax.training.folder import check_folder, claim_folder
+from mindalle_jax.training.loop import Batch, Rows, Run, whole
+from mindalle_jax.training.optimizer import make_optimizer
+from mindalle_jax.training.samples import RECONSTRUCTIONS, write_reconstructions
+from mindalle_jax.training.transfer import write_vqgan
+from mindalle_jax.training.vqgan_config import VqganTrainConfig, VqganTrainingConfig
+from mindalle_jax.training.vqgan_step import (
+    EvalSums,
+    VqganState,
+    VqganTask,
+    compile_vqgan_step,
+    discriminator_shapes,
+    fresh_params,
+    init_vqgan_state,
+    perplexity,
+    vqgan_eval_step,
+)
+from mindalle_jax.weights import MANIFEST, leaf_shapes, load_stacked, nest
+
+
+class VqganRun(Run):
+    """One run of `mindalle train-vqgan`. All is on every device, and batches are split over them."""
+
+    def __init__(self, config: VqganTrainConfig, base: Path | None, out: Path):
+        """base: the folder of the model whose VQGAN is trained further; None: from scratch. out: of the run.
+
+        Raises ConfigError, CheckpointError, DataError or UsageError before anything is written.
+        """
+        self.config, self.base, self.task = config, base, "unconditional"
+        self.model_config = vqgan_model_config(config.stage1)
+        super().__init__(config, out, image_size=config.stage1.hparams.resolution)
+        for source in (self.source, self.valid_source):
+            if source is not None and source.has_codes:
+                raise DataError(f"{source.path} holds codes; a VQGAN is trained on pictures")
+        training, losses = config.training, config.training.losses
+        if base is not None:
+            _check_same(config.stage1, load_config(base / "config.yaml").stage1, base)
+        self.lpips: dict[str, Any] = {}
+        if losses.perceptual:
+            self.lpips = read_lpips(training.vgg_weights, training.lpips_weights)
+        discriminator = None
+        if losses.adversarial and losses.start_step < self.max_steps:
+            sizes = training.discriminator
+            discriminator = PatchDiscriminator(sizes.width, sizes.layers, self.dtype)
+        self.step_task = VqganTask(
+            model=VQGAN(config.stage1, dtype=self.dtype),
+            discriminator=discriminator,
+            optimizer=make_optimizer(
+                config.optimizer, self.schedule, "all", leaf_shapes(self.model_config, "stage1")
+            ),
+            # Its first update is that of start_step, and has the rate of that.
+            discriminator_optimizer=discriminator and make_optimizer(
+                config.optimizer, lambda update: self.schedule(update + losses.start_step), "all",
+                discriminator_shapes(discriminator, config.stage1.hparams.resolution),
+            ),
+            schedule=self.schedule,
+            losses=losses,
+            restart_after_steps=training.restart_after_steps,
+            ema_decay=training.ema_decay,
+            seed=training.seed,
+        )  # fmt: skip
+
+    def origin(self) -> str:
+        """Digest of the manifest of the model whose VQGAN is trained further."""
+        return SCRATCH if self.base is None else hashlib.sha256((self.base / MANIFEST).read_bytes()).hexdigest()
+
+    def init_state(self) -> VqganState:
+        """Fresh or loaded, float32, on every device."""
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        self.lpips = jax.device_put(self.lpips, everywhere)
+        if self.base is None:
+            params = jax.device_put(fresh_params(self.config.stage1, self.config.training.seed), everywhere)
+        else:
+            paths = leaf_shapes(self.model_config, "stage1")
+            float32, places = dict.fromkeys(paths, np.dtype("float32")), dict.fromkeys(paths, everywhere)
+            params = load_stacked(self.base, "stage1", self.model_config, float32, places)
+        return init_vqgan_state(self.step_task, params, self.mesh, fresh_codebook=self.base is None)
+
+    def compile_step(self, state: VqganState) -> Callable[[VqganState, Batch], tuple[VqganState, dict[str, jax.Array]]]:
+        """vqgan_step.vqgan_train_step."""
+        step = compile_vqgan_step(self.step_task, self.mesh)
+        return lambda state, batch: step(state, self.lpips, batch)
+
+    def make_batch(self, rows: Rows) -> Batch:
+        """image in micro-batches."""
+        return self.place({"image": rows["image"]}, micro=True)
+
+    def validate(self, state: VqganState) -> dict[str, float]:
+        """Means over the validation pictures, of the moving average where there is one, and how codes are used."""
+        totals: Any = EvalSums(0.0, 0.0, 0.0, 0.0, 0)
+        for rows in self.validation_rows():
+            batch = self.place({"image": rows["image"], "rows": rows["valid"].astype(np.float32)}, micro=False)
+            sums = jax.device_get(vqgan_eval_step(self.step_task, state.ema or state.params, self.lpips, batch))
+            totals = EvalSums(*(total + np.asarray(part, np.float64) for total, part in zip(totals, sums, strict=True)))
+        pictures = max(totals.pictures, 1)
+        return {
+            "loss": float(totals.loss / pictures),
+            "l1_loss": float(totals.l1 / pictures),
+            "psnr": float(totals.psnr / pictures),
+            "perplexity": float(perplexity(jnp.asarray(totals.counts, jnp.float32))),
+            "codes_used": float(np.mean(totals.counts > 0)),
+        }
+
+    def memory(self, state: VqganState) -> dict[str, Any]:
+        """Parameters, what Adam keeps, and the networks that only train."""
+        discriminator = (state.discriminator, state.discriminator_opt_state)
+        return {"trained": state.params, "optimizer": state.opt_state, "average": state.ema,
+                "discriminator": discriminator, "perceptual": self.lpips}  # fmt: skip
+
+    def draw_samples(self, state: VqganState, step: int) -> None:
+        """samples/step_*.png: the first pictures, of validation where there is one, above their reconstructions."""
+        if jax.process_count() > 1:
+            return
+        part = (self.valid_source or self.source).part(0, RECONSTRUCTIONS)
+        images = next(iter(self.load_rows(part, train=False)))["image"][: len(part)]
+        mesh = Mesh(np.array(jax.local_devices()[:1]), ("data",))
+        params = jax.device_put(nest(state.ema or state.params), NamedSharding(mesh, PartitionSpec()))
+        codec = PictureCodec(self.config.stage1, params, self.dtype, mesh)
+        path = self.out / "samples" / f"step_{step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        write_reconstructions(codec, images, path)
+
+    def write_result(self, state: VqganState) -> None:
+        """The folder of the run becomes a model without a transformer: the average where there is one."""
+        params = {path: whole(leaf) for path, leaf in (state.ema or state.params).items()}
+        if jax.process_index() == 0:
+            about = "trained from scratch" if self.base is None else f"trained further from {self.base.name}"
+            write_vqgan(self.model_config, self.out, params, f"VQGAN, {about}")
+
+
+def train_vqgan(
+    config_file: str | Path, overrides: Sequence[str], out: Path, *, ignore_fingerprint: bool = False
+) -> bool:
+    """What `mindalle train-vqgan` does: reads the configuration, and runs or goes on.
+
+    What the file leaves out of stage1 is as in the model of training.init_from. Returns whether the run is complete.
+    """
+    init_from = load_section(config_file, overrides, "training", VqganTrainingConfig).init_from
+    base = None if init_from == SCRATCH else find_model(init_from)
+    defaults = None if base is None else load_config(base / "config.yaml")
+    config = load_config(config_file, overrides, VqganTrainConfig, defaults)
+    check_folder(out, config)
+    run = VqganRun(config, base, out)  # the rest of what can be wrong
+    claim_folder(out, config)
+    return run(ignore_fingerprint=ignore_fingerprint)
+
+
+def vqgan_model_config(stage1: Stage1Config) -> Config:
+    """The config.yaml of a VQGAN alone; what it says of a transformer fits its codes."""
+    hparams = Stage2Hparams(ctx_len_img=stage1.code_size**2)
+    return Config(
+        dataset=DatasetConfig(image_resolution=stage1.hparams.resolution),
+        stage1=stage1,
+        stage2=Stage2Config(vocab_size_img=stage1.n_embed, hparams=hparams),
+    )
+
+
+def _check_same(ours: Stage1Config, theirs: Stage1Config, base: Path) -> None:
+    """Raises ConfigError unless the weights of `theirs` are trained further; dropout shapes none."""
+    before, now = (
+        {f"stage1.{name}": value for name, value in dataclasses.asdict(config).items() if name != "hparams"}
+        | {f"stage1.hparams.{name}": value for name, value in dataclasses.asdict(config.hparams).items()}
+        for config in (theirs, ours)
+    )
+    lines = [
+        f"{path} was {before[path]!r} and is {value!r}"
+        for path, value in now.items()
+        if before[path] != value and not path.endswith("pdrop")
+    ]
+    if lines:
+        raise ConfigError(f"the model to start from, {base}, does not fit: {'; '.join(lines)}")

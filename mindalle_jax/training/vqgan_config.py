@@ -1,0 +1,97 @@
+"""The configuration of a run of `mindalle train-vqgan`."""
+
+import dataclasses
+import math
+
+from mindalle_jax.config import OptimizerConfig, Stage1Config, check_stage1
+from mindalle_jax.errors import ConfigError
+from mindalle_jax.training.config import SCRATCH, LoopConfig, RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class VqganOptimizerConfig(OptimizerConfig):
+    """AdamW as the VQGAN's authors have it: Adam, that is, and little memory of past gradients."""
+
+    weight_decay: float = 0.0
+    betas: tuple[float, ...] = (0.5, 0.9)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights of the terms; the head of training/vqgan_step.py has the formulas."""
+
+    l1: float = 1.0
+    l2: float = 0.0
+    perceptual: float = 0.0
+    """Of LPIPS, whose weights training.vgg_weights and training.lpips_weights name; 1 in the paper."""
+    codebook: float = 1.0
+    commitment: float = 0.25
+    adversarial: float = 0.0
+    """Of the discriminator, times the adaptive weight; 0: there is none. 0.75 in the published network."""
+    start_step: int = 0
+    """Updates before the discriminator sets in: reconstructions should be good by then."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorConfig:
+    """Sizes of models/discriminator.py."""
+
+    width: int = 64
+    layers: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class VqganTrainingConfig(LoopConfig):
+    """What is trained, and how."""
+
+    init_from: str = SCRATCH
+    """scratch: a fresh VQGAN; else the model whose VQGAN is trained further: a folder or a name."""
+    losses: LossConfig = LossConfig()
+    vgg_weights: str = ""
+    """File with torchvision's state dict of vgg16, for losses.perceptual."""
+    lpips_weights: str = ""
+    """File with LPIPS's linear layers for vgg16, for losses.perceptual."""
+    restart_after_steps: int = 200
+    """A code that went unused for so many updates is set to a feature of the batch; 0: never."""
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class VqganTrainConfig(RunConfig):
+    """A whole file for `mindalle train-vqgan`."""
+
+    optimizer: VqganOptimizerConfig = VqganOptimizerConfig()
+    training: VqganTrainingConfig = VqganTrainingConfig()
+    stage1: Stage1Config = Stage1Config()
+
+    def check(self) -> None:
+        """As RunConfig.check, and for the VQGAN and its losses."""
+        super().check()
+        check_stage1(self.stage1)
+        t, size = self.training, self.stage1.hparams.resolution
+        for field in dataclasses.fields(t.losses):
+            value = getattr(t.losses, field.name)
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"training.losses.{field.name} must be a finite number of at least 0, not {value}")
+        if t.losses.l1 == t.losses.l2 == t.losses.perceptual == 0:
+            raise ConfigError("training.losses: one of l1, l2 and perceptual must be over 0, or nothing is learned")
+        if bool(t.vgg_weights and t.lpips_weights) != bool(t.losses.perceptual) or (
+            bool(t.vgg_weights) != bool(t.lpips_weights)
+        ):
+            raise ConfigError(
+                "training.losses.perceptual over 0 needs training.vgg_weights and training.lpips_weights, and they it"
+            )
+        if t.restart_after_steps < 0:
+            raise ConfigError(f"training.restart_after_steps must be at least 0, not {t.restart_after_steps}")
+        width, layers = t.discriminator.width, t.discriminator.layers
+        if width < 1 or width % 32:
+            raise ConfigError(f"training.discriminator.width must be a multiple of 32 (GroupNorm), not {width}")
+        most = int(math.log2(size / 3)) if size >= 6 else 0
+        if not 1 <= layers <= most and t.losses.adversarial:
+            raise ConfigError(
+                f"training.discriminator.layers must lie in [1, {most}] for pictures of {size} pixels, not {layers}"
+            )
+        if self.sharding.strategy != "replicated":
+            raise ConfigError(
+                f"sharding.strategy {self.sharding.strategy!r}: a VQGAN is whole on every device; use replicated"
+            )

@@ -1,0 +1,190 @@
+"""Runs of `mindalle train-vqgan` on a few tiny pictures."""
+
+import pytest
+import yaml
+from PIL import Image
+from training_runs import metrics, write_code_set, write_pictures
+
+from mindalle_jax.cli import main
+from mindalle_jax.config import Config, load_config
+from mindalle_jax.data.sources import open_source
+from mindalle_jax.errors import ConfigError, DataError
+from mindalle_jax.training.vqgan import VqganRun, train_vqgan
+from mindalle_jax.training.vqgan_config import VqganTrainConfig
+from mindalle_jax.weights import read_manifest
+
+TREE = {
+    "stage1": {
+        "embed_dim": 16, "n_embed": 64,
+        "hparams": {"z_channels": 32, "resolution": 16, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
+                    "attn_resolutions": []},
+    },
+    "optimizer": {"base_lr": 2e-3, "max_steps": 24},
+    "experiment": {"local_batch_size": 1, "total_batch_size": 8, "valid_batch_size": 8},
+    "training": {"seed": 3, "restart_after_steps": 5, "checkpoint_every_steps": 10, "validate_every_steps": 12,
+                 "ema_decay": 0.5},
+    "data": {"threads": 1},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Sixteen of them."""
+    return write_pictures(tmp_path_factory.mktemp("vqgan-data") / "pictures", 16, num_codes=256)
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory, pictures):
+    path = tmp_path_factory.mktemp("vqgan-config") / "vqgan.yaml"
+    data = TREE["data"] | {"train": str(pictures), "valid": str(pictures)}
+    path.write_text(yaml.safe_dump(TREE | {"data": data}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, config_file):
+    """The folder of a run that was not interrupted, by the command."""
+    out = tmp_path_factory.mktemp("vqgan-run") / "out"
+    arguments = ["train-vqgan", "--config", str(config_file), "--out", str(out), "training.sample_every_steps=24"]
+    assert main(arguments) == 0
+    return out
+
+
+def stage1_crcs(out):
+    return {path: entry["crc32"] for path, entry in read_manifest(out)["tensors"]["stage1"].items()}
+
+
+def test_a_run_learns_and_leaves_a_vqgan(trained, pictures):
+    """Less is lost at the end, many codes are in use, and the folder holds one stage alone, whose config is whole."""
+    lines, valid = metrics(trained), metrics(trained, "valid")
+    assert [line["step"] for line in lines] == list(range(1, 25)) and [line["step"] for line in valid] == [12, 24]
+    assert lines[-1]["l1_loss"] < 0.7 * lines[0]["l1_loss"] and not any(line["skipped"] for line in lines)
+    assert valid[-1]["loss"] < valid[0]["loss"] and valid[-1]["psnr"] > valid[0]["psnr"] > 5
+    assert 1 < valid[-1]["perplexity"] <= 64 and 0 < valid[-1]["codes_used"] <= 1
+    assert "discriminator_loss" not in lines[0]
+    files = {path.name for path in trained.iterdir()} - {"tensorboard"}
+    assert files == {"run.yaml", "metrics.jsonl", "summary.json", "checkpoints", "samples",
+                     "config.yaml", "stage1.safetensors", "manifest.json"}  # fmt: skip
+    config = load_config(trained / "config.yaml")
+    assert config.stage1.n_embed == config.stage2.vocab_size_img == 64 and config.stage2.hparams.ctx_len_img == 64
+    with Image.open(trained / "samples" / "step_000024.png") as grid:
+        assert grid.size == (8 * 16, 2 * 16)  # eight pictures above their reconstructions
+
+
+def test_a_killed_run_ends_as_one_that_was_not(trained, config_file, tmp_path, monkeypatch):
+    """Keys follow from the step, `unused` is part of the state: bit for bit, restarts of codes too."""
+    assert any(line["codes_restarted"] for line in metrics(trained)[10:]), "no restart after the checkpoint"
+    make_batch, calls = VqganRun.make_batch, []
+
+    def killed(self, rows):
+        calls.append(rows)
+        if len(calls) == 15:
+            raise RuntimeError("killed")
+        return make_batch(self, rows)
+
+    monkeypatch.setattr(VqganRun, "make_batch", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        train_vqgan(config_file, [], tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir() if path.name.isdecimal()] == ["10"]
+    assert train_vqgan(config_file, ["training.checkpoint_every_steps=7"], tmp_path / "out")
+    assert len(calls) == 15 + 14
+    assert stage1_crcs(tmp_path / "out") == stage1_crcs(trained)
+    for kind in ("train", "valid"):
+        rates = {"images_per_s"}
+        ours, theirs = (
+            [{name: value for name, value in line.items() if name not in rates} for line in metrics(out, kind)]
+            for out in (tmp_path / "out", trained)
+        )
+        assert ours == theirs
+
+
+def test_training_further_starts_at_the_loss_of_the_weights(trained, config_file, tmp_path):
+    """At a rate of nothing the validation after an update is that of the model it began with; no code is reset."""
+    text = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    del text["stage1"]  # as in the model
+    file = tmp_path / "further.yaml"
+    file.write_text(yaml.safe_dump(text), encoding="utf-8")
+    overrides = [f"training.init_from={trained}", "optimizer.base_lr=1e-12", "optimizer.max_steps=1"]
+    assert train_vqgan(file, overrides, tmp_path / "out")
+    before, after = metrics(trained, "valid")[-1], metrics(tmp_path / "out", "valid")[-1]
+    # Updates of 1e-12 round to nothing, or to the last of 24 bits.
+    assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+    assert metrics(tmp_path / "out")[0]["codes_restarted"] == 0
+    with pytest.raises(ConfigError, match=r"stage1.n_embed was 64 and is 32"):
+        train_vqgan(file, [*overrides, "stage1.n_embed=32"], tmp_path / "other")
+
+
+def test_the_result_makes_codes_and_carries_a_fresh_transformer(trained, pictures, tmp_path, request):
+    """prepare_codes.py loads the VQGAN alone; training from scratch takes it for its stage 1."""
+    from mindalle_jax.data.codes import vqgan_digest
+    from mindalle_jax.training.finetune import read_finetune
+    from mindalle_jax.training.transfer import write_fresh
+
+    request.getfixturevalue("monkeypatch").syspath_prepend(str(request.config.rootpath / "scripts"))
+    import prepare_codes
+
+    arguments = ["--model", str(trained), "--data", str(pictures), "--out", str(tmp_path / "codes"),
+                 "--task", "unconditional"]  # fmt: skip
+    prepare_codes.main(prepare_codes.parser().parse_args(arguments))
+    source = open_source(tmp_path / "codes", "unconditional", vqgan=vqgan_digest(trained))
+    assert len(source) == 16 and source[0].codes is not None and source[0].codes.shape == (64,)
+
+    tree = {
+        "training": {"init_from": "scratch", "vqgan": str(trained)},
+        "stage2": {"type": "igpt", "hparams": {"embed_dim": 32, "n_layers": 1, "n_heads": 2}},
+    }
+    (tmp_path / "stage2.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    config, base = read_finetune(tmp_path / "stage2.yaml", [])
+    write_fresh(base, tmp_path, config.model_config(), tmp_path / "fresh")
+    assert stage1_crcs(tmp_path / "fresh") == stage1_crcs(trained)
+
+
+def run_of(config_file, out, *overrides: str) -> VqganRun:
+    return VqganRun(load_config(config_file, overrides, VqganTrainConfig), None, out)
+
+
+def test_the_discriminator_is_built_only_if_the_run_gets_there(config_file, tmp_path):
+    wanted = ["training.losses.adversarial=0.8", "training.discriminator.layers=2", "training.discriminator.width=32"]
+    assert run_of(config_file, tmp_path, *wanted).step_task.discriminator is not None
+    late = run_of(config_file, tmp_path, *wanted, "training.losses.start_step=24").step_task
+    assert late.discriminator is None and late.discriminator_optimizer is None
+    last = run_of(config_file, tmp_path, *wanted, "training.losses.start_step=23").step_task
+    assert last.discriminator is not None
+    assert run_of(config_file, tmp_path).step_task.discriminator is None
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("training.losses.perceptual=1", "needs training.vgg_weights and training.lpips_weights"),
+        ("training.vgg_weights=vgg16.pth", "needs training.vgg_weights and training.lpips_weights"),
+        ("training.losses.commitment=-1", r"training.losses.commitment must be a finite number of at least 0, not -1"),
+        ("training.losses.l1=0", "one of l1, l2 and perceptual must be over 0"),
+        ("training.losses.adversary=1", r"unknown field training.losses.adversary; did you mean adversarial\?"),
+        ("training.losses.adversarial=1", r"layers must lie in \[1, 2\] for pictures of 16 pixels, not 3"),
+        ("training.discriminator.width=48", "multiple of 32"),
+        ("training.restart_after_steps=-1", "restart_after_steps must be at least 0"),
+        ("stage1.hparams.ch=33", "stage1.hparams.ch must be a multiple of 32"),
+        ("sharding.strategy=fsdp", "'fsdp': a VQGAN is whole on every device; use replicated"),
+        ("stage2.type=igpt", "unknown field stage2"),
+    ],
+)
+def test_what_no_run_can_have_is_refused(config_file, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(config_file, [override], VqganTrainConfig)
+
+
+def test_codes_are_no_pictures(config_file, tiny_model_folder, tmp_path):
+    codes = write_code_set(tmp_path / "codes", tiny_model_folder, 8)
+    with pytest.raises(DataError, match="holds codes; a VQGAN is trained on pictures"):
+        run_of(config_file, tmp_path / "out", f"data.train={codes}")
+
+
+@pytest.mark.parametrize("name", ["vqgan-f16-16384.yaml", "scenes/vqgan.yaml"])
+def test_the_configurations_that_come_along_are_whole(request, name):
+    """With what their header says is to be given."""
+    given = ["training.vgg_weights=a", "training.lpips_weights=b"] if name.startswith("vqgan") else []
+    config = load_config(request.config.rootpath / "configs" / name, given, VqganTrainConfig)
+    if given:
+        assert config.stage1 == Config().stage1  # the published network
+    assert config.optimizer.betas == (0.5, 0.9) and config.optimizer.weight_decay == 0
