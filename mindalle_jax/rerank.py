@@ -63,8 +63,9 @@ class ClipRanker:
     ) -> Self:
         """Loads CLIP.
 
-        path_or_name: a Hugging Face folder; a .pt file of OpenAI; "demo", in the package; or "OWNER/NAME", a repository of the Hugging Face
-        hub, such as "openai/clip-vit-base-patch32" (downloaded into the cache of the hub).
+        path_or_name: a Hugging Face folder; a .pt file of OpenAI; "demo", the ranker of scenes in the package; or
+            "OWNER/NAME", a repository of the Hugging Face hub, such as "openai/clip-vit-base-patch32" (downloaded into
+            the cache of the hub).
         tokenizer: the path of one, where the model has none beside it (see interop.clip.read_clip).
         dtype: compute dtype; None is float32 on CPU and bfloat16 elsewhere.
         mesh: a jax Mesh with the one axis "data": pictures are spread over its devices. None: the first device.
@@ -87,7 +88,8 @@ class ClipRanker:
     ) -> None:
         """Writes the model, with its tokenizer, as a Hugging Face folder.
 
-        dtype: of the weights in the folder. Raises UsageError if it was loaded in bfloat16, where the digits beyond are gone; otherwise as write_clip.
+        dtype: of the weights in the folder. Raises UsageError if the model was loaded in bfloat16, where the digits
+        beyond are gone; otherwise as write_clip.
         """
         if self.dtype != "float32":
             raise UsageError(f"weights held in {self.dtype} are not saved, they are rounded; load with dtype='float32'")

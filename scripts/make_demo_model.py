@@ -108,7 +108,8 @@ def make_tokenizers(work: Path) -> None:
     """The transformer's and CLIP's, from the captions to train on."""
     for kind, name, size in (("mindalle", "tokenizer", 256), ("clip", "clip-tokenizer", 1024)):
         if not (work / name).exists():
-            run("mindalle", "train-tokenizer", work / "scenes", "--out", work / name, "--vocab-size", size, "--kind", kind)
+            options = ["--out", work / name, "--vocab-size", size, "--kind", kind]
+            run("mindalle", "train-tokenizer", work / "scenes", *options)
 
 
 def make_codes(work: Path) -> None:
@@ -173,10 +174,14 @@ def parser() -> argparse.ArgumentParser:
     description, _, notes = (__doc__ or "").strip().split("\n\n")
     parser = argparse.ArgumentParser(description=description, epilog=notes, formatter_class=HelpFormatter)
     parser.add_argument("--work", required=True, type=Path, metavar="DIR", help="where everything goes")
-    parser.add_argument("--size", choices=list(CHANGES), default="cpu", help="of the networks, by where they are trained")
+    parser.add_argument(
+        "--size", choices=list(CHANGES), default="cpu", help="by where it is trained"
+    )
     names = ["all", "scenes", "tokenizers", "vqgan", "codes", "transformer", "clip", "pack", "measure"]
     parser.add_argument("--stage", choices=names, default="all", help="only this stage; those before it must be done")
-    parser.add_argument("--prompts", type=int, default=500, metavar="N", help="that are drawn to measure, of each split")
+    parser.add_argument(
+        "--prompts", type=int, default=500, metavar="N", help="drawn to measure, of each split"
+    )
     return parser
 
 

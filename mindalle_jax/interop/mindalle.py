@@ -272,7 +272,8 @@ def find_model(
             path = fetch_repo(name, MODEL_FILES, revision=revision, local_files_only=local_files_only)
         else:
             raise CheckpointError(
-                f"{name}: no such folder, and no known name ({', '.join([DEMO.name, *RELEASES])}) or OWNER/NAME of the hub"
+                f"{name}: no such folder, and no known name ({', '.join([DEMO.name, *RELEASES])}) or OWNER/NAME of the "
+                "hub"
             )
     if (path / MANIFEST).is_file():
         return path

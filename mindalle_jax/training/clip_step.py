@@ -1,4 +1,4 @@
-"""One update of contrastive training: which text of the batch belongs to which picture, and which picture to which text.
+"""One update of contrastive training: which text of a batch belongs to which picture, and the other way around.
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, figure 3.
 

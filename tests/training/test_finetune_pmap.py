@@ -14,7 +14,7 @@ from mindalle_jax.data.codes import vqgan_digest, write_codes
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import MindalleError
 from mindalle_jax.interop.mindalle import import_checkpoint
-from mindalle_jax.training.finetune import finetune
+from mindalle_jax.training import finetune as loop
 from scripts.finetune_pmap import finetune, main
 
 
@@ -55,7 +55,7 @@ def config_file(tmp_path):
 def test_the_numbers_are_those_of_the_command(config_file, overrides, tmp_path):
     """float32 on eight devices; only the order of sums differs."""
     finetune(config_file, overrides, tmp_path / "pmap")
-    assert finetune(config_file, overrides, tmp_path / "loop")
+    assert loop.finetune(config_file, overrides, tmp_path / "loop")
     ours, theirs = metrics(tmp_path / "pmap"), metrics(tmp_path / "loop")
     assert len(ours["loss"]) == 4 and ours["loss"][-1] != ours["loss"][0]
     print({name: np.abs(ours[name] - theirs[name]).max() for name in ours})
@@ -104,7 +104,7 @@ def test_eight_updates_are_the_originals(recorded, runner, tmp_path):
     overrides = [f"training.init_from={init}", f"data.train={codes}", "optimizer.max_steps=8"]
     if runner == "loop":
         # Four samples cannot be split over eight devices; the model can.
-        assert finetune(config_file, [*overrides, "sharding.strategy=tensor"], tmp_path / "out")
+        assert loop.finetune(config_file, [*overrides, "sharding.strategy=tensor"], tmp_path / "out")
     else:
         finetune(config_file, overrides, tmp_path / "out", jax.devices()[:2])
     figures = metrics(tmp_path / "out")
