@@ -157,7 +157,8 @@ def vqgan_train_step(
 
     # ---- unused codes
     used = found.counts > 0
-    unused = jnp.where(used, 0, state.unused + 1)
+    # A fresh row is near no feature, so that it was the nearest of them all says nothing.
+    unused = jnp.where(used & (state.unused < NEVER_USED), 0, state.unused + 1)
     dead = unused >= (task.restart_after_steps or NEVER_USED)
     rows = _restarts(restart_key, dead, found.features)
     for tree in (params, ema):

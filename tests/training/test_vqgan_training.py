@@ -111,7 +111,8 @@ def test_training_further_starts_at_the_loss_of_the_weights(trained, config_file
     assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
     assert metrics(tmp_path / "out")[0]["codes_restarted"] == 0
     with pytest.raises(ConfigError, match=r"stage1.n_embed was 64 and is 32"):
-        train_vqgan(file, [*overrides, "stage1.n_embed=32"], tmp_path / "other")
+        # The eight devices of this process take eight pictures.
+        train_vqgan(file, [*overrides, "experiment.local_batch_size=1", "stage1.n_embed=32"], tmp_path / "other")
 
 
 def test_the_result_makes_codes_and_carries_a_fresh_transformer(trained, pictures, tmp_path, request):
