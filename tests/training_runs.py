@@ -63,14 +63,18 @@ def write_config(path: Path, model: Path, codes: Path, /, **sections: dict[str, 
     return path
 
 
-def start(config: Path, out: Path, *overrides: str, devices: int = 1, **more: str) -> subprocess.Popen:
-    """`mindalle finetune` as a process of its own, with that many CPU devices; more: of its environment."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+def start(
+    config: Path, out: Path, *overrides: str, devices: int = 1, verb: str = "finetune", **more: str
+) -> subprocess.Popen:
+    """`mindalle VERB` as a process of its own, with that many CPU devices; more: of its environment."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    if verb == "finetune":  # not for convolutions: what LLVM makes of their gradients runs 100 times as long then
+        flags += " --xla_backend_optimization_level=0"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | more
     # XLA's threads. By default there are as many as devices, on a small machine: one that is busy with something else
     # is then missed by the others of a collective, for ever.
     env["NPROC"] = str(2 * devices + 2)
-    command = [sys.executable, "-m", "mindalle_jax.cli", "finetune", "--config", config, "--out", out, *overrides]
+    command = [sys.executable, "-m", "mindalle_jax.cli", verb, "--config", config, "--out", out, *overrides]
     return subprocess.Popen(
         list(map(str, command)), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

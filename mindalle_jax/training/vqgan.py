@@ -23,6 +23,7 @@ from mindalle_jax.config import (
     load_config,
     load_section,
 )
+from mindalle_jax.data import codes
 from mindalle_jax.errors import ConfigError, DataError
 from mindalle_jax.interop.lpips import read_lpips
 from mindalle_jax.interop.mindalle import find_model
@@ -60,10 +61,10 @@ class VqganRun(Run):
         """
         self.config, self.base, self.task = config, base, "unconditional"
         self.model_config = vqgan_model_config(config.stage1)
+        for path in (config.data.train, config.data.valid):
+            if path and (Path(path) / codes.MANIFEST).exists():
+                raise DataError(f"{path} holds codes; a VQGAN is trained on pictures")
         super().__init__(config, out, image_size=config.stage1.hparams.resolution)
-        for source in (self.source, self.valid_source):
-            if source is not None and source.has_codes:
-                raise DataError(f"{source.path} holds codes; a VQGAN is trained on pictures")
         training, losses = config.training, config.training.losses
         if base is not None:
             _check_same(config.stage1, load_config(base / "config.yaml").stage1, base)

@@ -35,9 +35,6 @@ STAGE1 = Stage1Config(embed_dim=16, n_embed=50, hparams=HPARAMS)
 LOSSES = LossConfig(l1=1.0, l2=0.5, codebook=0.7, commitment=0.25, adversarial=0.8)
 MESH = Mesh(np.array(jax.devices()[:1]), ("data",))
 
-# Programs run a few times only: LLVM need not optimise what compiling takes longer than running.
-quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
-
 
 def constant(_: jax.Array) -> float:
     """The learning rate that is shown; `downhill` has its own."""
@@ -72,7 +69,7 @@ RESTARTING = make_task(restart_after_steps=2, optimizer=downhill(0.0), ema_decay
 def autoencode(params, images: jax.Array):
     """What training sees of pictures uint8[b, 8, 8, 3]."""
     apply = partial(VQGAN(STAGE1).apply, method="autoencode")
-    return quick(apply)({"params": nest(params)}, to_floats(images))
+    return jax.jit(apply)({"params": nest(params)}, to_floats(images))
 
 
 def pictures(count: int, micro_batches: int = 1, seed: int = 0) -> dict[str, jax.Array]:
@@ -98,7 +95,7 @@ def run():
         state = init_vqgan_state(task, params, MESH, fresh_codebook=fresh)
         if task not in compiled:
             everywhere = NamedSharding(MESH, PartitionSpec())
-            compiled[task] = quick(partial(vqgan_train_step, task), out_shardings=(everywhere, None))
+            compiled[task] = jax.jit(partial(vqgan_train_step, task), out_shardings=(everywhere, None))
         states, figures = [state], []
         with jax.default_matmul_precision("highest"):
             for batch in batches:
@@ -218,7 +215,7 @@ def test_unused_codes_start_again_from_features_of_the_batch(params, run):
 
 
 def test_a_fresh_codebook_starts_from_features_and_a_trained_one_does_not(run):
-    """U(-1/n, 1/n) lies near 0, features do not: one code would be nearest to all of them."""
+    """U(-1/n, 1/n) lies near 0, features do not: few codes would be nearest to all of them, and far away."""
     task, batches = RESTARTING, [pictures(2), pictures(2)]
     fresh = fresh_params(STAGE1, 0)
     states, figures = run(task, jax.tree.map(jnp.copy, fresh), batches, fresh=True)
@@ -304,7 +301,7 @@ def test_pictures_of_training_are_those_of_the_codes(params):
     """What training optimises is what is decoded later: the rows themselves, not z + (e - z), which rounds."""
     images = pictures(2)["image"][0]
     out = autoencode(params(), images)
-    codes, decoded = quick(VQGAN(STAGE1).apply)({"params": nest(params())}, to_floats(images))
+    codes, decoded = jax.jit(VQGAN(STAGE1).apply)({"params": nest(params())}, to_floats(images))
     np.testing.assert_array_equal(out.codes, codes)
     np.testing.assert_array_equal(out.rows, np.asarray(params()["codebook"])[np.asarray(codes)])
     np.testing.assert_allclose(out.images, decoded, rtol=0, atol=1e-5)  # XLA may fuse the two in another way
