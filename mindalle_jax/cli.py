@@ -128,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     for train in (
         verb("finetune", _finetune, "train a model on your own pictures, or go on with a run"),
         verb("train-vqgan", _train_vqgan, "train the network that turns pictures into codes, or go on with a run"),
+        verb("train-clip", _train_clip, "train a CLIP model, which ranks pictures, or go on with a run"),
     ):
         text = "changes to the configuration, as data.train=photos"
         train.add_argument("overrides", nargs="*", metavar="section.key=value", help=text)
@@ -245,6 +246,13 @@ def _train_vqgan(arguments: argparse.Namespace) -> None:
 
     _run(train_vqgan, arguments)
     print(f"{arguments.out}: a VQGAN; scripts/prepare_codes.py --model {arguments.out}, or training.vqgan of finetune")
+
+
+def _train_clip(arguments: argparse.Namespace) -> None:
+    from mindalle_jax.training.clip import train_clip
+
+    _run(train_clip, arguments)
+    print(f"{arguments.out}: a CLIP model; mindalle sample --ranker {arguments.out}")
 
 
 def _run(train: Callable[..., bool], arguments: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from PIL import Image
 from mindalle_jax.devices import DType, choose_devices, device_memory, matmul_precision, use_compilation_cache
 from mindalle_jax.errors import NonFiniteError, UsageError
 from mindalle_jax.interop.clip import ClipModel, find_clip, read_clip, write_clip
+from mindalle_jax.interop.clip_tokenizer import clip_ids
 from mindalle_jax.models.clip import CLIP, normalise_pictures
 from mindalle_jax.pictures import check_pixels
 from mindalle_jax.tokenizer import check_prompt, quote_prompt
@@ -163,17 +164,15 @@ class ClipRanker:
         for prompt in prompts:
             check_prompt(prompt)
         length = self.config.text.max_position_embeddings
-        rows = np.empty((len(prompts), length), np.int32)
-        for row, prompt, encoding in zip(rows, prompts, self.tokenizer.encode_batch(prompts), strict=True):
-            ids, end = encoding.ids, encoding.ids[-1]
-            row[:] = (ids[: length - 1] + [end] * length)[:length]
-            if len(ids) > length:
+        tokenized = clip_ids(self.tokenizer, prompts, length)
+        for prompt, tokens in zip(prompts, tokenized.num_tokens, strict=True):
+            if tokens > length:
                 warnings.warn(
-                    f"{quote_prompt(prompt)} has {len(ids)} tokens with start and end; CLIP takes {length}, so the "
-                    f"last {len(ids) - length} of the text are ignored",
+                    f"{quote_prompt(prompt)} has {tokens} tokens with start and end; CLIP takes {length}, so the "
+                    f"last {tokens - length} of the text are ignored",
                     stacklevel=3,
                 )
-        return rows
+        return tokenized.ids
 
     def _text_features(self, ids: np.ndarray) -> np.ndarray:
         # One row a call: the features of a prompt do not depend on the others, and their number compiles nothing.

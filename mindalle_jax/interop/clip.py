@@ -373,10 +373,22 @@ def _parse_config(raw: Any, where: str) -> ClipConfig:
         _parse_tower(ClipVisionConfig, vision, f"{where}: vision_config"),
         _check_size(raw.get("projection_dim", ClipConfig.projection_dim), f"{where}: projection_dim"),
     )
-    patches = (config.vision.image_size // config.vision.patch_size) ** 2
+    _check_patches(config.vision, where)
+    return config
+
+
+def check_clip_config(config: ClipConfig, where: str) -> None:
+    """Raises CheckpointError, naming a field below `where`, for sizes that no network has."""
+    _parse_tower(ClipTextConfig, dataclasses.asdict(config.text), f"{where}.text")
+    _parse_tower(ClipVisionConfig, dataclasses.asdict(config.vision), f"{where}.vision")
+    _check_size(config.projection_dim, f"{where}.projection_dim")
+    _check_patches(config.vision, f"{where}.vision")
+
+
+def _check_patches(vision: ClipVisionConfig, where: str) -> None:
+    patches = (vision.image_size // vision.patch_size) ** 2
     if not 1 <= patches <= MAX_PATCHES:
         raise CheckpointError(f"{where}: {patches} patches in a picture; 1 to {MAX_PATCHES:,} are possible")
-    return config
 
 
 def _section(raw: dict[str, Any], name: str, where: str) -> dict[str, Any]:

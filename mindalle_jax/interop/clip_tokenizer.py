@@ -8,10 +8,12 @@ import re
 import zlib
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from mindalle_jax.errors import CheckpointError, one_line
 from mindalle_jax.models.clip import ClipTextConfig
+from mindalle_jax.tokenizer import TokenizedPrompts
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 BPE_MERGES = 49_152 - 256 - 2
@@ -56,6 +58,20 @@ def read_clip_tokenizer(path: Path, config: ClipTextConfig) -> Tokenizer:
             f"(eos_token_id {config.eos_token_id})"
         )
     return tokenizer
+
+
+def clip_ids(tokenizer: Tokenizer, prompts: list[str], length: int) -> TokenizedPrompts:
+    """Ids int32[P, length] of P prompts.
+
+    Each row is start token, text, end token, and more end tokens up to `length`. A text that is too long loses what is
+    between; num_tokens counts all, with start and end. No text is unknown.
+    """
+    rows = np.empty((len(prompts), length), np.int32)
+    encodings = tokenizer.encode_batch(prompts)
+    for row, encoding in zip(rows, encodings, strict=True):
+        ids, end = encoding.ids, encoding.ids[-1]
+        row[:] = (ids[: length - 1] + [end] * length)[:length]
+    return TokenizedPrompts(rows, [len(encoding.ids) for encoding in encodings], [0] * len(prompts))
 
 
 def make_clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:

@@ -148,5 +148,7 @@ def contrastive_sums(model: CLIP, params: Params, batch: Mapping[str, jax.Array]
     logits = jnp.where(counted, scale * image @ text.T, -jnp.inf)  # [b pictures, b texts]
     target = jnp.diagonal(logits)
     loss = (jax.nn.logsumexp(logits, axis=1) + jax.nn.logsumexp(logits, axis=0)) / 2 - target
-    right = (jnp.argmax(logits, axis=axis) == jnp.arange(len(rows)) for axis in (1, 0))
-    return Sums(jnp.sum(rows * loss), *(jnp.sum(rows * hits) for hits in right), jnp.sum(rows))
+    image_to_text, text_to_image = (
+        jnp.sum(rows * (jnp.argmax(logits, axis=axis) == jnp.arange(len(rows)))) for axis in (1, 0)
+    )
+    return Sums(jnp.sum(rows * loss), image_to_text, text_to_image, jnp.sum(rows))

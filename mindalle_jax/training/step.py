@@ -7,7 +7,7 @@ the state; those that are not, because they are frozen or because adapters are t
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,17 @@ class Task:
     seed: int
 
 
-def init_state(task: Task, params: Params) -> TrainState:
+class Optimized(Protocol):
+    """What a task says of the state."""
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation: ...
+
+    @property
+    def ema_decay(self) -> float: ...
+
+
+def init_state(task: Optimized, params: Params) -> TrainState:
     """The state before the first update; everything of a parameter lies where the parameter does."""
 
     def init(params: Params) -> TrainState:

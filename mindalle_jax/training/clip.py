@@ -1,0 +1,187 @@
+"""Contrastive training of CLIP from nothing: pictures and captions, to a folder that ranks pictures.
+
+tokenizer, pictures with captions -> fresh parameters on the mesh -> the loop -> CLIP folder of Hugging Face
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from tokenizers import Tokenizer
+
+from mindalle_jax.config import load_config
+from mindalle_jax.errors import CheckpointError, ConfigError
+from mindalle_jax.files import disk_errors
+from mindalle_jax.interop.clip import ClipModel, check_clip_config, clip_leaf_shapes, write_clip
+from mindalle_jax.interop.clip_tokenizer import clip_ids, read_clip_tokenizer
+from mindalle_jax.models.clip import CLIP, ClipConfig, ClipTextConfig
+from mindalle_jax.training.clip_step import ClipTask, compile_clip_step, eval_sums, init_params
+from mindalle_jax.training.config import LoopConfig, RunConfig
+from mindalle_jax.training.folder import check_folder, claim_folder
+from mindalle_jax.training.loop import Batch, Rows, Run, whole
+from mindalle_jax.training.optimizer import make_optimizer
+from mindalle_jax.training.step import TrainState, init_state
+from mindalle_jax.weights import nest
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTrainingConfig(LoopConfig):
+    """What is said of a run that trains CLIP. Weight decay covers matrices alone."""
+
+    tokenizer: str = ""
+    """A folder of `mindalle train-tokenizer --kind clip`, or any other that interop.clip_tokenizer reads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTrainConfig(RunConfig):
+    """A whole file for `mindalle train-clip`."""
+
+    clip: ClipConfig = ClipConfig()
+    """vocab_size and eos_token_id of clip.text follow from the tokenizer, and are to be left out."""
+    training: ClipTrainingConfig = ClipTrainingConfig()
+
+    def check(self) -> None:
+        """As RunConfig.check, and what contrastive training cannot do."""
+        super().check()
+        text = self.clip.text
+        if (text.vocab_size, text.eos_token_id) != (ClipTextConfig.vocab_size, ClipTextConfig.eos_token_id):
+            raise ConfigError("clip.text.vocab_size and eos_token_id are those of training.tokenizer; leave them out")
+        if text.max_position_embeddings < 2:
+            raise ConfigError(
+                f"clip.text.max_position_embeddings must be at least 2, not {text.max_position_embeddings}: a text has "
+                "a start and an end"
+            )
+        if self.sharding.strategy != "replicated":
+            raise ConfigError(
+                f"sharding.strategy must be 'replicated', not {self.sharding.strategy!r}: CLIP is trained with all "
+                "parameters on every device"
+            )
+        if not self.training.tokenizer:
+            raise ConfigError(
+                "training.tokenizer must name a folder; mindalle train-tokenizer DATA --kind clip makes one"
+            )
+
+
+class ClipRun(Run):
+    """One run of `mindalle train-clip`. All is on every device, and batches are split over them."""
+
+    task = "text"
+
+    def __init__(self, config: ClipTrainConfig, out: Path):
+        """config: as load_config gives it. out: folder of the run.
+
+        Raises ConfigError, CheckpointError, DataError or UsageError before anything is written.
+        """
+        self.words, self.clip_config = read_words(config)
+        length = self.clip_config.text.max_position_embeddings
+        super().__init__(
+            config,
+            out,
+            image_size=self.clip_config.vision.image_size,
+            tokenizer=partial(clip_ids, self.words, length=length),
+        )
+        if self.source.has_codes or (self.valid_source is not None and self.valid_source.has_codes):
+            raise ConfigError(
+                f"data: CLIP is trained on pictures, and {self.source.path} or the validation holds codes"
+            )
+        if self.micro_batches > 1:
+            total = config.experiment.total_batch_size
+            raise ConfigError(
+                f"experiment.local_batch_size must be {total // self.mesh.size}, total_batch_size {total} on "
+                f"{self.mesh.size} devices, not {config.experiment.local_batch_size}: each picture is held against all "
+                "texts of an update, which so cannot be split"
+            )
+        self.shapes = clip_leaf_shapes(self.clip_config)
+        self.step_task = ClipTask(
+            model=CLIP(self.clip_config, dtype=self.dtype),
+            optimizer=make_optimizer(config.optimizer, self.schedule, "matrices", self.shapes),
+            schedule=self.schedule,
+            ema_decay=config.training.ema_decay,
+        )
+        self.seed = config.training.seed
+
+    def origin(self) -> str:
+        """Digest of the tokenizer."""
+        return hashlib.sha256(self.words.to_str().encode()).hexdigest()
+
+    def init_state(self) -> TrainState:
+        """Fresh parameters, on every device."""
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        fresh = init_params(self.clip_config, self.shapes, self.seed)
+        return init_state(self.step_task, {path: jax.device_put(array, everywhere) for path, array in fresh.items()})
+
+    def compile_step(self, state: TrainState) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+        """clip_step.clip_step."""
+        return compile_clip_step(self.step_task, jax.tree.map(lambda leaf: leaf.sharding, state))
+
+    def make_batch(self, rows: Rows) -> Batch:
+        """image and text."""
+        return self.place({name: rows[name] for name in ("image", "text")}, micro=False)
+
+    def validate(self, state: TrainState) -> dict[str, float]:
+        """Loss, and shares of pictures and texts that find their own among those of a batch, of the average if any.
+
+        Both depend on experiment.valid_batch_size: among more, it is harder to find the right one.
+        """
+        params, totals = state.ema or state.params, np.zeros(4)
+        for rows in self.validation_rows():
+            chosen = {name: rows[name] for name in ("image", "text")} | {"rows": rows["valid"].astype(np.float32)}
+            batch = self.place(chosen, micro=False)
+            sums = eval_sums(self.step_task.model, params, batch, batch.pop("rows"))
+            totals += np.array(jax.device_get(list(sums)), np.float64)
+        loss, image_to_text, text_to_image = totals[:3] / max(totals[3], 1)
+        return {"loss": loss, "image_to_text": image_to_text, "text_to_image": text_to_image}
+
+    def memory(self, state: TrainState) -> dict[str, Any]:
+        """Parameters and what Adam keeps."""
+        return {"trained": state.params, "optimizer": state.opt_state, "average": state.ema}
+
+    def write_result(self, state: TrainState) -> None:
+        """The folder of the run becomes a CLIP model: the average where there is one."""
+        params = {path: whole(leaf) for path, leaf in (state.ema or state.params).items()}
+        if jax.process_index() != 0:
+            return
+        complete = self.out / "result"
+        write_clip(complete, ClipModel(self.clip_config, nest(params), self.words), overwrite=True)
+        with disk_errors(self.out):
+            for file in complete.iterdir():
+                os.replace(file, self.out / file.name)
+            complete.rmdir()
+
+
+def train_clip(
+    config_file: str | Path, overrides: Sequence[str], out: Path, *, ignore_fingerprint: bool = False
+) -> bool:
+    """What `mindalle train-clip` does: reads the configuration, and runs or goes on.
+
+    Returns whether the run is complete.
+    """
+    config = load_config(config_file, overrides, ClipTrainConfig)
+    check_folder(out, config)
+    run = ClipRun(config, out)  # the rest of what can be wrong
+    claim_folder(out, config)
+    return run(ignore_fingerprint=ignore_fingerprint)
+
+
+def read_words(config: ClipTrainConfig) -> tuple[Tokenizer, ClipConfig]:
+    """The tokenizer, whose end token must be its last, and the sizes of the network for it.
+
+    Raises CheckpointError or ConfigError.
+    """
+    words = read_clip_tokenizer(Path(config.training.tokenizer), ClipTextConfig(vocab_size=1 << 20, eos_token_id=2))
+    end = words.encode("").ids[-1]
+    clip = dataclasses.replace(
+        config.clip, text=dataclasses.replace(config.clip.text, vocab_size=end + 1, eos_token_id=end)
+    )
+    try:
+        check_clip_config(clip, "clip")
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
+    return words, clip
