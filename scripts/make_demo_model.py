@@ -174,14 +174,10 @@ def parser() -> argparse.ArgumentParser:
     description, _, notes = (__doc__ or "").strip().split("\n\n")
     parser = argparse.ArgumentParser(description=description, epilog=notes, formatter_class=HelpFormatter)
     parser.add_argument("--work", required=True, type=Path, metavar="DIR", help="where everything goes")
-    parser.add_argument(
-        "--size", choices=list(CHANGES), default="cpu", help="by where it is trained"
-    )
+    parser.add_argument("--size", choices=list(CHANGES), default="cpu", help="by where it is trained")
     names = ["all", "scenes", "tokenizers", "vqgan", "codes", "transformer", "clip", "pack", "measure"]
     parser.add_argument("--stage", choices=names, default="all", help="only this stage; those before it must be done")
-    parser.add_argument(
-        "--prompts", type=int, default=500, metavar="N", help="drawn to measure, of each split"
-    )
+    parser.add_argument("--prompts", type=int, default=500, metavar="N", help="drawn to measure, of each split")
     return parser
 
 
