@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from tokenizers import Tokenizer
 
 from mindalle_jax.config import load_config
-from mindalle_jax.errors import CheckpointError, ConfigError
+from mindalle_jax.errors import CheckpointError, ConfigError, DataError
 from mindalle_jax.files import disk_errors
 from mindalle_jax.interop.clip import ClipModel, check_clip_config, clip_leaf_shapes, write_clip
 from mindalle_jax.interop.clip_tokenizer import clip_ids, read_clip_tokenizer
@@ -87,10 +88,9 @@ class ClipRun(Run):
             image_size=self.clip_config.vision.image_size,
             tokenizer=partial(clip_ids, self.words, length=length),
         )
-        if self.source.has_codes or (self.valid_source is not None and self.valid_source.has_codes):
-            raise ConfigError(
-                f"data: CLIP is trained on pictures, and {self.source.path} or the validation holds codes"
-            )
+        for source in (self.source, self.valid_source):
+            if source is not None and source.has_codes:
+                raise DataError(f"{source.path} holds codes; CLIP is trained on pictures")
         if self.micro_batches > 1:
             total = config.experiment.total_batch_size
             raise ConfigError(
@@ -166,6 +166,7 @@ def train_clip(
     config = load_config(config_file, overrides, ClipTrainConfig)
     check_folder(out, config)
     run = ClipRun(config, out)  # the rest of what can be wrong
+    multihost_utils.sync_global_devices("checked")  # the first process changes what the others looked at
     claim_folder(out, config)
     return run(ignore_fingerprint=ignore_fingerprint)
 
