@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mindalle_jax.errors import MindalleError, OutputError, UsageError
-from mindalle_jax.files import check_output, check_writable
+from mindalle_jax.files import RANKER, check_output, check_writable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -320,7 +320,11 @@ def _sample(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{folder} draws from text; --class-id is for image-only models")
     if not config.image_only and not prompts:
         raise UsageError("no prompt was given; write one in quotes, or name a file with --prompts-file")
-    if config.image_only and arguments.ranker not in ("off", "likelihood"):
+    ranker = arguments.ranker
+    if ranker is None:
+        own = folder / RANKER
+        ranker = str(own) if own.is_dir() and not config.image_only else "off"
+    if config.image_only and ranker not in ("off", "likelihood"):
         raise UsageError(f"{folder} draws without text; --ranker must be likelihood or off")
     if config.image_only and arguments.guidance_scale != 1:
         raise UsageError(f"{folder} draws without text; there is nothing for --guidance-scale to guide by")
@@ -336,7 +340,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     options |= {
         "num_candidates": arguments.num_candidates,
         "batch_size": arguments.batch_size,
-        "ranker": _ranker(arguments.ranker),
+        "ranker": _ranker(ranker),
         "progress": True,
     }
     start = time.perf_counter()
