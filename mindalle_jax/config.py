@@ -52,6 +52,9 @@ class Stage1Hparams:
     """Channels of the finest level; level l has ch * ch_mult[l]."""
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2
+    num_groups: int = 32
+    """Of the channels in each GroupNorm: 32 in the original, which has no such field. Narrow networks need fewer: a
+    channel that is a group by itself loses its mean, and with it the colours of the picture."""
     attn_resolutions: tuple[int, ...] = (16,)
     """Attention follows every residual block of the levels that work at these resolutions, in pixels."""
     pdrop: float = 0.0
@@ -214,8 +217,15 @@ def parse_config(
 
 
 def dump_config(config: Any) -> str:
-    """The text of a config.yaml that parse_config reads back to an equal Config."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, default_flow_style=None)
+    """The text of a config.yaml that parse_config reads back to an equal Config.
+
+    The one field that the original does not know is left out where it has the original's value.
+    """
+    tree = _plain(config)
+    hparams = tree.get("stage1", {}).get("hparams", {})
+    if hparams.get("num_groups") == Stage1Hparams.num_groups:
+        del hparams["num_groups"]
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
 
 
 def _read(path: str | Path) -> str:
@@ -336,12 +346,16 @@ def check_stage1(stage1: Stage1Config) -> None:
     h = stage1.hparams
     _check_sizes(
         {"stage1.embed_dim": stage1.embed_dim, "stage1.n_embed": stage1.n_embed}
-        | {f"stage1.hparams.{k}": getattr(h, k) for k in ("z_channels", "resolution", "in_channels", "out_ch", "ch")}
+        | {
+            f"stage1.hparams.{k}": getattr(h, k)
+            for k in ("z_channels", "resolution", "in_channels", "out_ch", "ch", "num_groups")
+        }
         | {"stage1.hparams.num_res_blocks": h.num_res_blocks}
     )
     _refuse(not h.ch_mult or min(h.ch_mult) < 1, f"stage1.hparams.ch_mult must list positive numbers, not {h.ch_mult}")
     _refuse(h.double_z, "stage1.hparams.double_z true is a variational encoder, which this model does not have")
-    _refuse(h.ch % 32 != 0, f"stage1.hparams.ch must be a multiple of 32 (GroupNorm has 32 groups), not {h.ch}")
+    groups = h.num_groups
+    _refuse(h.ch % groups != 0, f"stage1.hparams.ch must be a multiple of num_groups {groups} (GroupNorm), not {h.ch}")
     levels = len(h.ch_mult) - 1
     _refuse(
         h.resolution % 2**levels != 0,

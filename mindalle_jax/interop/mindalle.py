@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 import mindalle_jax
-from mindalle_jax.config import Config, dump_config, load_config
+from mindalle_jax.config import Config, Stage1Hparams, dump_config, load_config
 from mindalle_jax.errors import CheckpointError, ConfigError, DownloadError, OutputError, UsageError
 from mindalle_jax.files import DEMO, check_apart, check_free_disk, new_folder
 from mindalle_jax.interop.download import RELEASES, cache_dir, fetch_release
@@ -192,6 +192,11 @@ def export_checkpoint(source: str | Path, target: str | Path, *, overwrite: bool
     """
     source, target = Path(source), Path(target)
     _, config, tensors = _open_model(source)
+    if config.stage1.hparams.num_groups != Stage1Hparams.num_groups:
+        raise ConfigError(
+            f"{source}: GroupNorm of {config.stage1.hparams.num_groups} groups; the original's has "
+            f"{Stage1Hparams.num_groups}, and would draw other pictures with these weights"
+        )
     parameters = sum(count_parameters(config, stage) for stage in tensors)
     check_apart(source, target)
     check_free_disk(target, 4 * parameters + (64 << 20), "the exported checkpoint")

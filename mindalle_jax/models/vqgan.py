@@ -102,9 +102,9 @@ class Encoder(nn.Module):
         h = _conv(p.ch, 3, dtype, "conv_in")(h)
         for level, mult in enumerate(p.ch_mult):
             for j in range(p.num_res_blocks):
-                h = ResnetBlock(p.ch * mult, p.pdrop, dtype, name=f"down_{level}_block_{j}")(h)
+                h = ResnetBlock(p.ch * mult, p, dtype, name=f"down_{level}_block_{j}")(h)
                 if resolution in p.attn_resolutions:
-                    h = AttnBlock(dtype, name=f"down_{level}_attn_{j}")(h)
+                    h = AttnBlock(p, dtype, name=f"down_{level}_attn_{j}")(h)
             if level < len(p.ch_mult) - 1:
                 # One row at the bottom and one column at the right, as PyTorch's F.pad(x, (0, 1, 0, 1)).
                 h = jnp.pad(h, ((0, 0), (0, 1), (0, 1), (0, 0)))
@@ -112,10 +112,10 @@ class Encoder(nn.Module):
                     h.shape[-1], (3, 3), strides=2, padding="VALID", dtype=dtype, name=f"down_{level}_downsample_conv"
                 )(h)
                 resolution //= 2
-        h = ResnetBlock(h.shape[-1], p.pdrop, dtype, name="mid_block_1")(h)
-        h = AttnBlock(dtype, name="mid_attn_1")(h)
-        h = ResnetBlock(h.shape[-1], p.pdrop, dtype, name="mid_block_2")(h)
-        return _conv(p.z_channels, 3, dtype, "conv_out")(nn.swish(_norm(dtype, "norm_out")(h)))
+        h = ResnetBlock(h.shape[-1], p, dtype, name="mid_block_1")(h)
+        h = AttnBlock(p, dtype, name="mid_attn_1")(h)
+        h = ResnetBlock(h.shape[-1], p, dtype, name="mid_block_2")(h)
+        return _conv(p.z_channels, 3, dtype, "conv_out")(nn.swish(_norm(p, dtype, "norm_out")(h)))
 
 
 class Decoder(nn.Module):
@@ -131,33 +131,33 @@ class Decoder(nn.Module):
         resolution = p.resolution // 2**last
         width = p.ch * p.ch_mult[last]
         h = _conv(width, 3, dtype, "conv_in")(h)
-        h = ResnetBlock(width, p.pdrop, dtype, name="mid_block_1")(h)
-        h = AttnBlock(dtype, name="mid_attn_1")(h)
-        h = ResnetBlock(width, p.pdrop, dtype, name="mid_block_2")(h)
+        h = ResnetBlock(width, p, dtype, name="mid_block_1")(h)
+        h = AttnBlock(p, dtype, name="mid_attn_1")(h)
+        h = ResnetBlock(width, p, dtype, name="mid_block_2")(h)
         for level in reversed(range(len(p.ch_mult))):
             for j in range(p.num_res_blocks + 1):
-                h = ResnetBlock(p.ch * p.ch_mult[level], p.pdrop, dtype, name=f"up_{level}_block_{j}")(h)
+                h = ResnetBlock(p.ch * p.ch_mult[level], p, dtype, name=f"up_{level}_block_{j}")(h)
                 if resolution in p.attn_resolutions:
-                    h = AttnBlock(dtype, name=f"up_{level}_attn_{j}")(h)
+                    h = AttnBlock(p, dtype, name=f"up_{level}_attn_{j}")(h)
             if level > 0:
                 h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)  # nearest neighbour
                 h = _conv(h.shape[-1], 3, dtype, f"up_{level}_upsample_conv")(h)
                 resolution *= 2
-        return _conv(p.out_ch, 3, dtype, "conv_out")(nn.swish(_norm(dtype, "norm_out")(h)))
+        return _conv(p.out_ch, 3, dtype, "conv_out")(nn.swish(_norm(p, dtype, "norm_out")(h)))
 
 
 class ResnetBlock(nn.Module):
     """x + conv(dropout(swish(norm(conv(swish(norm(x))))))), through a 1x1 convolution where the width changes."""
 
     features: int
-    pdrop: float
+    hparams: Stage1Hparams
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = _conv(self.features, 3, self.dtype, "conv1")(nn.swish(_norm(self.dtype, "norm1")(x)))
-        h = nn.swish(_norm(self.dtype, "norm2")(h))
-        h = nn.Dropout(self.pdrop)(h, deterministic=not self.has_rng("dropout"))
+        h = _conv(self.features, 3, self.dtype, "conv1")(nn.swish(_norm(self.hparams, self.dtype, "norm1")(x)))
+        h = nn.swish(_norm(self.hparams, self.dtype, "norm2")(h))
+        h = nn.Dropout(self.hparams.pdrop)(h, deterministic=not self.has_rng("dropout"))
         h = _conv(self.features, 3, self.dtype, "conv2")(h)
         if x.shape[-1] != self.features:
             x = _conv(self.features, 1, self.dtype, "nin_shortcut")(x)
@@ -167,12 +167,13 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over all positions, scale c**-0.5, with a residual connection."""
 
+    hparams: Stage1Hparams
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b, height, width, c = x.shape
-        h = _norm(self.dtype, "norm")(x)
+        h = _norm(self.hparams, self.dtype, "norm")(x)
         q, k, v = (_conv(c, 1, self.dtype, name)(h).reshape(b, height * width, c) for name in "qkv")
         scores = jnp.einsum("bsc,btc->bst", q, k, preferred_element_type=jnp.float32) * c**-0.5
         weights = nn.softmax(scores, axis=-1).astype(self.dtype)
@@ -184,6 +185,6 @@ def _conv(features: int, size: int, dtype: Any, name: str | None = None) -> nn.C
     return nn.Conv(features, (size, size), padding="SAME", dtype=dtype, name=name)
 
 
-def _norm(dtype: Any, name: str) -> nn.GroupNorm:
+def _norm(hparams: Stage1Hparams, dtype: Any, name: str) -> nn.GroupNorm:
     # The two-pass variance: E[x^2] - E[x]^2 loses digits that parity needs.
-    return nn.GroupNorm(num_groups=32, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+    return nn.GroupNorm(hparams.num_groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)

@@ -628,6 +628,19 @@ def test_a_damaged_model_is_not_exported(model, tmp_path, change, error, message
         export_checkpoint(model, tmp_path / "out")
 
 
+def test_groups_that_the_original_does_not_have_are_not_exported(model, tmp_path):
+    """It would take the weights, and draw other pictures with them."""
+    text = (model / "config.yaml").read_text(encoding="utf-8")
+    assert "num_groups" not in text, "the original knows no such field"
+    hparams = dataclasses.replace(load_config(model / "config.yaml").stage1.hparams, num_groups=8)
+    config = load_config(model / "config.yaml")
+    config = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, hparams=hparams))
+    (model / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(model / "config.yaml") == config
+    with unchanged(tmp_path), pytest.raises(ConfigError, match="GroupNorm of 8 groups; the original's has 32"):
+        export_checkpoint(model, tmp_path / "out")
+
+
 def test_a_flipped_bit_in_the_model_is_not_exported(model, tmp_path):
     """In the last tensor of a file it once was: the check came after the last part, when nobody asked any more."""
     path = model / "stage2.safetensors"

@@ -168,7 +168,7 @@ def test_the_discriminator_is_built_only_if_the_run_gets_there(config_file, tmp_
         ("training.losses.adversarial=1", r"layers must lie in \[1, 2\] for pictures of 16 pixels, not 3"),
         ("training.discriminator.width=48", "multiple of 32"),
         ("training.restart_after_steps=-1", "restart_after_steps must be at least 0"),
-        ("stage1.hparams.ch=33", "stage1.hparams.ch must be a multiple of 32"),
+        ("stage1.hparams.ch=33", "stage1.hparams.ch must be a multiple of num_groups 32"),
         ("sharding.strategy=fsdp", "'fsdp': a VQGAN is whole on every device; use replicated"),
         ("stage2.type=igpt", "unknown field stage2"),
     ],
