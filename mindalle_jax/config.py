@@ -199,7 +199,8 @@ def load_section(path: str | Path, overrides: Iterable[str], name: str, kind: ty
     """One section of the file alone, where the others cannot be told yet; otherwise as load_config."""
     with _naming(path):
         tree = _overridden(_parse_yaml(_read(path)), overrides)
-        section = tree.get(name) if isinstance(tree, dict) else None
+        _check_mapping(tree, "the file")
+        section = tree.get(name)
         return _build(kind, {} if section is None else section, f"{name}.")
 
 
@@ -291,10 +292,14 @@ def _apply_override(tree: Any, override: str) -> None:
     tree[key] = _parse_yaml(value)
 
 
+def _check_mapping(tree: Any, what: str) -> None:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{what} must be a mapping of fields, not {tree!r:.60}")
+
+
 def _build(cls: type, tree: Any, path: str) -> Any:
     """A dataclass from a parsed mapping; `path` is where in the file we are, with a trailing dot."""
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path.rstrip('.') or 'the file'} must be a mapping of fields, not {tree!r:.60}")
+    _check_mapping(tree, path.rstrip(".") or "the file")
     hints = typing.get_type_hints(cls)
     for key in tree:
         if key not in hints:

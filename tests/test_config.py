@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mindalle_jax.config import Config, ExperimentConfig, OptimizerConfig, dump_config, load_config, parse_config
+from mindalle_jax.config import (
+    Config,
+    ExperimentConfig,
+    OptimizerConfig,
+    Stage2Config,
+    Stage2Hparams,
+    dump_config,
+    load_config,
+    load_section,
+    parse_config,
+)
 from mindalle_jax.errors import ConfigError
 from mindalle_jax.training.clip import ClipTrainConfig
 from mindalle_jax.training.config import FinetuneConfig, TrainingConfig, load_finetune_config
@@ -174,6 +184,53 @@ def test_errors_name_the_file(tmp_path):
     path.write_text("stage4: {}")
     with pytest.raises(ConfigError, match="config.yaml: unknown field stage4"):
         load_config(path)
+
+
+# ---------------------------------------- one section
+
+
+def test_a_section_is_read_alone(tmp_path):
+    """Typed, with overrides on top, whatever the others say: their sizes may be those of a model that is not known."""
+    path = tmp_path / "run.yaml"
+    path.write_text("optimizer: {base_lr: 1e-3, betas: [0.8, 1]}\nstage1: {n_embed: 80}\nstage9: {}\n")
+    found = load_section(path, ["optimizer.max_steps=7", "stage2.hparams.n_layers=2"], "optimizer", OptimizerConfig)
+    assert found == OptimizerConfig(base_lr=1e-3, betas=(0.8, 1.0), max_steps=7)
+    assert [type(beta) for beta in found.betas] == [float, float]
+    hparams = load_section(path, ["stage2.hparams.n_layers=2"], "stage2", Stage2Config).hparams
+    assert hparams == Stage2Hparams(n_layers=2)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "experiment: {epochs: 3}", "optimizer:", "optimizer: {}"])
+def test_a_section_that_is_left_out_has_its_defaults(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert load_section(path, [], "optimizer", OptimizerConfig) == OptimizerConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("optimizer: {base_l: 1}", [], "unknown field optimizer.base_l; did you mean base_lr"),
+        ("", ["optimizer.lr_base=1"], "unknown field optimizer.lr_base"),
+        ("optimizer: {max_steps: many}", [], "optimizer.max_steps must be of type int, not 'many'"),
+        ("optimizer: 3", [], "optimizer must be a mapping of fields, not 3"),
+        ("optimizer: [base_lr]", [], "optimizer must be a mapping of fields, not \\['base_lr'\\]"),
+        ("just text", [], "the file must be a mapping of fields, not 'just text'"),
+        ("[optimizer]", [], "the file must be a mapping of fields, not \\['optimizer'\\]"),
+        ("optimizer: [", [], "not valid YAML"),
+        ("", ["optimizer.max_steps"], "not of the form section.key=value"),
+    ],
+)
+def test_what_is_wrong_with_a_section_is_named_with_the_file(tmp_path, text, overrides, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"run.yaml: .*{message}"):
+        load_section(path, overrides, "optimizer", OptimizerConfig)
+
+
+def test_a_section_of_no_file(tmp_path):
+    with pytest.raises(ConfigError, match="run.yaml: cannot be read"):
+        load_section(tmp_path / "run.yaml", [], "optimizer", OptimizerConfig)
 
 
 # ---------------------------------------- overrides

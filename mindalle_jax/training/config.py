@@ -143,6 +143,19 @@ class TrainingConfig(LoopConfig):
     sample_prompts: tuple[str, ...] = ()
     """Prompts, or numbers of classes, to draw every sample_every_steps."""
 
+    def check_origin(self) -> None:
+        """Raises ConfigError for fields that do not go with init_from; before what it names is looked for."""
+        if (self.init_from == SCRATCH) != bool(self.vqgan):
+            raise ConfigError(
+                f"training.vqgan names the model whose pictures' codes are learned, and goes with init_from: {SCRATCH}"
+            )
+        if self.tokenizer and self.init_from != SCRATCH:
+            raise ConfigError(f"training.tokenizer goes with init_from: {SCRATCH}; other models have their own")
+        if self.init_from == SCRATCH and (self.freeze or self.lora.rank):
+            raise ConfigError(
+                "training.freeze and training.lora keep what a model has learned; from scratch it is nothing"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
@@ -181,16 +194,7 @@ class FinetuneConfig(RunConfig):
                 re.compile(pattern)
             except re.error as error:
                 raise ConfigError(f"{pattern!r} is not a pattern: {error}") from None
-        if (t.init_from == SCRATCH) != bool(t.vqgan):
-            raise ConfigError(
-                f"training.vqgan names the model whose pictures' codes are learned, and goes with init_from: {SCRATCH}"
-            )
-        if t.tokenizer and t.init_from != SCRATCH:
-            raise ConfigError(f"training.tokenizer goes with init_from: {SCRATCH}; other models have their own")
-        if t.init_from == SCRATCH and (t.freeze or t.lora.rank):
-            raise ConfigError(
-                "training.freeze and training.lora keep what a model has learned; from scratch it is nothing"
-            )
+        t.check_origin()
 
 
 def check_share(path: str, share: float) -> None:

@@ -208,12 +208,17 @@ def read_finetune(config_file: str | Path, overrides: Sequence[str]) -> tuple[Fi
     What the file leaves out of dataset, stage1 and stage2 is as in that model.
     """
     training = load_section(config_file, overrides, "training", TrainingConfig)
+    training.check_origin()
     base = find_model(training.vqgan if training.init_from == SCRATCH else training.init_from)
     return load_finetune_config(config_file, overrides, load_config(base / "config.yaml")), base
 
 
 def _tokenizer(config: FinetuneConfig, base: Path) -> TextTokenizer:
     folder = Path(config.training.tokenizer or base / "tokenizer")
+    if config.training.init_from == SCRATCH and not config.training.tokenizer and not folder.exists():
+        raise ConfigError(
+            f"{base} has no tokenizer; name one under training.tokenizer (mindalle train-tokenizer DATA makes one)"
+        )
     return TextTokenizer(folder, config.dataset.context_length, config.stage2.vocab_size_txt)
 
 
