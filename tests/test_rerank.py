@@ -429,6 +429,28 @@ def test_from_pretrained_and_save_pretrained(tiny_clip_folder, pictures, tmp_pat
         assert (tmp_path / "copy" / name).read_bytes() == (tiny_clip_folder / name).read_bytes()
 
 
+def test_a_ranker_saved_in_float16_is_nearly_the_same(ranker, pictures, tmp_path):
+    """Half the bytes. A weight is off by up to 2^-11 of itself, and a feature is a sum of many through two blocks:
+    the tolerance is eight times that of a weight. The best of 96 pictures lies far enough ahead to stay the best.
+    """
+    ranker.save_pretrained(tmp_path / "whole")
+    ranker.save_pretrained(tmp_path / "half", dtype="float16")
+    whole, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half"))
+    assert half < 0.6 * whole  # the header and its names are the same
+    loaded = ClipRanker.from_pretrained(tmp_path / "half")
+    assert loaded.dtype == "float32"  # what it computes in
+    prompts = ["a red cat", "the moon"]
+    for features, expected in (
+        (loaded.encode_text(prompts), ranker.encode_text(prompts)),
+        (loaded.encode_images(pictures[:8]), ranker.encode_images(pictures[:8])),
+    ):
+        np.testing.assert_allclose(features, expected, atol=8 * 2**-11)
+        assert (features != expected).any(), "nothing was rounded"
+    assert loaded.rank("a red cat", pictures)[0] == ranker.rank("a red cat", pictures)[0]
+    with pytest.raises(UsageError, match="weights are float32, .*not 'float8'"):
+        ranker.save_pretrained(tmp_path / "other", dtype="float8")
+
+
 def test_what_is_not_saved(model, tiny_clip_folder, tmp_path):
     """Digits that are gone cannot be written, and nothing is replaced unasked."""
     with pytest.raises(UsageError, match="held in bfloat16 .*load with dtype='float32'"):

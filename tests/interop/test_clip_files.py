@@ -24,7 +24,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
-from mindalle_jax.errors import CheckpointError, OutputError
+from mindalle_jax.errors import CheckpointError, OutputError, UsageError
 from mindalle_jax.interop import clip, clip_tokenizer
 from mindalle_jax.interop.clip import _parse_config, convert_clip, read_clip, write_clip
 from mindalle_jax.interop.torch_archive import write_torch_archive
@@ -115,6 +115,38 @@ def test_what_is_written_is_read(model, tmp_path):
     assert read.config == model.config
     assert_same(read.params, model.params)
     assert read.tokenizer.to_str() == model.tokenizer.to_str()
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)])
+def test_a_folder_of_half_the_size_has_the_rounded_weights(small, folder, tmp_path, dtype, stored):
+    """Each as the dtype has it, in the order of its axes; they are float32 again when they are read."""
+    write_clip(tmp_path / "half", small, dtype=dtype)
+    whole, half = load_file(folder / "model.safetensors"), load_file(tmp_path / "half" / "model.safetensors")
+    assert whole.keys() == half.keys()
+    for key, array in half.items():
+        assert array.dtype == stored, key
+        np.testing.assert_array_equal(array, whole[key].astype(stored), err_msg=key)
+    expected = {path: leaf.astype(stored).astype(np.float32) for path, leaf in leaves(small.params).items()}
+    assert_same(read_clip(tmp_path / "half").params, clip.nest(expected))
+
+
+def test_transformers_loads_a_folder_in_float16(torch, small, tmp_path):
+    """As float32 it has the rounded weights, bit by bit; left to itself it keeps to what config.json says, float16."""
+    from transformers import CLIPModel
+
+    write_clip(tmp_path / "half", small, dtype="float16")
+    theirs, report = CLIPModel.from_pretrained(tmp_path / "half", dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values()), report
+    found = theirs.state_dict()
+    for key, array in load_file(tmp_path / "half" / "model.safetensors").items():
+        np.testing.assert_array_equal(found[key].numpy(), array.astype(np.float32), err_msg=key)
+    assert CLIPModel.from_pretrained(tmp_path / "half").dtype == torch.float16
+
+
+def test_weights_in_no_known_dtype(small, tmp_path):
+    with pytest.raises(UsageError, match="weights are float32, .*not 'int8'"):
+        write_clip(tmp_path / "clip", small, dtype="int8")
+    assert not (tmp_path / "clip").exists()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
