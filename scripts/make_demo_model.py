@@ -3,8 +3,8 @@
     python scripts/make_demo_model.py --work DIR
 
 Every stage goes on where it was interrupted when the same command is given again, and what is complete is not done
-again. DIR/demo is then the model with its ranker and card, and DIR/demo/metrics.json what was measured of it;
-docs/training-from-scratch.md walks through the stages.
+again: remove DIR/demo to have it packed and measured anew. DIR/demo is then the model with its ranker and card, and
+DIR/demo/metrics.json what was measured of it; docs/training-from-scratch.md walks through the stages.
 """
 
 import argparse
@@ -131,10 +131,12 @@ def make_codes(work: Path) -> None:
 
 
 def pack(work: Path) -> None:
-    """The model and its ranker in float16, with a card and a licence."""
+    """The model and its ranker in float16, with a licence and a card, which is written last."""
     from mindalle_jax.data import scenes
 
     demo = work / "demo"
+    if (demo / "README.md").exists():
+        return
     if demo.exists():
         shutil.rmtree(demo)
     copy_model(work / "transformer", demo, dtype="float16")
@@ -151,6 +153,9 @@ def pack(work: Path) -> None:
 
 def measure(demo: Path, count: int) -> None:
     """Writes metrics.json: what the judge finds in what the model draws, and how near that is to training pictures."""
+    file = demo / "metrics.json"
+    if file.exists() and json.loads(file.read_text(encoding="utf-8"))["prompts"] == count:
+        return
     model, ranker = Dalle.from_pretrained(demo), ClipRanker.from_pretrained(demo / "ranker")
     figures: dict[str, Any] = {"prompts": count, "defaults": "top_k 256, temperature 1, seed 0"}
     for split in ("valid", "heldout"):
@@ -171,10 +176,12 @@ def measure(demo: Path, count: int) -> None:
                 figures[f"distance to the nearest training picture: {name}"] = {
                     "median": round(float(np.median(distances)), 4), "least": round(float(distances.min()), 4)
                 }  # fmt: skip
-        sheet = [np.concatenate([one.picture for one in drawn[row * 10 : row * 10 + 10]], 1) for row in range(5)]
+        columns = min(10, count)
+        rows = [drawn[first : first + columns] for first in range(0, min(50, count) // columns * columns, columns)]
+        sheet = [np.concatenate([one.picture for one in row], 1) for row in rows]
         Image.fromarray(np.concatenate(sheet)).save(demo.parent / f"{split}.png")
     text = json.dumps(figures, indent=1)
-    (demo / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    file.write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

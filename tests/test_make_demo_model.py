@@ -1,0 +1,166 @@
+"""scripts/make_demo_model.py: the whole recipe with tiny networks, to a model with its ranker, the same every time.
+
+Pictures stay 64 x 64. Nothing is learned in so few updates; every stage reads what the one before it wrote.
+"""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mindalle_jax import ClipRanker, Dalle
+from mindalle_jax.data.scenes import captions, make_scene
+from mindalle_jax.errors import MindalleError
+from mindalle_jax.training.clip import ClipRun
+from mindalle_jax.training.finetune import FinetuneRun
+from mindalle_jax.training.vqgan import VqganRun
+from mindalle_jax.weights import read_manifest
+
+# One picture for each of the eight devices of these tests.
+LOOP = [
+    "experiment.total_batch_size=8", "experiment.valid_batch_size=8", "optimizer.max_steps=2",
+    "training.warmup_steps=1", "training.checkpoint_every_steps=1", "training.validate_every_steps=2",
+    "data.threads=1",
+]  # fmt: skip
+TINY = {
+    "vqgan": [
+        *LOOP, "experiment.local_batch_size=1", "training.sample_every_steps=0", "training.restart_after_steps=1",
+        "stage1.embed_dim=4", "stage1.n_embed=64",
+        "stage1.hparams={z_channels: 8, resolution: 64, ch: 8, ch_mult: [1, 1, 1, 2], num_res_blocks: 1, "
+        "attn_resolutions: [], num_groups: 4}",
+    ],
+    "transformer": [
+        *LOOP, "stage2.vocab_size_img=64",
+        "stage2.hparams={embed_dim: 16, n_layers: 1, n_heads: 2, ctx_len_img: 64, ctx_len_txt: 24}",
+    ],
+    "clip": [
+        *LOOP, "clip.projection_dim=8",
+        "clip.text={hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2, "
+        "max_position_embeddings: 32}",
+        "clip.vision={image_size: 64, patch_size: 16, hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, "
+        "num_attention_heads: 2}",
+    ],
+}  # fmt: skip
+PROMPTS = 2
+
+
+@pytest.fixture(scope="module")
+def script(request) -> Any:
+    """The script as a module, with 48 pictures to train on and networks in miniature."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(request.config.rootpath / "scripts"))
+        import make_demo_model
+
+        patch.setattr(make_demo_model, "NUM_TRAIN", 48)
+        patch.setattr(make_demo_model, "NUM_VALID", 8)
+        patch.setattr(make_demo_model, "BEST_OF", 2)
+        patch.setitem(make_demo_model.CHANGES, "cpu", TINY)
+        yield make_demo_model
+
+
+def make(script: Any, work: Path, *options: str) -> None:
+    script.main(script.parser().parse_args(["--work", str(work), "--prompts", str(PROMPTS), *options]))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, script) -> Path:
+    """The folder of a run of all stages. Read only."""
+    work = tmp_path_factory.mktemp("demo") / "work"
+    make(script, work)
+    return work
+
+
+def weights(work: Path) -> dict[str, bytes]:
+    """Every file of weights but checkpoints."""
+    files = sorted(path for path in work.rglob("*.safetensors") if "checkpoints" not in path.parts)
+    return {str(path.relative_to(work)): path.read_bytes() for path in files}
+
+
+@pytest.mark.slow
+def test_the_folder_is_a_model_with_its_ranker(made, request):
+    """And says what it is, under which licence, and how good it is."""
+    demo = made / "demo"
+    names = {path.name for path in demo.iterdir()}
+    assert names == {
+        "config.yaml", "manifest.json", "stage1.safetensors", "stage2.safetensors", "tokenizer", "ranker", "README.md",
+        "LICENSE", "metrics.json",
+    }  # fmt: skip
+    licence = request.config.rootpath / "LICENSE"
+    assert (demo / "LICENSE").read_bytes() == licence.read_bytes()
+    card = (demo / "README.md").read_text(encoding="utf-8")
+    assert captions(make_scene("valid", 1))[0] in card and "{" not in card
+    for stage in ("stage1", "stage2"):
+        assert {entry["dtype"] for entry in read_manifest(demo)["tensors"][stage].values()} == {"float16"}
+
+    model, ranker = Dalle.from_pretrained(demo), ClipRanker.from_pretrained(demo / "ranker")
+    drawn = model.generate("a large red circle", num_candidates=2, ranker=ranker)
+    assert drawn.images.shape == (2, 64, 64, 3) and drawn.scores is not None
+    assert model.config.stage2.hparams.embed_dim == 16 and ranker.config.vision.patch_size == 16
+
+    figures = json.loads((demo / "metrics.json").read_text(encoding="utf-8"))
+    assert figures["prompts"] == PROMPTS
+    for split in ("valid", "heldout"):
+        assert figures[f"{split}: pictures of the generator"]["all"] == 1.0
+        assert {f"{split}: one picture a prompt", f"{split}: best of 2"} <= figures.keys()
+    assert figures["distance to the nearest training picture: drawn"]["least"] > 0
+
+
+@pytest.mark.slow
+def test_what_is_complete_is_not_done_again(made, script):
+    """No file is written again but what the three runs were asked for, with the same words."""
+
+    def files() -> dict[Path, tuple[int, int]]:
+        found = {path: path.stat() for path in made.rglob("*") if path.is_file() and path.name != "run.yaml"}
+        return {path: (stat.st_mtime_ns, stat.st_ino) for path, stat in found.items()}
+
+    before = files()
+    words = {path: path.read_bytes() for path in made.glob("*/run.yaml")}
+    make(script, made)
+    assert files() == before
+    assert len(words) == 3 and {path: path.read_bytes() for path in words} == words
+
+
+@pytest.mark.slow
+def test_a_recipe_that_is_stopped_at_every_turn_ends_the_same(made, script, tmp_path, monkeypatch):
+    """In each training by SIGTERM, and while the model is packed, when its folder is there and the ranker is not.
+
+    So the recipe gives the same bits twice, too.
+    """
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    for run in (VqganRun, FinetuneRun, ClipRun):
+
+        def stop(self, rows, make_batch=run.make_batch):
+            signal.raise_signal(signal.SIGTERM)  # in the last update of a run it comes too late to stop anything
+            return make_batch(self, rows)
+
+        monkeypatch.setattr(run, "make_batch", stop)
+    for verb in ("train-vqgan", "finetune", "train-clip"):
+        with pytest.raises(MindalleError, match=f"mindalle {verb} did not come to its end; the same command goes on"):
+            make(script, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ClipRanker, "save_pretrained", interrupt)
+        make(script, tmp_path)
+    assert (tmp_path / "demo" / "stage2.safetensors").exists() and not (tmp_path / "demo" / "ranker").exists()
+    make(script, tmp_path)
+
+    expected, found = weights(made), weights(tmp_path)
+    assert {"vqgan/stage1.safetensors", "transformer/stage2.safetensors", "clip/model.safetensors"} < expected.keys()
+    assert {"demo/stage2.safetensors", "demo/ranker/model.safetensors"} < expected.keys()
+    assert found.keys() == expected.keys() and [name for name in found if found[name] != expected[name]] == []
+    assert (tmp_path / "demo" / "metrics.json").read_bytes() == (made / "demo" / "metrics.json").read_bytes()
+
+
+def test_each_device_has_its_share_of_a_batch(script):
+    """Of the eight here, of the sizes in the files; what CHANGES says of a batch counts, and 0 is no size."""
+    configs = script.ROOT / "configs" / "scenes"
+    for name, share in (("vqgan", 2), ("transformer", 8), ("clip", 16)):
+        assert script.local_batch_size(configs / f"{name}.yaml", []) == f"experiment.local_batch_size={share}"
+    changed = ["experiment.total_batch_size=512"]
+    assert script.local_batch_size(configs / "clip.yaml", changed) == "experiment.local_batch_size=64"
+    few = ["experiment.total_batch_size=4"]
+    assert script.local_batch_size(configs / "clip.yaml", few) == "experiment.local_batch_size=1"
