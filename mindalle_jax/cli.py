@@ -74,9 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     how = sample.add_argument_group("how to draw")
     how.add_argument(
         "--model",
-        default="demo",
-        help="a converted folder, a folder in the original's format, demo (small, in the package: coloured shapes), "
-        "minDALL-E/1.3B, or OWNER/NAME on the Hugging Face "
+        required=True,
+        help="a converted folder, a folder in the original's format, minDALL-E/1.3B, or OWNER/NAME on the Hugging Face "
         "hub (its cache alone with HF_HUB_OFFLINE=1 in the environment)",
     )
     how.add_argument("--revision", metavar="REV", help="branch, tag or commit of a --model on the hub")
@@ -114,8 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--ranker",
         help="what orders the pictures: a CLIP model (a Hugging Face folder, or a hub id such as "
-        "openai/clip-vit-base-patch32), likelihood (the transformer's own), or off (default: the model's own CLIP, as "
-        "that of demo, else off)",
+        "openai/clip-vit-base-patch32), likelihood (the transformer's own), or off (default: the CLIP model in the "
+        "folder `ranker` of --model where there is one, else off)",
     )
     output.add_argument("--best", type=int, metavar="K", help="write at most the K best of each prompt (default: all)")
     output.add_argument(

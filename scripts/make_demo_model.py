@@ -49,7 +49,7 @@ license: apache-2.0
 A small text-to-image model, with its ranker in `ranker/`: one or two coloured shapes on a plain background, 64 x 64
 pixels. Made from nothing by `scripts/make_demo_model.py`; no published weights and no photographs went into it.
 
-    mindalle sample "{caption}"
+    mindalle sample "{caption}" --model FOLDER --out DIR
 
 - Things: {shapes}; small or large; plain or striped; {colours}. Two of them left of, right of, above or below each
   other, on {backgrounds}.

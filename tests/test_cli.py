@@ -293,6 +293,15 @@ def test_a_clip_model_ranks(sample, out, tiny_dalle, tiny_clip_folder):
     assert meta(out)["ranker"] == f"CLIP {tiny_clip_folder}"
 
 
+def test_the_clip_model_in_a_models_folder_ranks_unless_told_otherwise(
+    sample, out, tmp_path, tiny_model_folder, tiny_clip_folder
+):
+    model = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+    shutil.copytree(tiny_clip_folder, model / "ranker")
+    assert sample("a cat", model=model)[0] == 0 and meta(out)["ranker"] == f"CLIP {model / 'ranker'}"
+    assert sample("a cat", "--ranker", "off", "--overwrite", model=model)[0] == 0 and meta(out)["ranker"] is None
+
+
 @pytest.mark.parametrize(
     ("ranker", "code", "text"),
     [
@@ -866,7 +875,9 @@ def test_ctrl_c_in_a_process(tmp_path):
     pipe = tmp_path / "prompts"
     os.mkfifo(pipe)
     command = [sys.executable, "-m", "mindalle_jax.cli", "sample", "--model", "x", "--out", str(tmp_path / "out")]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
     child = subprocess.Popen([*command, "--prompts-file", str(pipe)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     with open(pipe, "w"):  # returns when the child has opened it too
         child.send_signal(signal.SIGINT)
     # Closed before waiting: a signal that came just before the child began to read waits for the read to return.
