@@ -336,6 +336,7 @@ def test_the_result_is_the_same_model_to_transformers(straight, setup):
     np.testing.assert_allclose(ours[1], result.image_embeds.numpy(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_the_straight_one_bit_for_bit(straight, setup, light, tmp_path, monkeypatch):
     """Killed between checkpoints: the position in the data, Adam's averages and the schedule are all restored."""
     out, make_batch, calls = tmp_path / "out", ClipRun.make_batch, []

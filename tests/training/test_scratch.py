@@ -169,6 +169,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path, mon
     assert [path for path in expected if found[path].tobytes() != expected[path].tobytes()] == []
 
 
+@pytest.mark.slow
 def test_images_alone_are_learned_from_scratch_too(tiny_model_folder, tmp_path, codes):
     """Over the VQGAN of a model with text, whose tokenizer is left behind."""
     config = write(tmp_path / "run.yaml", tiny_model_folder, "", codes, IMAGES)

@@ -225,6 +225,7 @@ def test_a_fresh_codebook_starts_from_features_and_a_trained_one_does_not(run):
     np.testing.assert_array_equal(kept[1].params["codebook"], kept[0].params["codebook"])
 
 
+@pytest.mark.slow
 def test_an_update_can_be_repeated_bit_for_bit(params, run):
     """Dropout and restarts draw from the seed and the step alone."""
     model = VQGAN(dataclasses.replace(STAGE1, hparams=dataclasses.replace(HPARAMS, pdrop=0.3)))
@@ -235,6 +236,7 @@ def test_an_update_can_be_repeated_bit_for_bit(params, run):
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
+@pytest.mark.slow
 def test_the_discriminator_has_no_effect_before_its_start(params, run):
     """Until then the generator learns as without one and the discriminator nothing; then both learn."""
     batches = [pictures(2, seed=seed) for seed in range(2)]

@@ -78,6 +78,7 @@ def test_a_run_learns_and_leaves_a_vqgan(trained, pictures):
         assert grid.size == (8 * 16, 2 * 16)  # eight pictures above their reconstructions
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_was_not(trained, config_file, tmp_path):
     """Keys follow from the step, `unused` is part of the state: bit for bit, restarts of codes too."""
     assert any(line["codes_restarted"] for line in metrics(trained)[6:]), "no restart after the checkpoint"
@@ -99,6 +100,7 @@ def test_a_killed_run_ends_as_one_that_was_not(trained, config_file, tmp_path):
         assert ours == theirs
 
 
+@pytest.mark.slow
 def test_training_further_starts_at_the_loss_of_the_weights(trained, config_file, tmp_path):
     """At a rate of nothing the validation after an update is that of the model it began with; no code is reset."""
     text = yaml.safe_load(config_file.read_text(encoding="utf-8"))
