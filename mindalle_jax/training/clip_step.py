@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 from mindalle_jax.models.clip import CLIP, ClipConfig, normalise_pictures
-from mindalle_jax.training.step import Params, TrainState, updates_made
+from mindalle_jax.training.step import Params, TrainState, update
 from mindalle_jax.weights import nest
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -104,27 +104,12 @@ def clip_step(task: ClipTask, state: TrainState, batch: Mapping[str, jax.Array])
         return sums.loss / sums.pairs
 
     loss, grads = jax.value_and_grad(mean_loss)(state.params)
-    grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
-    params["logit_scale"] = jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)
-    decay = task.ema_decay
-    ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params) if decay else {}
-    params, opt_state, ema = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (params, opt_state, ema),
-        (state.params, state.opt_state, state.ema),
-    )
-    figures = {
-        "loss": loss,
-        "logit_scale": jnp.exp(params["logit_scale"]),
-        "grad_norm": grad_norm,
-        "learning_rate": task.schedule(updates_made(state.opt_state)),
-        "skipped": jnp.where(finite, 0, state.skipped + 1),
-    }
-    skipped = jnp.copy(figures["skipped"])  # the state's own: its memory is taken by the next update
-    return TrainState(state.step + 1, params, opt_state, ema, skipped), figures
+    state, figures = update(task, state, loss, grads, _limit_scale)
+    return state, figures | {"logit_scale": jnp.exp(state.params["logit_scale"])}
+
+
+def _limit_scale(params: Params) -> Params:
+    return params | {"logit_scale": jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)}
 
 
 @partial(jax.jit, static_argnames="model")

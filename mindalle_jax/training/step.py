@@ -5,7 +5,7 @@ the state; those that are not, because they are frozen or because adapters are t
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -56,6 +56,9 @@ class Optimized(Protocol):
 
     @property
     def optimizer(self) -> optax.GradientTransformation: ...
+
+    @property
+    def schedule(self) -> optax.Schedule: ...
 
     @property
     def ema_decay(self) -> float: ...
@@ -133,10 +136,25 @@ def train_step(
     micro_batches = batch["codes"].shape[0]
     (grads, terms), _ = jax.lax.scan(add, nothing, (batch, jnp.arange(micro_batches)))
 
-    loss, grad_norm = terms.image + task.text_loss_weight * terms.text, optax.tree.norm(grads)
+    state, figures = update(task, state, terms.image + task.text_loss_weight * terms.text, grads)
+    figures["image_loss"] = terms.image
+    if task.pad_id is not None:
+        figures["text_loss"] = terms.text
+    return state, figures
+
+
+def update(
+    task: Optimized, state: TrainState, loss: jax.Array, grads: Params, limit: Callable[[Params], Params] = lambda p: p
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The next state after a batch of this loss and gradient, and the figures that every update has.
+
+    limit: what is done to the parameters last. What is not finite changes nothing but the counts.
+    """
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
+    stepped: Any = optax.apply_updates(state.params, updates)
+    params = limit(stepped)
     decay = task.ema_decay
     ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params) if decay else {}
     params, opt_state, ema = jax.tree.map(
@@ -146,13 +164,10 @@ def train_step(
     )
     figures = {
         "loss": loss,
-        "image_loss": terms.image,
         "grad_norm": grad_norm,
         "learning_rate": task.schedule(updates_made(state.opt_state)),
         "skipped": jnp.where(finite, 0, state.skipped + 1),
     }
-    if task.pad_id is not None:
-        figures["text_loss"] = terms.text
     skipped = jnp.copy(figures["skipped"])  # the state's own: its memory is taken by the next update
     return TrainState(state.step + 1, params, opt_state, ema, skipped), figures
 
