@@ -610,6 +610,7 @@ def test_padding_and_truncation_of_a_tokenizer_file_are_left_out(small, folder, 
         (gzip.compress(b"x\nc a\nc a t\n"), "line 3 is not a pair of tokens: 'c a t'"),
         (gzip.compress(b"x\nxx yy\n"), "the tokenizer cannot be read: "),
     ],
+    ids=["not-gzip", "cut", "damaged", "not-utf-8", "too-large", "no-pair", "no-merge"],  # gzip has the time in it
 )
 def test_damaged_files_of_merges_are_refused(folder, tmp_path, data, reason):
     (tmp_path / "bpe.txt.gz").write_bytes(data)
