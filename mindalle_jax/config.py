@@ -117,9 +117,11 @@ class Stage2Config:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Fine-tuning: AdamW and its schedule."""
+    """Fine-tuning: the optimizer and its schedule."""
 
-    opt_type: Literal["adamW"] = "adamW"
+    opt_type: Literal["adamW", "muon"] = "adamW"
+    """muon: for the matrices between the first and the last layer, and AdamW for the rest. From nothing it learns far
+    more from each picture."""
     base_lr: float = 1e-4
     weight_decay: float = 1e-4
     betas: tuple[float, ...] = (0.9, 0.99)

@@ -68,8 +68,10 @@ class VQGAN(nn.Module):
         z = jnp.where(codes[..., None] < 0, mean, jnp.take(rows, jnp.maximum(codes, 0), axis=0))
         return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
 
-    def autoencode(self, images: jax.Array) -> Autoencoded:
+    def autoencode(self, images: jax.Array, quantised: jax.Array | bool = True) -> Autoencoded:
         """Encoder, codebook and decoder for training: the gradient passes the codebook as if it were not there.
+
+        quantised: bool[]; without, the decoder sees the features themselves.
 
         The decoder sees the rows, so the gradient of the pictures goes on to the features unchanged (the
         straight-through estimator, van den Oord et al. 2017, arXiv:1711.00937); the rows get theirs from the losses.
@@ -78,7 +80,7 @@ class VQGAN(nn.Module):
         codes = self._nearest(jax.lax.stop_gradient(z))
         rows = jnp.take(self.codebook.astype(jnp.float32), codes, axis=0)
         # z - stop(z) is 0 exactly: pictures are those of decode(codes).
-        through = jax.lax.stop_gradient(rows) + (z - jax.lax.stop_gradient(z))
+        through = jax.lax.stop_gradient(jnp.where(quantised, rows, z)) + (z - jax.lax.stop_gradient(z))
         pictures = self.decoder(self.post_quant_conv(through.astype(self.dtype))).astype(jnp.float32)
         return Autoencoded(pictures, z, rows, codes)
 

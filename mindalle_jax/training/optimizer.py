@@ -1,4 +1,4 @@
-"""AdamW with a cosine schedule, and the order of what happens to a gradient: clipped by global norm, then AdamW."""
+"""AdamW or Muon with a cosine schedule. A gradient is clipped by global norm before anything else."""
 
 from collections.abc import Mapping
 
@@ -6,6 +6,9 @@ import optax
 
 from mindalle_jax.config import OptimizerConfig
 from mindalle_jax.errors import ConfigError
+
+MUON_RMS = 0.2
+"""Root mean square of an update of Muon at learning rate 1: about that of AdamW, so that one rate serves both."""
 
 
 def learning_rate(optimizer: OptimizerConfig, warmup_steps: int, max_steps: int) -> optax.Schedule:
@@ -31,13 +34,31 @@ def make_optimizer(
     decay: str,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> optax.GradientTransformation:
-    """The optimizer of parameters of these shapes by path. decay: see TrainingConfig."""
+    """The optimizer of parameters of these shapes by path. decay: see TrainingConfig.
+
+    Muon: Jordan et al. 2024, with the scale of Liu et al. 2025 (arXiv:2502.16982), by optax.contrib.
+    """
     mask = {path: decay == "all" or _is_matrix(path) for path in shapes}
     b1, b2 = optimizer.betas
-    return optax.chain(
-        optax.clip_by_global_norm(optimizer.grad_clip_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, eps=1e-8, weight_decay=optimizer.weight_decay, mask=mask),
-    )
+    if optimizer.opt_type == "muon":
+        rule = optax.contrib.muon(
+            schedule, consistent_rms=MUON_RMS, weight_decay=optimizer.weight_decay,
+            adam_b1=b1, adam_b2=b2, adam_weight_decay=optimizer.weight_decay if decay == "all" else 0.0,
+            muon_weight_dimension_numbers={path: _matrix_axes(path, shape) for path, shape in shapes.items()},
+        )  # fmt: skip
+    else:
+        rule = optax.adamw(schedule, b1=b1, b2=b2, eps=1e-8, weight_decay=optimizer.weight_decay, mask=mask)
+    return optax.chain(optax.clip_by_global_norm(optimizer.grad_clip_norm), rule)
+
+
+def _matrix_axes(path: str, shape: tuple[int, ...]) -> optax.contrib.MuonDimensionNumbers | None:
+    """Axes of a matrix for Muon, others being several matrices; None for AdamW: heads, and kernels that see colours."""
+    last = len(shape) - 1
+    if not _is_matrix(path) or path.startswith("head"):
+        return None
+    if path.endswith("/kernel"):  # [in, out] or [y, x, in, out]
+        return None if min(shape[-2:]) <= 3 else optax.contrib.MuonDimensionNumbers(tuple(range(last)), last)
+    return optax.contrib.MuonDimensionNumbers(last, last - 1)  # [..., out, in]
 
 
 def _is_matrix(path: str) -> bool:

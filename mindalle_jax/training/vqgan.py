@@ -88,6 +88,7 @@ class VqganRun(Run):
             ),
             schedule=self.schedule,
             losses=losses,
+            quantise_from_step=training.quantise_from_step,
             restart_after_steps=training.restart_after_steps,
             ema_decay=training.ema_decay,
             seed=training.seed,

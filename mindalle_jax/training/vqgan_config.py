@@ -51,6 +51,8 @@ class VqganTrainingConfig(LoopConfig):
     """File with torchvision's state dict of vgg16, for losses.perceptual."""
     lpips_weights: str = ""
     """File with LPIPS's linear layers for vgg16, for losses.perceptual."""
+    quantise_from_step: int = 0
+    """Updates before codes are used: until then the decoder sees features, and learns faster. Validation has codes."""
     restart_after_steps: int = 200
     """A code that went unused for so many updates is set to a feature of the batch; 0: never."""
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
@@ -81,8 +83,9 @@ class VqganTrainConfig(RunConfig):
             raise ConfigError(
                 "training.losses.perceptual over 0 needs training.vgg_weights and training.lpips_weights, and they it"
             )
-        if t.restart_after_steps < 0:
-            raise ConfigError(f"training.restart_after_steps must be at least 0, not {t.restart_after_steps}")
+        for name in ("quantise_from_step", "restart_after_steps"):
+            if getattr(t, name) < 0:
+                raise ConfigError(f"training.{name} must be at least 0, not {getattr(t, name)}")
         width, layers = t.discriminator.width, t.discriminator.layers
         if width < 1 or width % 32:
             raise ConfigError(f"training.discriminator.width must be a multiple of 32 (GroupNorm), not {width}")

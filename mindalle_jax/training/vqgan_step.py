@@ -71,6 +71,8 @@ class VqganTask:
     discriminator_optimizer: optax.GradientTransformation | None
     schedule: optax.Schedule
     losses: LossConfig
+    quantise_from_step: int
+    """Until this update the decoder sees the features, and the codebook stays as it is."""
     restart_after_steps: int
     """A code that went unused for so many updates is set to a feature of the batch; 0: never."""
     ema_decay: float
@@ -156,15 +158,16 @@ def vqgan_train_step(
     ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params) if decay else {}
 
     # ---- unused codes
+    quantised = state.step >= task.quantise_from_step
     used = found.counts > 0
     # A fresh row is near no feature, so that it was the nearest of them all says nothing.
     unused = jnp.where(used & (state.unused < NEVER_USED), 0, state.unused + 1)
-    dead = unused >= (task.restart_after_steps or NEVER_USED)
-    rows = _restarts(restart_key, dead, found.features)
+    dead = quantised & (unused >= (task.restart_after_steps or NEVER_USED))
+    rows = _restarts(restart_key, dead, found.features, found.errors)
     for tree in (params, ema):
         if tree:  # what Adam knows of a row has faded by the time that it starts again
             tree["codebook"] = jnp.where(dead[:, None], rows, tree["codebook"])
-    unused = jnp.where(dead, 0, unused)
+    unused = jnp.where(quantised, jnp.where(dead, 0, unused), state.unused)
 
     # ---- the discriminator
     discriminator, discriminator_opt_state = state.discriminator, state.discriminator_opt_state
@@ -244,6 +247,8 @@ class _Gradients(NamedTuple):
     """int32[n]: how often each code was used"""
     features: jax.Array
     """[N, e]"""
+    errors: jax.Array
+    """[N]: squared distance of each feature from its row of the codebook"""
 
 
 def _gradients(
@@ -257,6 +262,7 @@ def _gradients(
 ) -> _Gradients:
     """adversarial: whether the discriminator is at work."""
     micro_batches, weights = len(images), task.losses
+    quantised = state.step >= task.quantise_from_step
     has_dropout = task.model.config.hparams.pdrop > 0
 
     def discriminate(params: Params, pictures: jax.Array) -> jax.Array:
@@ -268,39 +274,41 @@ def _gradients(
         """What a micro-batch adds to the loss of the batch: without the discriminator's term, and that term."""
         x = to_floats(micro)
         rngs = {"dropout": jax.random.fold_in(dropout_key, i)} if has_dropout else {}
-        out: Any = task.model.apply({"params": nest(params)}, x, method="autoencode", rngs=rngs)
+        out: Any = task.model.apply({"params": nest(params)}, x, quantised, method="autoencode", rngs=rngs)
         terms = {name: jnp.mean(term) for name, term in _reconstruction(weights, frozen, x, out.images).items()}
         stop = jax.lax.stop_gradient
         codebook = jnp.mean((stop(out.features) - out.rows) ** 2)
         commitment = jnp.mean((out.features - stop(out.rows)) ** 2)
         terms["quantisation_loss"] = codebook
-        terms["loss"] += weights.codebook * codebook + weights.commitment * commitment
+        terms["loss"] += jnp.where(quantised, weights.codebook * codebook + weights.commitment * commitment, 0)
         terms = {name: term / micro_batches for name, term in terms.items()}
         losses = (terms["loss"],)
         if adversarial:
             terms["adversarial_loss"] = -jnp.mean(discriminate(state.discriminator, out.images)) / micro_batches
             losses += (terms["adversarial_loss"],)
         counts = jnp.zeros(task.model.config.n_embed, jnp.int32).at[out.codes].add(1)
-        return losses, (terms, counts, out.features, out.images)
+        errors = jnp.sum((out.features - out.rows) ** 2, axis=-1)
+        return losses, (terms, counts, out.features, errors, out.images)
 
     def add(grads: Any, xs: Any) -> Any:
         losses, pull, aux = jax.vjp(lambda params: share(params, *xs), state.params, has_aux=True)
-        terms, counts, features, pictures = aux
+        terms, counts, features, errors, pictures = aux
         ones = [tuple(jnp.float32(i == j) for j in range(len(losses))) for i in range(len(losses))]
         new = tuple(pull(one)[0] for one in ones)
-        return jax.tree.map(jnp.add, grads, new), (terms, counts, features, pictures if adversarial else None)
+        return jax.tree.map(jnp.add, grads, new), (terms, counts, features, errors, pictures if adversarial else None)
 
     nothing = jax.tree.map(jnp.zeros_like, state.params)
     start = (nothing, nothing) if adversarial else (nothing,)
-    grads, (terms, counts, features, pictures) = _scan(add, start, (images, jnp.arange(micro_batches)))
+    grads, (terms, counts, features, errors, pictures) = _scan(add, start, (images, jnp.arange(micro_batches)))
     figures = jax.tree.map(lambda term: jnp.sum(term), terms)
     counts, features = jnp.sum(counts, axis=0), features.reshape(-1, features.shape[-1])
+    errors = errors.ravel()
     of_discriminator = jax.tree.map(jnp.zeros_like, state.discriminator)
     if not adversarial:
         if task.discriminator is not None:
             names = ("adversarial_loss", "adversarial_weight", "discriminator_loss")
             figures |= dict.fromkeys(names, jnp.float32(0))
-        return _Gradients(grads[0], of_discriminator, figures, counts, features)
+        return _Gradients(grads[0], of_discriminator, figures, counts, features, errors)
 
     weight = weights.adversarial * adversarial_weight(*grads)
     whole = jax.tree.map(lambda first, second: first + weight * second, *grads)
@@ -314,7 +322,7 @@ def _gradients(
 
     (loss, of_discriminator), _ = _scan(add_hinge, (jnp.float32(0), of_discriminator), (images, pictures))
     figures |= {"adversarial_weight": weight, "discriminator_loss": loss}
-    return _Gradients(whole, of_discriminator, figures, counts, features)
+    return _Gradients(whole, of_discriminator, figures, counts, features, errors)
 
 
 def _reconstruction(
@@ -334,9 +342,13 @@ def _reconstruction(
     return terms | {"loss": loss}
 
 
-def _restarts(key: jax.Array, dead: jax.Array, features: jax.Array) -> jax.Array:
-    """f32[n, e]: for each row that is `dead` (bool[n]) another of the features [N, e], while there are enough."""
-    order = jax.random.permutation(key, len(features))
+def _restarts(key: jax.Array, dead: jax.Array, features: jax.Array, errors: jax.Array) -> jax.Array:
+    """f32[n, e]: for each row that is `dead` (bool[n]) another of the features [N, e], while there are enough.
+
+    They are drawn with probabilities in proportion to `errors` [N], as the centres of k-means++ are (Arthur and
+    Vassilvitskii 2007): mostly where the codebook is worst.
+    """
+    order = jnp.argsort(-(jnp.log(errors) + jax.random.gumbel(key, errors.shape)))
     return features[order[(jnp.cumsum(dead) - 1) % len(features)]]
 
 

@@ -19,6 +19,7 @@ from mindalle_jax.training.vqgan_step import (
     LAST_LAYER,
     EvalSums,
     VqganTask,
+    _restarts,
     adversarial_weight,
     fresh_params,
     init_vqgan_state,
@@ -50,8 +51,8 @@ def downhill(rate: float) -> optax.GradientTransformation:
 def make_task(**changes) -> VqganTask:
     values = {
         "model": VQGAN(STAGE1), "discriminator": None, "optimizer": downhill(1.0), "discriminator_optimizer": None,
-        "schedule": constant, "losses": dataclasses.replace(LOSSES, adversarial=0.0), "restart_after_steps": 0,
-        "ema_decay": 0.0, "seed": 0,
+        "schedule": constant, "losses": dataclasses.replace(LOSSES, adversarial=0.0), "quantise_from_step": 0,
+        "restart_after_steps": 0, "ema_decay": 0.0, "seed": 0,
     }  # fmt: skip
     return VqganTask(**(values | changes))
 
@@ -223,6 +224,34 @@ def test_a_fresh_codebook_starts_from_features_and_a_trained_one_does_not(run):
     assert figures[0]["codes_restarted"] == 50 and figures[1]["codes_restarted"] == 0
     kept, _ = run(task, fresh, batches[:1])
     np.testing.assert_array_equal(kept[1].params["codebook"], kept[0].params["codebook"])
+
+
+def test_restarts_are_drawn_where_the_codebook_is_worst():
+    """In proportion to the squared distance: of a feature that has its row already none."""
+    features = jnp.arange(4.0)[:, None]
+    dead, errors = jnp.array([True, False, True]), jnp.array([0.0, 1.0, 0.0, 3.0])
+    first = [float(_restarts(jax.random.key(seed), dead, features, errors)[0, 0]) for seed in range(200)]
+    assert set(first) == {1.0, 3.0} and 120 < first.count(3.0) < 180
+    rows = np.asarray(_restarts(jax.random.key(0), dead, features, errors))
+    assert {rows[0, 0], rows[2, 0]} == {1.0, 3.0}
+
+
+def test_before_codes_are_used_the_decoder_sees_features(params, run):
+    """The codebook stays, no gradient comes from it, the loss is that of the pictures alone; then codes set in."""
+    batches = [pictures(2, seed=seed) for seed in range(2)]
+    changes = {"restart_after_steps": 1, "optimizer": downhill(1e-3)}
+    states, figures = run(make_task(quantise_from_step=1, **changes), params(), batches)
+    np.testing.assert_array_equal(states[1].params["codebook"], states[0].params["codebook"])
+    np.testing.assert_array_equal(states[1].unused, states[0].unused)
+    assert figures[0]["codes_restarted"] == 0 < figures[1]["codes_restarted"]
+    assert figures[0]["loss"] == pytest.approx(figures[0]["l1_loss"] + 0.5 * figures[0]["l2_loss"], rel=1e-5)
+    now = states[1].params
+    out = VQGAN(STAGE1).apply({"params": nest(now)}, to_floats(batches[0]["image"][0]), False, method="autoencode")
+    decoder = lambda network, z: network.decoder(network.post_quant_conv(z))  # noqa: E731
+    again = VQGAN(STAGE1).apply({"params": nest(now)}, out.features, method=decoder)
+    np.testing.assert_allclose(out.images, again, rtol=0, atol=1e-6)
+    quantised = autoencode(now, batches[0]["image"][0]).images
+    assert np.abs(quantised - out.images).max() > 1e-3
 
 
 @pytest.mark.slow
