@@ -33,7 +33,7 @@ from mindalle_jax.pipeline import Dalle
 from mindalle_jax.rerank import ClipRanker
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_TRAIN, NUM_VALID = 20_000, 500
+NUM_TRAIN, NUM_VALID = 40_000, 500
 BEST_OF = 16
 # What a size changes in the configurations of configs/scenes.
 CHANGES: dict[str, dict[str, list[str]]] = {"cpu": {}, "gpu": {}}

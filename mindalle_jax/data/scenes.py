@@ -62,8 +62,10 @@ MARGIN = 2
 """Least distance of a thing from the edge."""
 GAP = 4
 """Least distance of two things, in the direction of their relation."""
-STEP = 4
-"""Centres are multiples of this, and so are the edges of stripes: few patterns are to be learnt."""
+STEP = 8
+"""Centres are multiples of this, the side of a code of the small VQGAN: a thing looks the same to it wherever it is."""
+BAND = 4
+"""Height of a stripe; the first begins at a multiple of STEP."""
 MAX_THINGS = 2
 
 HELDOUT_LOOKS = frozenset(
@@ -89,7 +91,7 @@ ONE_THING = 0.4
 STRIPED = 0.4
 VALID_SHARE = 16
 """One description in so many is of the split valid."""
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "scenes.json"
 
 

@@ -14,10 +14,10 @@ from PIL import Image
 
 from mindalle_jax.data.scenes import (
     BACKGROUNDS,
+    BAND,
     COLOURS,
     SHAPES,
     SIZES,
-    STEP,
     Scene,
     Style,
     background_picture,
@@ -266,7 +266,7 @@ def _likely_colour(image: np.ndarray, piece: np.ndarray) -> tuple[str, bool]:
     main, other = _shades()[:, :, None]  # [colours, 1, 3]
     looks = np.stack(
         [np.broadcast_to(main, (len(main), len(rows), 3))]
-        + [np.where(((rows + phase) // STEP % 2)[:, None] == 0, main, other) for phase in range(2 * STEP)]
+        + [np.where(((rows + phase) // BAND % 2)[:, None] == 0, main, other) for phase in range(2 * BAND)]
     )  # [looks, colours, n, 3]
     errors = (np.linalg.norm(looks - means, axis=3) * counts[rows]).sum(2)
     look, colour = np.unravel_index(errors.argmin(), errors.shape)
@@ -337,14 +337,14 @@ def _window(array: np.ndarray, x: int, y: int) -> np.ndarray:
 def _blurred_covers(shape: str, size: str, bands: bool) -> list[np.ndarray]:
     """f32[n, 2 _HALF, 2 _HALF] for each of _BLURS: what a thing covers.
 
-    bands: instead nothing, what the second bands cover where they begin at each of 2 STEP rows, and the whole.
+    bands: instead nothing, what the second bands cover where they begin at each of 2 BAND rows, and the whole.
     """
     mask = thing_mask(shape, size, SIDE)
     whole = np.pad(mask, _HALF - len(mask) // 2)[None]
     cover = whole
     if bands:
         rows = np.arange(2 * _HALF)[:, None]
-        second = [whole * ((rows + phase) // STEP % 2 == 1) for phase in range(2 * STEP)]
+        second = [whole * ((rows + phase) // BAND % 2 == 1) for phase in range(2 * BAND)]
         cover = np.concatenate([0 * whole, *second, whole])
     found = []
     for times in range(max(_BLURS) + 1):
@@ -357,7 +357,7 @@ def _blurred_covers(shape: str, size: str, bands: bool) -> list[np.ndarray]:
 
 @functools.cache
 def _band_maps(shape: str, size: str) -> list[np.ndarray]:
-    """f32[2 + 2 STEP, pixels] for each of _BLURS: _blurred_covers with bands."""
+    """f32[2 + 2 BAND, pixels] for each of _BLURS: _blurred_covers with bands."""
     return [covers.reshape(len(covers), -1) for covers in _blurred_covers(shape, size, True)]
 
 
