@@ -1,6 +1,7 @@
 """AdamW or Muon with a cosine schedule. A gradient is clipped by global norm before anything else."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import optax
 
@@ -41,10 +42,11 @@ def make_optimizer(
     mask = {path: decay == "all" or _is_matrix(path) for path in shapes}
     b1, b2 = optimizer.betas
     if optimizer.opt_type == "muon":
+        axes: Any = {path: _matrix_axes(path, shape) for path, shape in shapes.items()}
         rule = optax.contrib.muon(
             schedule, consistent_rms=MUON_RMS, weight_decay=optimizer.weight_decay,
             adam_b1=b1, adam_b2=b2, adam_weight_decay=optimizer.weight_decay if decay == "all" else 0.0,
-            muon_weight_dimension_numbers={path: _matrix_axes(path, shape) for path, shape in shapes.items()},
+            muon_weight_dimension_numbers=axes,
         )  # fmt: skip
     else:
         rule = optax.adamw(schedule, b1=b1, b2=b2, eps=1e-8, weight_decay=optimizer.weight_decay, mask=mask)
