@@ -180,9 +180,10 @@ def eval_step(task: Task, params: Params, frozen: Params, batch: dict[str, jax.A
 
 
 def updates_made(opt_state: Any) -> jax.Array:
-    """How many updates the optimizer has made; those that were skipped do not count."""
+    """How many updates the optimizer has made; those that were skipped do not count. 0 where its rate never changes."""
     of_schedule: Any = lambda path, _: getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"  # noqa: E731
-    return optax.tree.get_all_with_path(opt_state, "count", filtering=of_schedule)[0][1]
+    counts = optax.tree.get_all_with_path(opt_state, "count", filtering=of_schedule)  # Muon has two, always equal
+    return counts[0][1] if counts else jnp.int32(0)
 
 
 def _has_dropout(model: Transformer) -> bool:

@@ -191,6 +191,6 @@ def test_the_configurations_that_come_along_are_whole(request, name):
     """With what their header says is to be given."""
     given = ["training.vgg_weights=a", "training.lpips_weights=b"] if name.startswith("vqgan") else []
     config = load_config(request.config.rootpath / "configs" / name, given, VqganTrainConfig)
+    assert config.optimizer.weight_decay == 0
     if given:
-        assert config.stage1 == Config().stage1  # the published network
-    assert config.optimizer.betas == (0.5, 0.9) and config.optimizer.weight_decay == 0
+        assert config.stage1 == Config().stage1 and config.optimizer.betas == (0.5, 0.9)  # the published network
