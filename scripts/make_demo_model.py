@@ -4,7 +4,7 @@
 
 Every stage goes on where it was interrupted when the same command is given again, and what is complete is not done
 again: remove DIR/demo to have it packed and measured anew. DIR/demo is then the model with its ranker and card, and
-DIR/demo/metrics.json what was measured of it; docs/training-from-scratch.md walks through the stages.
+DIR/demo/metrics.json what was measured of it.
 """
 
 import argparse

@@ -66,6 +66,11 @@ class VqganRun(Run):
                 raise DataError(f"{path} holds codes; a VQGAN is trained on pictures")
         super().__init__(config, out, image_size=config.stage1.hparams.resolution)
         training, losses = config.training, config.training.losses
+        if training.quantise_from_step >= self.max_steps:
+            raise ConfigError(
+                f"training.quantise_from_step {training.quantise_from_step} must be below the number of updates, "
+                f"{self.max_steps}: without codes no codebook is learned"
+            )
         if base is not None:
             _check_same(config.stage1, load_config(base / "config.yaml").stage1, base)
         self.lpips: dict[str, Any] = {}

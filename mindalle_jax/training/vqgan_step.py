@@ -1,7 +1,7 @@
 """One update of a VQGAN: gradients of a batch in micro-batches, AdamW, and unused codes start again. Pure functions.
 
     loss of the VQGAN = l1 |x - y| + l2 (x - y)^2 + perceptual LPIPS(x, y)                  reconstruction
-                      + codebook (stop(z) - e)^2 + commitment (z - stop(e))^2               quantisation
+                      + codebook (stop(z) - e)^2 + commitment (z - stop(e))^2               from quantise_from_step on
                       - adversarial_weight D(y)                                             from start_step on
     loss of D         = (relu(1 - D(x)) + relu(1 + D(y))) / 2
 

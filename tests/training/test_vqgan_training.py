@@ -20,10 +20,10 @@ TREE = {
         "hparams": {"z_channels": 32, "resolution": 16, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
                     "attn_resolutions": []},
     },
-    "optimizer": {"base_lr": 2e-3, "max_steps": 16},
+    "optimizer": {"opt_type": "muon", "base_lr": 2e-3, "max_steps": 16},
     "experiment": {"local_batch_size": 4, "total_batch_size": 8, "valid_batch_size": 8},
-    "training": {"seed": 3, "restart_after_steps": 3, "checkpoint_every_steps": 6, "validate_every_steps": 8,
-                 "ema_decay": 0.5},
+    "training": {"seed": 3, "quantise_from_step": 2, "restart_after_steps": 3, "checkpoint_every_steps": 6,
+                 "validate_every_steps": 8, "ema_decay": 0.5},
     "data": {"threads": 1},
 }  # fmt: skip
 
@@ -149,6 +149,13 @@ def run_of(config_file, out, *overrides: str) -> VqganRun:
     return VqganRun(load_config(config_file, overrides, VqganTrainConfig), None, out)
 
 
+def test_codes_must_set_in_before_the_end(config_file, tmp_path):
+    """Or the run would end, and leave a codebook that nothing was learned of."""
+    run_of(config_file, tmp_path, "training.quantise_from_step=15")
+    with pytest.raises(ConfigError, match=r"quantise_from_step 16 must be below the number of updates, 16: "):
+        run_of(config_file, tmp_path, "training.quantise_from_step=16")
+
+
 def test_the_discriminator_is_built_only_if_the_run_gets_there(config_file, tmp_path):
     wanted = ["training.losses.adversarial=0.8", "training.discriminator.layers=2", "training.discriminator.width=32"]
     assert run_of(config_file, tmp_path, *wanted).step_task.discriminator is not None
@@ -170,6 +177,7 @@ def test_the_discriminator_is_built_only_if_the_run_gets_there(config_file, tmp_
         ("training.losses.adversarial=1", r"layers must lie in \[1, 2\] for pictures of 16 pixels, not 3"),
         ("training.discriminator.width=48", "multiple of 32"),
         ("training.restart_after_steps=-1", "restart_after_steps must be at least 0"),
+        ("training.quantise_from_step=-1", "quantise_from_step must be at least 0"),
         ("stage1.hparams.ch=33", "stage1.hparams.ch must be a multiple of num_groups 32"),
         ("sharding.strategy=fsdp", "'fsdp': a VQGAN is whole on every device; use replicated"),
         ("stage2.type=igpt", "unknown field stage2"),
