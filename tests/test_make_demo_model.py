@@ -27,7 +27,7 @@ LOOP = [
 TINY = {
     "vqgan": [
         *LOOP, "experiment.local_batch_size=1", "training.sample_every_steps=0", "training.quantise_from_step=1",
-        "training.restart_after_steps=1",
+        "training.restart_after_steps=1", "optimizer.max_steps=9",
         "stage1.embed_dim=4", "stage1.n_embed=64",
         "stage1.hparams={z_channels: 8, resolution: 64, ch: 8, ch_mult: [1, 1, 1, 2], num_res_blocks: 1, "
         "attn_resolutions: [], num_groups: 4}",

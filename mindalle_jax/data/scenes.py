@@ -49,12 +49,10 @@ COLOURS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
 BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "white": ((246, 246, 246), (132, 132, 132)),
     "grey": ((132, 132, 132), (246, 246, 246)),
-    "black": ((16, 16, 16), (132, 132, 132)),
-    "cream": ((246, 226, 180), (132, 132, 132)),
     "navy": ((22, 32, 84), (132, 132, 132)),
 }
 """Name -> RGB, and RGB of the squares of the style "tiled". No name of a thing's colour is among them."""
-SIZES = {"small": 18, "large": 28}
+SIZES = {"small": 16, "large": 28}
 """Name -> width and height of the box around a thing, which a shape fills in at least one direction."""
 RELATIONS = ("left of", "above")
 """Of the first thing to the second. "right of" and "below" are the same scenes, told from the second thing."""
@@ -91,7 +89,7 @@ ONE_THING = 0.4
 STRIPED = 0.4
 VALID_SHARE = 16
 """One description in so many is of the split valid."""
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "scenes.json"
 
 

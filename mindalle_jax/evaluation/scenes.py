@@ -32,7 +32,7 @@ FAR = 45.0
 MIN_PIXELS = 40
 """What is smaller is a speck. The smallest thing drawn, a small star, covers 90."""
 MAX_BACKGROUND_ERROR = 50.0
-"""Distance in RGB, median of all pixels. White and cream, the closest, are 69 apart."""
+"""Distance in RGB, median of all pixels. Grey and navy, the closest, are 156 apart."""
 MAX_COLOUR_ERROR = 80.0
 """Distance in RGB from what would have been drawn, root of the mean square over what a thing covers."""
 MAX_SHAPE_ERROR = 0.3

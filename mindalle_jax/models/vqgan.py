@@ -16,7 +16,7 @@ from mindalle_jax.config import Stage1Config, Stage1Hparams
 
 
 class Autoencoded(NamedTuple):
-    """What training sees of a pass through the network, float32."""
+    """What training sees behind the encoder, float32."""
 
     images: jax.Array
     """[b, Y, X, 3]: the reconstruction"""
@@ -51,12 +51,12 @@ class VQGAN(nn.Module):
         return codes, self.decode(codes)
 
     def features(self, images: jax.Array) -> jax.Array:
-        """What is quantised: [b, y, x, e] of images [b, Y, X, 3] in [-1, 1]."""
-        return self.quant_conv(self.encoder(images.astype(self.dtype)))
+        """What is quantised: f32[b, y, x, e] of images [b, Y, X, 3] in [-1, 1]."""
+        return self.quant_conv(self.encoder(images.astype(self.dtype))).astype(jnp.float32)
 
     def encode(self, images: jax.Array) -> jax.Array:
         """Codes int32[b, y, x] in [0, n): the codebook row nearest to each feature, the lowest id on a tie."""
-        return self._nearest(self.features(images).astype(jnp.float32))
+        return self._nearest(self.features(images))
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """f32[b, Y, X, 3] (about [-1, 1], not clipped) of codes int32[b, y, x].
@@ -68,15 +68,14 @@ class VQGAN(nn.Module):
         z = jnp.where(codes[..., None] < 0, mean, jnp.take(rows, jnp.maximum(codes, 0), axis=0))
         return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
 
-    def autoencode(self, images: jax.Array, quantised: jax.Array | bool = True) -> Autoencoded:
-        """Encoder, codebook and decoder for training: the gradient passes the codebook as if it were not there.
+    def reconstruct(self, z: jax.Array, quantised: jax.Array | bool = True) -> Autoencoded:
+        """Codebook and decoder for training: the gradient passes the codebook as if it were not there.
 
-        quantised: bool[]; without, the decoder sees the features themselves.
+        z: f32[b, y, x, e], features. quantised: bool[]; without, the decoder sees the features themselves.
 
         The decoder sees the rows, so the gradient of the pictures goes on to the features unchanged (the
         straight-through estimator, van den Oord et al. 2017, arXiv:1711.00937); the rows get theirs from the losses.
         """
-        z = self.features(images).astype(jnp.float32)
         codes = self._nearest(jax.lax.stop_gradient(z))
         rows = jnp.take(self.codebook.astype(jnp.float32), codes, axis=0)
         # z - stop(z) is 0 exactly: pictures are those of decode(codes).

@@ -5,6 +5,7 @@ pictures -> parameters on the mesh -> the loop -> model folder with a VQGAN alon
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from mindalle_jax.interop.mindalle import find_model
 from mindalle_jax.models.discriminator import PatchDiscriminator
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.pictures import PictureCodec
+from mindalle_jax.training.codebook import merge_rows, perplexity, updates_to_fill
 from mindalle_jax.training.config import SCRATCH
 from mindalle_jax.training.folder import check_folder, claim_folder
 from mindalle_jax.training.loop import Batch, Rows, Run, whole
@@ -45,7 +47,6 @@ from mindalle_jax.training.vqgan_step import (
     discriminator_shapes,
     fresh_params,
     init_vqgan_state,
-    perplexity,
     vqgan_eval_step,
 )
 from mindalle_jax.weights import MANIFEST, leaf_shapes, load_stacked, nest
@@ -66,11 +67,18 @@ class VqganRun(Run):
                 raise DataError(f"{path} holds codes; a VQGAN is trained on pictures")
         super().__init__(config, out, image_size=config.stage1.hparams.resolution)
         training, losses = config.training, config.training.losses
-        if training.quantise_from_step >= self.max_steps:
+        batch, filling = config.experiment.total_batch_size, 0
+        if base is None:
+            filling = updates_to_fill(config.stage1.n_embed, batch * config.stage1.code_size**2)
+        if training.quantise_from_step + filling >= self.max_steps:
             raise ConfigError(
-                f"training.quantise_from_step {training.quantise_from_step} must be below the number of updates, "
-                f"{self.max_steps}: without codes no codebook is learned"
+                f"training.quantise_from_step {training.quantise_from_step} and the {filling} updates that fill a "
+                f"fresh codebook must be fewer than all updates, {self.max_steps}: without codes no codebook is learned"
             )
+        if training.merge_codes and self.valid_source is None:
+            raise ConfigError("training.merge_codes needs data.valid: there it is seen which codes are used")
+        if losses.locality and batch == self.micro_batches:
+            raise ConfigError("training.losses.locality mixes pictures: experiment.local_batch_size must be 2 at least")
         if base is not None:
             _check_same(config.stage1, load_config(base / "config.yaml").stage1, base)
         self.lpips: dict[str, Any] = {}
@@ -95,6 +103,7 @@ class VqganRun(Run):
             losses=losses,
             quantise_from_step=training.quantise_from_step,
             restart_after_steps=training.restart_after_steps,
+            merge_codes=training.merge_codes,
             ema_decay=training.ema_decay,
             seed=training.seed,
         )  # fmt: skip
@@ -126,11 +135,7 @@ class VqganRun(Run):
 
     def validate(self, state: VqganState) -> dict[str, float]:
         """Means over the validation pictures, of the moving average where there is one, and how codes are used."""
-        totals: Any = EvalSums(0.0, 0.0, 0.0, 0.0, 0)
-        for rows in self.validation_rows():
-            batch = self.place({"image": rows["image"], "rows": rows["valid"].astype(np.float32)}, micro=False)
-            sums = jax.device_get(vqgan_eval_step(self.step_task, state.ema or state.params, self.lpips, batch))
-            totals = EvalSums(*(total + np.asarray(part, np.float64) for total, part in zip(totals, sums, strict=True)))
+        totals = self._totals(state)
         pictures = max(totals.pictures, 1)
         return {
             "loss": float(totals.loss / pictures),
@@ -139,6 +144,15 @@ class VqganRun(Run):
             "perplexity": float(perplexity(jnp.asarray(totals.counts, jnp.float32))),
             "codes_used": float(np.mean(totals.counts > 0)),
         }
+
+    def _totals(self, state: VqganState) -> EvalSums:
+        """Over the validation pictures, of the moving average where there is one."""
+        totals: Any = EvalSums(0.0, 0.0, 0.0, 0.0, 0, 0.0)
+        for rows in self.validation_rows():
+            batch = self.place({"image": rows["image"], "rows": rows["valid"].astype(np.float32)}, micro=False)
+            sums = jax.device_get(vqgan_eval_step(self.step_task, state.ema or state.params, self.lpips, batch))
+            totals = EvalSums(*(total + np.asarray(part, np.float64) for total, part in zip(totals, sums, strict=True)))
+        return totals
 
     def memory(self, state: VqganState) -> dict[str, Any]:
         """Parameters, what Adam keeps, and the networks that only train."""
@@ -162,9 +176,17 @@ class VqganRun(Run):
     def write_result(self, state: VqganState) -> None:
         """The folder of the run becomes a model without a transformer: the average where there is one."""
         params = {path: whole(leaf) for path, leaf in (state.ema or state.params).items()}
+        stage1, merge = self.config.stage1, self.config.training.merge_codes
+        if merge:
+            totals = self._totals(state)
+            distance = merge * totals.distance / max(totals.pictures, 1)
+            params["codebook"] = merge_rows(params["codebook"], totals.counts, distance)
+            stage1 = dataclasses.replace(stage1, n_embed=len(params["codebook"]))
+            if jax.process_index() == 0:
+                print(f"{stage1.n_embed} of {len(totals.counts)} codes are left", file=sys.stderr)
         if jax.process_index() == 0:
             about = "trained from scratch" if self.base is None else f"trained further from {self.base.name}"
-            write_vqgan(self.model_config, self.out, params, f"VQGAN, {about}")
+            write_vqgan(vqgan_model_config(stage1), self.out, params, f"VQGAN, {about}")
 
 
 def train_vqgan(

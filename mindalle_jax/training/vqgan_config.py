@@ -26,6 +26,9 @@ class LossConfig:
     """Of LPIPS, whose weights training.vgg_weights and training.lpips_weights name; 1 in the paper."""
     codebook: float = 1.0
     commitment: float = 0.25
+    locality: float = 0.0
+    """Of features that a part of a picture keeps beside a part of another, and pictures are then learned from in parts:
+    codes tell of their own place alone, which a transformer learns more easily."""
     adversarial: float = 0.0
     """Of the discriminator, times the adaptive weight; 0: there is none. 0.75 in the published network."""
     start_step: int = 0
@@ -54,7 +57,10 @@ class VqganTrainingConfig(LoopConfig):
     quantise_from_step: int = 0
     """Updates before codes are used: until then the decoder sees features, and learns faster. Validation has codes."""
     restart_after_steps: int = 200
-    """A code that went unused for so many updates is set to a feature of the batch; 0: never."""
+    """A code that went unused for so many updates starts again from a feature where pictures are worst; 0: never."""
+    merge_codes: float = 0.0
+    """A row of the codebook is redundant if its squared distance from another is less than so many times the mean one
+    of features from their rows. It starts again as if unused, and at the end it goes. 0: none is."""
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
 
@@ -83,9 +89,9 @@ class VqganTrainConfig(RunConfig):
             raise ConfigError(
                 "training.losses.perceptual over 0 needs training.vgg_weights and training.lpips_weights, and they it"
             )
-        for name in ("quantise_from_step", "restart_after_steps"):
-            if getattr(t, name) < 0:
-                raise ConfigError(f"training.{name} must be at least 0, not {getattr(t, name)}")
+        for name in ("quantise_from_step", "restart_after_steps", "merge_codes"):
+            if not 0 <= getattr(t, name) < math.inf:
+                raise ConfigError(f"training.{name} must be a finite number of at least 0, not {getattr(t, name)}")
         width, layers = t.discriminator.width, t.discriminator.layers
         if width < 1 or width % 32:
             raise ConfigError(f"training.discriminator.width must be a multiple of 32 (GroupNorm), not {width}")

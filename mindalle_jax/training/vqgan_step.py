@@ -2,14 +2,20 @@
 
     loss of the VQGAN = l1 |x - y| + l2 (x - y)^2 + perceptual LPIPS(x, y)                  reconstruction
                       + codebook (stop(z) - e)^2 + commitment (z - stop(e))^2               from quantise_from_step on
+                      + locality (z - z')^2
                       - adversarial_weight D(y)                                             from start_step on
     loss of D         = (relu(1 - D(x)) + relu(1 + D(y))) / 2
 
 x pictures, y their reconstructions, z features, e the rows of the codebook nearest to them, D the discriminator; means
-over all of a batch. Esser, Rombach and Ommer 2021 (arXiv:2012.09841) weigh the third line so that its gradient is as
+over all of a batch. Esser, Rombach and Ommer 2021 (arXiv:2012.09841) weigh the last line so that its gradient is as
 long as that of the first at the last layer of the decoder. That needs both gradients of the whole batch, so that it
 does not matter how the batch is split: two backward passes once the discriminator is at work, where the authors' code,
 which splits no batches, needs one and a little. Both networks are updated from the same pictures y.
+
+The encoder sees all of a picture, so codes of one plain colour differ by what is elsewhere, and a transformer has to
+guess which it is. With locality x are pictures of two parts, cut along the grid of codes, z' the features that the
+parts have in the pictures that they come from, and y are decoded from z' (the idea of arXiv:2502.09509, Kouzelis et al.
+2025: what is done to features is done to the picture). docs/log.md has what it gives.
 
 Parameters are flat dicts by path, as in step.py. Dimensions: n codes in the codebook, e width of a row, a micro-batches
 of b pictures.
@@ -30,7 +36,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mindalle_jax.config import Stage1Config
 from mindalle_jax.models.discriminator import PatchDiscriminator
 from mindalle_jax.models.lpips import LPIPS
-from mindalle_jax.models.vqgan import VQGAN
+from mindalle_jax.models.vqgan import VQGAN, Autoencoded
+from mindalle_jax.training.codebook import NEVER_USED, perplexity, redundant, restarts, starts_at_once
 from mindalle_jax.training.step import Params, updates_made
 from mindalle_jax.training.vqgan_config import LossConfig
 from mindalle_jax.weights import nest
@@ -38,8 +45,6 @@ from mindalle_jax.weights import nest
 LAST_LAYER = "decoder/conv_out/kernel"
 """Where the gradients of reconstruction and discriminator are balanced."""
 MAX_ADVERSARIAL_WEIGHT = 1e4
-NEVER_USED = 1 << 30
-"""`unused` of the rows of a fresh codebook: they start from features of the first batch."""
 
 
 class VqganState(NamedTuple):
@@ -72,9 +77,13 @@ class VqganTask:
     schedule: optax.Schedule
     losses: LossConfig
     quantise_from_step: int
-    """Until this update the decoder sees the features, and the codebook stays as it is."""
+    """Until this update the decoder sees the features, and the codebook stays as it is. Then, while rows of a fresh
+    codebook are waiting for a feature to start from, nothing else is updated."""
     restart_after_steps: int
     """A code that went unused for so many updates is set to a feature of the batch; 0: never."""
+    merge_codes: float
+    """A row is set to a feature, too, if it is nearer to another than so many times the mean squared distance of
+    features from their rows; 0: never."""
     ema_decay: float
     seed: int
 
@@ -92,6 +101,8 @@ class EvalSums(NamedTuple):
     """f32: how many count"""
     counts: Any
     """int32[n]: how often each code was used"""
+    distance: Any
+    """f32: squared, of features from their rows of the codebook; of each picture the mean"""
 
 
 def fresh_params(config: Stage1Config, seed: int) -> Params:
@@ -141,8 +152,8 @@ def vqgan_train_step(
     An update whose loss or gradient is not finite changes nothing but the counts.
     """
     key = jax.random.fold_in(jax.random.key(task.seed, impl="threefry2x32"), state.step)
-    dropout_key, restart_key = jax.random.split(key)
-    gradients = partial(_gradients, task, state, frozen, batch["image"], dropout_key)
+    gradients_key, restart_key = jax.random.split(key)
+    gradients = partial(_gradients, task, state, frozen, batch["image"], gradients_key)
     active = jnp.bool_(False)
     if task.discriminator is None:
         found = gradients(adversarial=False)
@@ -152,22 +163,29 @@ def vqgan_train_step(
     grad_norm, of_discriminator = optax.tree.norm(found.grads), optax.tree.norm(found.discriminator_grads)
     finite = jnp.isfinite(found.figures["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(of_discriminator)
 
+    quantised = state.step >= task.quantise_from_step
+    learning = finite & ~(quantised & jnp.any(state.unused >= NEVER_USED))
+
     updates, opt_state = task.optimizer.update(found.grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
     decay = task.ema_decay
     ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params) if decay else {}
+    params, opt_state, ema = _where(learning, (params, opt_state, ema), (state.params, state.opt_state, state.ema))
 
     # ---- unused codes
-    quantised = state.step >= task.quantise_from_step
     used = found.counts > 0
     # A fresh row is near no feature, so that it was the nearest of them all says nothing.
     unused = jnp.where(used & (state.unused < NEVER_USED), 0, state.unused + 1)
-    dead = quantised & (unused >= (task.restart_after_steps or NEVER_USED))
-    rows = _restarts(restart_key, dead, found.features, found.errors)
+    dead = finite & quantised & (unused >= (task.restart_after_steps or NEVER_USED))
+    if task.merge_codes:
+        dead |= learning & quantised & redundant(params["codebook"], task.merge_codes * found.distance)
+    started = jnp.sum(state.unused < NEVER_USED)
+    dead &= jnp.cumsum(dead) <= starts_at_once(started, len(found.features))
+    rows = restarts(restart_key, dead, found.features, found.errors)
     for tree in (params, ema):
-        if tree:  # what Adam knows of a row has faded by the time that it starts again
+        if tree:  # what the optimizer knows of a row has faded by the time that it starts again
             tree["codebook"] = jnp.where(dead[:, None], rows, tree["codebook"])
-    unused = jnp.where(quantised, jnp.where(dead, 0, unused), state.unused)
+    unused = jnp.where(finite & quantised, jnp.where(dead, 0, unused), state.unused)
 
     # ---- the discriminator
     discriminator, discriminator_opt_state = state.discriminator, state.discriminator_opt_state
@@ -177,16 +195,13 @@ def vqgan_train_step(
         )
         changed = optax.apply_updates(state.discriminator, updates), discriminator_opt_state
         discriminator, discriminator_opt_state = _where(
-            active & finite, changed, (state.discriminator, state.discriminator_opt_state)
+            active & learning, changed, (state.discriminator, state.discriminator_opt_state)
         )
 
-    params, opt_state, ema, unused = _where(
-        finite, (params, opt_state, ema, unused), (state.params, state.opt_state, state.ema, state.unused)
-    )
     figures = found.figures | {
         "perplexity": perplexity(found.counts),
         "codes_used": jnp.mean(used.astype(jnp.float32)),
-        "codes_restarted": jnp.where(finite, jnp.sum(dead), 0),
+        "codes_restarted": jnp.sum(dead),
         "grad_norm": grad_norm,
         "learning_rate": task.schedule(updates_made(state.opt_state)),
         "skipped": jnp.where(finite, 0, state.skipped + 1),
@@ -204,23 +219,18 @@ def vqgan_train_step(
 def vqgan_eval_step(task: VqganTask, params: Params, frozen: dict[str, Any], batch: dict[str, jax.Array]) -> EvalSums:
     """Sums of a batch: image uint8[b, S, S, 3], rows f32[b], 0 for pictures that do not count."""
     images, rows = to_floats(batch["image"]), batch["rows"]
-    out: Any = task.model.apply({"params": nest(params)}, images, method="autoencode")
+    out: Any = task.model.apply({"params": nest(params)}, images, method=_autoencode)
     terms = _reconstruction(task.losses, frozen, images, out.images)
     error = jnp.mean(((images - jnp.clip(out.images, -1, 1)) / 2) ** 2, axis=(1, 2, 3))
     psnr = -10 * jnp.log10(jnp.maximum(error, 1e-10))  # 100 dB at most
     counts = jnp.zeros(task.model.config.n_embed, jnp.int32)
     counts = counts.at[out.codes].add(rows.astype(jnp.int32)[:, None, None])
-    loss, l1, psnr, pictures = (
+    distance = jnp.mean(jnp.sum((out.features - out.rows) ** 2, axis=-1), axis=(1, 2))
+    loss, l1, psnr, pictures, distance = (
         jnp.sum(jnp.where(rows > 0, values, 0))
-        for values in (terms["loss"], terms["l1_loss"], psnr, jnp.ones_like(rows))
+        for values in (terms["loss"], terms["l1_loss"], psnr, jnp.ones_like(rows), distance)
     )
-    return EvalSums(loss, l1, psnr, pictures, counts)
-
-
-def perplexity(counts: jax.Array) -> jax.Array:
-    """How many codes are in use: e to the entropy (nats) of their distribution, 1 to n. counts: int32[n]."""
-    share = counts / jnp.maximum(jnp.sum(counts), 1)
-    return jnp.exp(-jnp.sum(jnp.where(counts > 0, share * jnp.log(jnp.where(counts > 0, share, 1)), 0)))
+    return EvalSums(loss, l1, psnr, pictures, counts, distance)
 
 
 def adversarial_weight(grads: Params, adversarial_grads: Params) -> jax.Array:
@@ -248,7 +258,9 @@ class _Gradients(NamedTuple):
     features: jax.Array
     """[N, e]"""
     errors: jax.Array
-    """[N]: squared distance of each feature from its row of the codebook"""
+    """[N]: squared error of the picture at the place of each feature"""
+    distance: jax.Array
+    """[]: squared, of features from their rows, mean"""
 
 
 def _gradients(
@@ -256,7 +268,7 @@ def _gradients(
     state: VqganState,
     frozen: dict[str, Any],
     images: jax.Array,
-    dropout_key: jax.Array,
+    key: jax.Array,
     *,
     adversarial: bool,
 ) -> _Gradients:
@@ -273,13 +285,24 @@ def _gradients(
     def share(params: Params, micro: jax.Array, i: jax.Array) -> tuple[tuple[jax.Array, ...], Any]:
         """What a micro-batch adds to the loss of the batch: without the discriminator's term, and that term."""
         x = to_floats(micro)
-        rngs = {"dropout": jax.random.fold_in(dropout_key, i)} if has_dropout else {}
-        out: Any = task.model.apply({"params": nest(params)}, x, quantised, method="autoencode", rngs=rngs)
+        dropout_key, parts_key = jax.random.split(jax.random.fold_in(key, i))
+        rngs = {"dropout": dropout_key} if has_dropout else {}
+        apply: Any = partial(task.model.apply, {"params": nest(params)}, rngs=rngs)
+        z = apply(x, method="features")
+        locality = jnp.float32(0)
+        if weights.locality:
+            first = _first_parts(parts_key, *z.shape[:3])[..., None]
+            z = jnp.where(first, z, jnp.roll(z, 1, axis=0))
+            scale = x.shape[1] // z.shape[1]
+            x = jnp.where(first.repeat(scale, axis=1).repeat(scale, axis=2), x, jnp.roll(x, 1, axis=0))
+            locality = jnp.mean((apply(x, method="features") - z) ** 2)
+        out = apply(z, quantised, method="reconstruct")
         terms = {name: jnp.mean(term) for name, term in _reconstruction(weights, frozen, x, out.images).items()}
         stop = jax.lax.stop_gradient
         codebook = jnp.mean((stop(out.features) - out.rows) ** 2)
         commitment = jnp.mean((out.features - stop(out.rows)) ** 2)
-        terms["quantisation_loss"] = codebook
+        terms["quantisation_loss"], terms["locality_loss"] = codebook, locality
+        terms["loss"] += weights.locality * locality
         terms["loss"] += jnp.where(quantised, weights.codebook * codebook + weights.commitment * commitment, 0)
         terms = {name: term / micro_batches for name, term in terms.items()}
         losses = (terms["loss"],)
@@ -287,42 +310,43 @@ def _gradients(
             terms["adversarial_loss"] = -jnp.mean(discriminate(state.discriminator, out.images)) / micro_batches
             losses += (terms["adversarial_loss"],)
         counts = jnp.zeros(task.model.config.n_embed, jnp.int32).at[out.codes].add(1)
-        errors = jnp.sum((out.features - out.rows) ** 2, axis=-1)
-        return losses, (terms, counts, out.features, errors, out.images)
+        b, height, width, _ = z.shape
+        errors = ((x - out.images) ** 2).reshape(b, height, x.shape[1] // height, width, -1).mean(axis=(2, 4))
+        return losses, (terms, counts, out.features, errors, (x, out.images))
 
     def add(grads: Any, xs: Any) -> Any:
         losses, pull, aux = jax.vjp(lambda params: share(params, *xs), state.params, has_aux=True)
-        terms, counts, features, errors, pictures = aux
+        terms, counts, features, errors, both = aux
         ones = [tuple(jnp.float32(i == j) for j in range(len(losses))) for i in range(len(losses))]
         new = tuple(pull(one)[0] for one in ones)
-        return jax.tree.map(jnp.add, grads, new), (terms, counts, features, errors, pictures if adversarial else None)
+        return jax.tree.map(jnp.add, grads, new), (terms, counts, features, errors, both if adversarial else None)
 
     nothing = jax.tree.map(jnp.zeros_like, state.params)
     start = (nothing, nothing) if adversarial else (nothing,)
-    grads, (terms, counts, features, errors, pictures) = _scan(add, start, (images, jnp.arange(micro_batches)))
+    grads, (terms, counts, features, errors, both) = _scan(add, start, (images, jnp.arange(micro_batches)))
     figures = jax.tree.map(lambda term: jnp.sum(term), terms)
     counts, features = jnp.sum(counts, axis=0), features.reshape(-1, features.shape[-1])
-    errors = errors.ravel()
+    errors, distance = errors.ravel(), features.shape[-1] * figures["quantisation_loss"]
     of_discriminator = jax.tree.map(jnp.zeros_like, state.discriminator)
     if not adversarial:
         if task.discriminator is not None:
             names = ("adversarial_loss", "adversarial_weight", "discriminator_loss")
             figures |= dict.fromkeys(names, jnp.float32(0))
-        return _Gradients(grads[0], of_discriminator, figures, counts, features, errors)
+        return _Gradients(grads[0], of_discriminator, figures, counts, features, errors, distance)
 
     weight = weights.adversarial * adversarial_weight(*grads)
     whole = jax.tree.map(lambda first, second: first + weight * second, *grads)
 
     def hinge(params: Params, real: jax.Array, pictures: jax.Array) -> jax.Array:
-        on_real, on_pictures = discriminate(params, to_floats(real)), discriminate(params, pictures)
+        on_real, on_pictures = discriminate(params, real), discriminate(params, pictures)
         return (jnp.mean(nn.relu(1 - on_real)) + jnp.mean(nn.relu(1 + on_pictures))) / (2 * micro_batches)
 
     def add_hinge(carry: Any, xs: Any) -> Any:
         return jax.tree.map(jnp.add, carry, jax.value_and_grad(hinge)(state.discriminator, *xs)), None
 
-    (loss, of_discriminator), _ = _scan(add_hinge, (jnp.float32(0), of_discriminator), (images, pictures))
+    (loss, of_discriminator), _ = _scan(add_hinge, (jnp.float32(0), of_discriminator), both)
     figures |= {"adversarial_weight": weight, "discriminator_loss": loss}
-    return _Gradients(whole, of_discriminator, figures, counts, features, errors)
+    return _Gradients(whole, of_discriminator, figures, counts, features, errors, distance)
 
 
 def _reconstruction(
@@ -342,14 +366,17 @@ def _reconstruction(
     return terms | {"loss": loss}
 
 
-def _restarts(key: jax.Array, dead: jax.Array, features: jax.Array, errors: jax.Array) -> jax.Array:
-    """f32[n, e]: for each row that is `dead` (bool[n]) another of the features [N, e], while there are enough.
+def _first_parts(key: jax.Array, count: int, height: int, width: int) -> jax.Array:
+    """bool[count, height, width]: what lies left of or above a random line of the grid, another in each picture."""
+    along, place = jax.random.split(key)
+    left = jax.random.bernoulli(along, shape=(count, 1, 1))
+    share = jax.random.uniform(place, (count, 1, 1))
+    columns, rows = (1 + jnp.floor(share * (size - 1)) for size in (width, height))
+    return jnp.where(left, jnp.arange(width) < columns, jnp.arange(height)[:, None] < rows)
 
-    They are drawn with probabilities in proportion to `errors` [N], as the centres of k-means++ are (Arthur and
-    Vassilvitskii 2007): mostly where the codebook is worst.
-    """
-    order = jnp.argsort(-(jnp.log(errors) + jax.random.gumbel(key, errors.shape)))
-    return features[order[(jnp.cumsum(dead) - 1) % len(features)]]
+
+def _autoencode(network: VQGAN, images: jax.Array) -> Autoencoded:
+    return network.reconstruct(network.features(images))
 
 
 def _scan(add: Callable[[Any, Any], tuple[Any, Any]], start: Any, xs: Any) -> tuple[Any, Any]:

@@ -14,16 +14,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mindalle_jax.config import Config, Stage1Config, Stage1Hparams
 from mindalle_jax.models.discriminator import PatchDiscriminator
 from mindalle_jax.models.vqgan import VQGAN
+from mindalle_jax.training.codebook import starts_at_once
 from mindalle_jax.training.vqgan_config import LossConfig
 from mindalle_jax.training.vqgan_step import (
     LAST_LAYER,
     EvalSums,
     VqganTask,
-    _restarts,
+    _autoencode,
+    _first_parts,
     adversarial_weight,
     fresh_params,
     init_vqgan_state,
-    perplexity,
     to_floats,
     vqgan_eval_step,
     vqgan_train_step,
@@ -52,7 +53,7 @@ def make_task(**changes) -> VqganTask:
     values = {
         "model": VQGAN(STAGE1), "discriminator": None, "optimizer": downhill(1.0), "discriminator_optimizer": None,
         "schedule": constant, "losses": dataclasses.replace(LOSSES, adversarial=0.0), "quantise_from_step": 0,
-        "restart_after_steps": 0, "ema_decay": 0.0, "seed": 0,
+        "restart_after_steps": 0, "merge_codes": 0.0, "ema_decay": 0.0, "seed": 0,
     }  # fmt: skip
     return VqganTask(**(values | changes))
 
@@ -69,7 +70,7 @@ RESTARTING = make_task(restart_after_steps=2, optimizer=downhill(0.0), ema_decay
 
 def autoencode(params, images: jax.Array):
     """What training sees of pictures uint8[b, 8, 8, 3]."""
-    apply = partial(VQGAN(STAGE1).apply, method="autoencode")
+    apply = partial(VQGAN(STAGE1).apply, method=_autoencode)
     return jax.jit(apply)({"params": nest(params)}, to_floats(images))
 
 
@@ -192,7 +193,7 @@ def test_micro_batches_add_up_to_one_batch(params, run):
 
 
 def test_unused_codes_start_again_from_features_of_the_batch(params, run):
-    """Only after so many updates without use; rows in use go on as they are; no feature is taken twice."""
+    """After so many updates without use, a few at a time; the others stay as they are; no feature is taken twice."""
     task = RESTARTING
     batches = [pictures(2, seed=seed) for seed in range(2)]
     states, figures = run(task, params(), batches)
@@ -204,36 +205,35 @@ def test_unused_codes_start_again_from_features_of_the_batch(params, run):
         features.append(np.asarray(out.features).reshape(-1, 16))
     np.testing.assert_array_equal(rows[1], rows[0])
     dead = sorted(set(range(50)) - codes[0] - codes[1])
-    assert 5 < len(dead) < 45 and figures[1]["codes_restarted"] == len(dead) and figures[0]["codes_restarted"] == 0
-    alive = sorted(codes[0] | codes[1])
-    np.testing.assert_array_equal(rows[2][alive], rows[0][alive])
+    alive, waiting, dead = sorted(codes[0] | codes[1]), dead[8:], dead[:8]  # two pictures have 128 features
+    assert waiting and figures[1]["codes_restarted"] == len(dead) == starts_at_once(50, 128)
+    assert figures[0]["codes_restarted"] == 0
+    np.testing.assert_array_equal(rows[2][alive + waiting], rows[0][alive + waiting])
     distances = np.abs(rows[2][dead][:, None] - features[1][None]).max(axis=-1)
     # Features of two programs differ by rounding.
     assert distances.min(axis=1).max() < 1e-4 and len(set(distances.argmin(axis=1).tolist())) == len(dead)
     np.testing.assert_array_equal(states[2].ema["codebook"][dead], rows[2][dead])
     assert (states[2].unused[dead] == 0).all() and set(states[2].unused[sorted(codes[1])]) == {0}
+    assert (states[2].unused[waiting] == 2).all()
     assert set(states[2].unused[sorted(codes[0] - codes[1])]) <= {1}
 
 
-def test_a_fresh_codebook_starts_from_features_and_a_trained_one_does_not(run):
-    """U(-1/n, 1/n) lies near 0, features do not: few codes would be nearest to all of them, and far away."""
-    task, batches = RESTARTING, [pictures(2), pictures(2)]
-    fresh = fresh_params(STAGE1, 0)
+def test_a_fresh_codebook_is_filled_from_features_and_a_trained_one_is_not(run):
+    """U(-1/n, 1/n) lies near 0, features do not. Until every row has started nothing else moves."""
+    task = make_task(optimizer=downhill(1e-3), ema_decay=0.5)
+    fresh, batches = fresh_params(STAGE1, 0), [pictures(2, seed=seed) for seed in range(11)]
     states, figures = run(task, jax.tree.map(jnp.copy, fresh), batches, fresh=True)
-    assert figures[1]["quantisation_loss"] < 0.5 * figures[0]["quantisation_loss"]
-    assert figures[0]["codes_restarted"] == 50 and figures[1]["codes_restarted"] == 0
-    kept, _ = run(task, fresh, batches[:1])
+    assert [figure["codes_restarted"] for figure in figures] == [1, 1, 2, 4, 8, 8, 8, 8, 8, 2, 0]
+    assert figures[10]["quantisation_loss"] < 0.8 * figures[0]["quantisation_loss"]  # of noise
+    for tree in ("params", "ema"):
+        first, filled, last = ({**getattr(state, tree)} for state in (states[0], states[10], states[11]))
+        assert np.abs(first.pop("codebook") - filled.pop("codebook")).max(axis=1).min() > 1e-3
+        last.pop("codebook")
+        jax.tree.map(np.testing.assert_array_equal, first, filled)
+        assert any(np.any(filled[path] != leaf) for path, leaf in last.items())
+    jax.tree.map(np.testing.assert_array_equal, states[0].opt_state, states[10].opt_state)
+    kept, _ = run(RESTARTING, fresh, batches[:1])
     np.testing.assert_array_equal(kept[1].params["codebook"], kept[0].params["codebook"])
-
-
-def test_restarts_are_drawn_where_the_codebook_is_worst():
-    """In proportion to the squared distance: of a feature that has its row already none."""
-    features = jnp.arange(4.0)[:, None]
-    dead, errors = jnp.array([True, False, True]), jnp.array([0.0, 1.0, 0.0, 3.0])
-    first = [float(_restarts(jax.random.key(seed), dead, features, errors)[0, 0]) for seed in range(200)]
-    assert set(first) == {1.0, 3.0} and 120 < first.count(3.0) < 180
-    rows = np.asarray(_restarts(jax.random.key(0), dead, features, errors))
-    assert {rows[0, 0], rows[2, 0]} == {1.0, 3.0}
 
 
 def test_before_codes_are_used_the_decoder_sees_features(params, run):
@@ -246,12 +246,48 @@ def test_before_codes_are_used_the_decoder_sees_features(params, run):
     assert figures[0]["codes_restarted"] == 0 < figures[1]["codes_restarted"]
     assert figures[0]["loss"] == pytest.approx(figures[0]["l1_loss"] + 0.5 * figures[0]["l2_loss"], rel=1e-5)
     now = states[1].params
-    out = VQGAN(STAGE1).apply({"params": nest(now)}, to_floats(batches[0]["image"][0]), False, method="autoencode")
+    z = autoencode(now, batches[0]["image"][0]).features
+    out = VQGAN(STAGE1).apply({"params": nest(now)}, z, False, method="reconstruct")
     decoder = lambda network, z: network.decoder(network.post_quant_conv(z))  # noqa: E731
     again = VQGAN(STAGE1).apply({"params": nest(now)}, out.features, method=decoder)
     np.testing.assert_allclose(out.images, again, rtol=0, atol=1e-6)
     quantised = autoencode(now, batches[0]["image"][0]).images
     assert np.abs(quantised - out.images).max() > 1e-3
+
+
+def test_parts_are_cut_along_the_grid():
+    """By one straight line each, across or down, at every place of the grid and never at its edge."""
+    parts = np.asarray(_first_parts(jax.random.key(0), 400, 8, 8))
+    down = (parts == parts[:, :1]).all(axis=(1, 2))
+    across = (parts == parts[:, :, :1]).all(axis=(1, 2))
+    assert (down ^ across).all() and 150 < down.sum() < 250
+    lines = np.where(down, parts[:, 0].sum(axis=1), parts[:, :, 0].sum(axis=1))
+    assert set(lines) == set(range(1, 8))
+    np.testing.assert_array_equal(parts[down][:, 0], np.arange(8) < lines[down, None])
+    np.testing.assert_array_equal(parts[across][:, :, 0], np.arange(8) < lines[across, None])
+
+
+def test_with_locality_pictures_are_mixed_of_parts(params, run):
+    """The loss, written down with the cut taken from the loss's own random numbers and all else by hand."""
+    task = make_task(losses=dataclasses.replace(LOSSES, adversarial=0.0, locality=0.3), optimizer=downhill(0.0))
+    (before, _), (figures,) = run(task, params(), [pictures(3)])
+    key, _ = jax.random.split(jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), 0))
+    _, key = jax.random.split(jax.random.fold_in(key, 0))
+    first = np.asarray(_first_parts(key, 3, 8, 8))  # a code a pixel
+    images = np.asarray(pictures(3)["image"][0])
+    features = np.asarray(autoencode(before.params, images).features)
+    mixed, of_parts = images.copy(), features.copy()
+    for i in range(3):
+        mixed[i][~first[i]], of_parts[i][~first[i]] = images[i - 1][~first[i]], features[i - 1][~first[i]]
+    network = partial(VQGAN(STAGE1).apply, {"params": nest(before.params)})
+    out = network(of_parts, method="reconstruct")
+    assert figures["l1_loss"] == pytest.approx(np.abs(to_floats(mixed) - out.images).mean(), rel=1e-4)
+    own = np.asarray(network(to_floats(mixed), method="features"))
+    assert figures["locality_loss"] == pytest.approx(((own - of_parts) ** 2).mean(), rel=1e-3)
+    loss = figures["l1_loss"] + 0.5 * figures["l2_loss"] + 0.95 * figures["quantisation_loss"]
+    assert figures["loss"] == pytest.approx(loss + 0.3 * figures["locality_loss"], rel=1e-4)
+    _, (plain,) = run(make_task(optimizer=downhill(0.0)), params(), [pictures(3)])
+    assert plain["locality_loss"] == 0 and plain["l1_loss"] != figures["l1_loss"]
 
 
 @pytest.mark.slow
@@ -319,13 +355,6 @@ def test_validation_counts_pictures_and_codes_once(params):
     assert sums.loss == pytest.approx((l1 + 0.5 * l2).sum(), rel=1e-4)
     assert sums.psnr == pytest.approx((-10 * np.log10(error)).sum(), rel=1e-4)
     np.testing.assert_array_equal(sums.counts, np.bincount(codes[kept].ravel(), minlength=50))
-
-
-def test_perplexity_is_the_number_of_codes_in_even_use():
-    assert perplexity(jnp.array([3, 3, 0, 3, 3])) == pytest.approx(4, rel=1e-6)
-    assert perplexity(jnp.array([0, 9])) == pytest.approx(1, rel=1e-6)
-    assert 1 < perplexity(jnp.array([1, 9])) < 2
-    assert perplexity(jnp.zeros(3, jnp.int32)) == pytest.approx(1)
 
 
 def test_pictures_of_training_are_those_of_the_codes(params):

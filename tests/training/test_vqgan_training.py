@@ -2,9 +2,11 @@
 
 import time
 
+import jax
 import pytest
 import yaml
 from PIL import Image
+from safetensors import safe_open
 from training_runs import metrics, start, write_code_set, write_pictures
 
 from mindalle_jax.config import Config, load_config
@@ -107,7 +109,8 @@ def test_training_further_starts_at_the_loss_of_the_weights(trained, config_file
     del text["stage1"]  # as in the model
     file = tmp_path / "further.yaml"
     file.write_text(yaml.safe_dump(text), encoding="utf-8")
-    overrides = [f"training.init_from={trained}", "optimizer.base_lr=1e-12", "optimizer.max_steps=1"]
+    overrides = [f"training.init_from={trained}", "optimizer.base_lr=1e-12", "optimizer.max_steps=1",
+                 "training.quantise_from_step=0"]  # fmt: skip
     finish(file, tmp_path / "out", *overrides)
     before, after = metrics(trained, "valid")[-1], metrics(tmp_path / "out", "valid")[-1]
     # Updates of 1e-12 round to nothing, or to the last of 24 bits.
@@ -143,6 +146,20 @@ def test_the_result_makes_codes_and_carries_a_fresh_transformer(trained, picture
     assert stage1_crcs(tmp_path / "fresh") == stage1_crcs(trained)
 
 
+@pytest.mark.slow
+def test_codes_that_lie_near_each_other_become_one(trained, config_file, tmp_path):
+    """Redundant ones start again in the run; the folder's config says how many are left at its end."""
+    finish(config_file, tmp_path / "out", "training.merge_codes=2")
+    config = load_config(tmp_path / "out" / "config.yaml")
+    number = config.stage1.n_embed
+    assert 1 <= number < 64 and config.stage2.vocab_size_img == number
+    with safe_open(tmp_path / "out" / "stage1.safetensors", "numpy") as file:
+        rows = file.get_tensor("codebook")
+    assert rows.shape == (number, 16) and len({row.tobytes() for row in rows}) == number
+    restarts = [line["codes_restarted"] for line in metrics(tmp_path / "out")]
+    assert sum(restarts) > sum(line["codes_restarted"] for line in metrics(trained))
+
+
 def run_of(config_file, out, *overrides: str) -> VqganRun:
     # The eight devices of this process take eight pictures.
     overrides = ("experiment.local_batch_size=1", *overrides)
@@ -150,10 +167,28 @@ def run_of(config_file, out, *overrides: str) -> VqganRun:
 
 
 def test_codes_must_set_in_before_the_end(config_file, tmp_path):
-    """Or the run would end, and leave a codebook that nothing was learned of."""
-    run_of(config_file, tmp_path, "training.quantise_from_step=15")
-    with pytest.raises(ConfigError, match=r"quantise_from_step 16 must be below the number of updates, 16: "):
-        run_of(config_file, tmp_path, "training.quantise_from_step=16")
+    """Or the run would end, and leave a codebook of which nothing was learned."""
+    run_of(config_file, tmp_path, "training.quantise_from_step=8")
+    with pytest.raises(ConfigError, match=r"quantise_from_step 9 and the 7 updates that fill .* all updates, 16: "):
+        run_of(config_file, tmp_path, "training.quantise_from_step=9")
+
+
+def test_merging_needs_pictures_to_count_codes_in(config_file, tmp_path):
+    tree = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    del tree["data"]["valid"]
+    (tmp_path / "vqgan.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    with pytest.raises(ConfigError, match="merge_codes needs data.valid"):
+        run_of(tmp_path / "vqgan.yaml", tmp_path / "out", "training.merge_codes=1")
+
+
+def test_mixing_needs_two_pictures(config_file, tmp_path):
+    """The eight devices of this process have a picture each; one device with one would mix it with itself."""
+    run_of(config_file, tmp_path, "training.losses.locality=1")
+    config = load_config(config_file, ["training.losses.locality=1", "experiment.local_batch_size=1"], VqganTrainConfig)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+        with pytest.raises(ConfigError, match="locality mixes pictures: experiment.local_batch_size must be 2"):
+            VqganRun(config, None, tmp_path)
 
 
 def test_the_discriminator_is_built_only_if_the_run_gets_there(config_file, tmp_path):
@@ -176,8 +211,9 @@ def test_the_discriminator_is_built_only_if_the_run_gets_there(config_file, tmp_
         ("training.losses.adversary=1", r"unknown field training.losses.adversary; did you mean adversarial\?"),
         ("training.losses.adversarial=1", r"layers must lie in \[1, 2\] for pictures of 16 pixels, not 3"),
         ("training.discriminator.width=48", "multiple of 32"),
-        ("training.restart_after_steps=-1", "restart_after_steps must be at least 0"),
-        ("training.quantise_from_step=-1", "quantise_from_step must be at least 0"),
+        ("training.merge_codes=.inf", "merge_codes must be a finite number"),
+        ("training.restart_after_steps=-1", "restart_after_steps must be a finite number of at least 0"),
+        ("training.quantise_from_step=-1", "quantise_from_step must be a finite number of at least 0"),
         ("stage1.hparams.ch=33", "stage1.hparams.ch must be a multiple of num_groups 32"),
         ("sharding.strategy=fsdp", "'fsdp': a VQGAN is whole on every device; use replicated"),
         ("stage2.type=igpt", "unknown field stage2"),
