@@ -33,7 +33,7 @@ TINY = {
         "attn_resolutions: [], num_groups: 4}",
     ],
     "transformer": [
-        *LOOP, "stage2.vocab_size_img=64",
+        *LOOP,
         "stage2.hparams={embed_dim: 16, n_layers: 1, n_heads: 2, ctx_len_img: 64, ctx_len_txt: 24}",
     ],
     "clip": [

@@ -1,4 +1,4 @@
-"""What becomes of the rows of a codebook in training: where they start, and which of them become one.
+"""What becomes of the rows of a codebook in training: where they start, and which of them are redundant.
 
 Dimensions: n rows of width e, N features of a batch.
 """
@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 NEVER_USED = 1 << 30
 """`unused` of the rows of a fresh codebook."""
@@ -46,20 +45,6 @@ def redundant(codebook: jax.Array, distance: jax.Array) -> jax.Array:
     squares = jnp.sum(codebook**2, axis=1)
     apart = squares[:, None] + squares - 2 * jnp.einsum("ne,me->nm", codebook, codebook, precision="highest")
     return jnp.any(jnp.tril(apart < distance, -1), axis=1)
-
-
-def merge_rows(codebook: np.ndarray, counts: np.ndarray, distance: float) -> np.ndarray:
-    """The codebook f32[n, e] without rows that lie near one in more use: f32[k, e], in the same order.
-
-    counts: int[n], how often each is used. distance: squared; what is nearer is near. Features of a row that is gone
-    find the one that it lay near, or one yet nearer.
-    """
-    kept: list[int] = []
-    for row in np.argsort(-counts, kind="stable"):
-        distances = np.sum((codebook[kept] - codebook[row]) ** 2, axis=1)
-        if not kept or distances.min() >= distance:
-            kept.append(int(row))
-    return codebook[np.sort(kept)]
 
 
 def perplexity(counts: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ from mindalle_jax.interop.mindalle import find_model
 from mindalle_jax.models.discriminator import PatchDiscriminator
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.pictures import PictureCodec
-from mindalle_jax.training.codebook import merge_rows, perplexity, updates_to_fill
+from mindalle_jax.training.codebook import perplexity, redundant, updates_to_fill
 from mindalle_jax.training.config import SCRATCH
 from mindalle_jax.training.folder import check_folder, claim_folder
 from mindalle_jax.training.loop import Batch, Rows, Run, whole
@@ -76,7 +76,9 @@ class VqganRun(Run):
                 f"fresh codebook must be fewer than all updates, {self.max_steps}: without codes no codebook is learned"
             )
         if training.merge_codes and self.valid_source is None:
-            raise ConfigError("training.merge_codes needs data.valid: there it is seen which codes are used")
+            raise ConfigError(
+                "training.merge_codes needs data.valid: there it is seen how far features lie from their codes"
+            )
         if losses.locality and batch == self.micro_batches:
             raise ConfigError("training.losses.locality mixes pictures: experiment.local_batch_size must be 2 at least")
         if base is not None:
@@ -179,11 +181,11 @@ class VqganRun(Run):
         stage1, merge = self.config.stage1, self.config.training.merge_codes
         if merge:
             totals = self._totals(state)
-            distance = merge * totals.distance / max(totals.pictures, 1)
-            params["codebook"] = merge_rows(params["codebook"], totals.counts, distance)
+            distance = jnp.float32(merge * totals.distance / max(totals.pictures, 1))
+            params["codebook"] = params["codebook"][~np.asarray(redundant(params["codebook"], distance))]
             stage1 = dataclasses.replace(stage1, n_embed=len(params["codebook"]))
             if jax.process_index() == 0:
-                print(f"{stage1.n_embed} of {len(totals.counts)} codes are left", file=sys.stderr)
+                print(f"{stage1.n_embed} of {self.config.stage1.n_embed} codes are left", file=sys.stderr)
         if jax.process_index() == 0:
             about = "trained from scratch" if self.base is None else f"trained further from {self.base.name}"
             write_vqgan(vqgan_model_config(stage1), self.out, params, f"VQGAN, {about}")
