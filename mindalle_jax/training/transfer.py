@@ -1,10 +1,12 @@
 """Model folders made from other models: the start of a transfer or from scratch, and the result of a run."""
 
 import json
+import math
 import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from mindalle_jax.weights import (
 
 SHARED = ("tok_emb_img/", "pos_emb_img/", "blocks/", "ln_f/")
 """Paths of what an image-only model takes over from a text-to-image model."""
+CODE_ROWS = ("tok_emb_img/embedding", "head_img/weight", "head/weight")
+"""Paths of what has a row for each code."""
 
 
 def check_upstream(upstream: Config, config: Config) -> None:
@@ -73,15 +77,23 @@ def write_fresh(vqgan: Path, tokenizer: Path, config: Config, target: Path, *, s
     """A folder with a fresh transformer of `config` over the codes of the VQGAN in the folder `vqgan`.
 
     Weights and tables are drawn from N(0, 0.02), the start vector without classes from N(0, 1); biases are 0 and gains
-    1, as in the original. tokenizer: its folder, for text-to-image models. Raises CheckpointError or OutputError.
+    1, as in the original. But codes that look alike start alike: their rows of the table and of the head are a random
+    projection of their rows of the codebook, with the deviation 1 / sqrt(embed_dim). tokenizer: its folder, for
+    text-to-image models. Raises CheckpointError or OutputError.
     """
+    stage1 = map_weights(vqgan / "stage1.safetensors", read_manifest(vqgan)["tensors"]["stage1"])
+    codebook = np.array(stage1["codebook"], np.float32)  # [n, e]
+    codebook -= codebook.mean(axis=0)
+    codebook /= max(float(codebook.std()), 1e-12) * math.sqrt(codebook.size / len(codebook))
 
     def leaf(path: str, shape: tuple[int, ...]) -> np.ndarray:
         if path.endswith(("/bias", "/scale")):
             return np.full(shape, path.endswith("/scale"), np.float32)
+        normal = partial(np.random.default_rng([seed, zlib.crc32(path.encode())]).standard_normal, dtype=np.float32)
+        if path in CODE_ROWS:
+            return codebook @ normal((codebook.shape[1], shape[1])) / np.float32(math.sqrt(shape[1]))
         std = 1.0 if path.startswith("sos") and not config.stage2.use_cls_cond else 0.02
-        draw = np.random.default_rng([seed, zlib.crc32(path.encode())]).standard_normal(shape, np.float32)
-        return draw * np.float32(std)
+        return normal(shape) * np.float32(std)
 
     with new_folder(target) as folder:
         if not config.image_only:
