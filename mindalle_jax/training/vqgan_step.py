@@ -14,8 +14,8 @@ which splits no batches, needs one and a little. Both networks are updated from 
 
 The encoder sees all of a picture, so codes of one plain colour differ by what is elsewhere, and a transformer has to
 guess which it is. With locality x are pictures of two parts, cut along the grid of codes, z' the features that the
-parts have in the pictures that they come from, and y are decoded from z' (the idea of arXiv:2502.09509, Kouzelis et al.
-2025: what is done to features is done to the picture). docs/log.md has what it gives.
+parts have in the pictures that they come from, and y are decoded from z', as e is nearest to z' (the idea of
+arXiv:2502.09509, Kouzelis et al. 2025: what is done to features is done to the picture). docs/log.md has what it gives.
 
 Parameters are flat dicts by path, as in step.py. Dimensions: n codes in the codebook, e width of a row, a micro-batches
 of b pictures.
