@@ -3,7 +3,9 @@
 Pictures stay 64 x 64. Nothing is learned in so few updates; every stage reads what the one before it wrote.
 """
 
+import dataclasses
 import json
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,16 @@ from typing import Any
 import pytest
 
 from mindalle_jax import ClipRanker, Dalle
+from mindalle_jax.config import load_config
 from mindalle_jax.data.scenes import captions, make_scene
 from mindalle_jax.errors import MindalleError
-from mindalle_jax.training.clip import ClipRun
+from mindalle_jax.interop.clip import clip_leaf_shapes
+from mindalle_jax.training.clip import ClipRun, ClipTrainConfig
+from mindalle_jax.training.config import FinetuneConfig
 from mindalle_jax.training.finetune import FinetuneRun
-from mindalle_jax.training.vqgan import VqganRun
-from mindalle_jax.weights import read_manifest
+from mindalle_jax.training.vqgan import VqganRun, vqgan_model_config
+from mindalle_jax.training.vqgan_config import VqganTrainConfig
+from mindalle_jax.weights import count_parameters, read_manifest
 
 # One picture for each of the eight devices of these tests.
 LOOP = [
@@ -159,9 +165,29 @@ def test_a_recipe_that_is_stopped_at_every_turn_ends_the_same(made, script, tmp_
 def test_each_device_has_its_share_of_a_batch(script):
     """Of the eight here, of the sizes in the files; what CHANGES says of a batch counts, and 0 is no size."""
     configs = script.ROOT / "configs" / "scenes"
-    for name, share in (("vqgan", 1), ("transformer", 8), ("clip", 16)):
+    for name, share in (("vqgan", 1), ("transformer", 2), ("clip", 16)):
         assert script.local_batch_size(configs / f"{name}.yaml", []) == f"experiment.local_batch_size={share}"
     changed = ["experiment.total_batch_size=512"]
     assert script.local_batch_size(configs / "clip.yaml", changed) == "experiment.local_batch_size=64"
     few = ["experiment.total_batch_size=4"]
     assert script.local_batch_size(configs / "clip.yaml", few) == "experiment.local_batch_size=1"
+
+
+def test_both_sizes_fit_in_the_package(request):
+    """At most 40 MB in float16, tokenizers and papers (well under 1 MB) aside; the larger one is larger, and valid."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(request.config.rootpath / "scripts"))
+        import make_demo_model
+    configs, sizes = request.config.rootpath / "configs" / "scenes", []
+    for changes in ({}, make_demo_model.CHANGES["gpu"]):
+        vqgan = load_config(configs / "vqgan.yaml", changes.get("vqgan", []), VqganTrainConfig)
+        clip = load_config(configs / "clip.yaml", ["training.tokenizer=any", *changes.get("clip", [])], ClipTrainConfig)
+        defaults = vqgan_model_config(vqgan.stage1)
+        overrides = ["training.vqgan=any", *changes.get("transformer", [])]
+        transformer = load_config(configs / "transformer.yaml", overrides, FinetuneConfig, defaults)
+        text = dataclasses.replace(clip.clip.text, vocab_size=1024)  # as the recipe asks of its tokenizer
+        model = transformer.model_config()
+        count = count_parameters(model, "stage1") + count_parameters(model, "stage2")
+        count += sum(math.prod(shape) for shape in clip_leaf_shapes(dataclasses.replace(clip.clip, text=text)).values())
+        sizes.append(2 * count)
+    assert sizes[0] < sizes[1] < 39e6
