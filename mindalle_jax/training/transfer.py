@@ -65,6 +65,8 @@ def write_transfer(upstream: Path, config: Config, target: Path, *, head: str = 
             return theirs[path]
         if path == "head/weight" and head == "head_img":
             return theirs["head_img/weight"]
+        if path == "pos_emb_img/embedding":
+            return place_rows(config.stage1.code_size, shape[1])
         std = 1.0 if path.startswith("sos") and not config.stage2.use_cls_cond else 0.02
         draw = np.random.default_rng([seed, path == "head/weight"]).standard_normal(shape, np.float32)
         return draw * np.float32(std)
@@ -78,8 +80,8 @@ def write_fresh(vqgan: Path, tokenizer: Path, config: Config, target: Path, *, s
 
     Weights and tables are drawn from N(0, 0.02), the start vector without classes from N(0, 1); biases are 0 and gains
     1, as in the original. But codes that look alike start alike: their rows of the table and of the head are a random
-    projection of their rows of the codebook, with the deviation 1 / sqrt(embed_dim). tokenizer: its folder, for
-    text-to-image models. Raises CheckpointError or OutputError.
+    projection of their rows of the codebook, with the deviation 1 / sqrt(embed_dim). Their places start as
+    `place_rows`. tokenizer: its folder, for text-to-image models. Raises CheckpointError or OutputError.
     """
     stage1 = map_weights(vqgan / "stage1.safetensors", read_manifest(vqgan)["tensors"]["stage1"])
     codebook = np.array(stage1["codebook"], np.float32)  # [n, e]
@@ -92,6 +94,8 @@ def write_fresh(vqgan: Path, tokenizer: Path, config: Config, target: Path, *, s
         normal = partial(np.random.default_rng([seed, zlib.crc32(path.encode())]).standard_normal, dtype=np.float32)
         if path in CODE_ROWS:
             return codebook @ normal((codebook.shape[1], shape[1])) / np.float32(math.sqrt(shape[1]))
+        if path == "pos_emb_img/embedding":
+            return place_rows(config.stage1.code_size, shape[1])
         std = 1.0 if path.startswith("sos") and not config.stage2.use_cls_cond else 0.02
         return normal(shape) * np.float32(std)
 
@@ -99,6 +103,19 @@ def write_fresh(vqgan: Path, tokenizer: Path, config: Config, target: Path, *, s
         if not config.image_only:
             shutil.copytree(tokenizer, folder / "tokenizer")
         write_model(vqgan, config, folder, leaf, f"fresh, for the codes of {vqgan.name}")
+
+
+def place_rows(side: int, width: int) -> np.ndarray:
+    """f32[side * side, width]: sines and cosines of the row and of the column of each code, row by row.
+
+    Of amplitude 1 / sqrt(width); periods go from 2.5 codes to 4 sides in equal ratios. What is so many codes away is
+    found in the same way from everywhere: Vaswani et al. 2017, arXiv:1706.03762, section 3.5, in two dimensions.
+    """
+    waves = math.ceil(width / 4)
+    angles = 2 * np.pi * np.arange(side)[:, None] / np.geomspace(2.5, 4 * side, waves)
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [side, 2 waves]
+    rows = np.concatenate([np.repeat(axis, side, axis=0), np.tile(axis, (side, 1))], axis=1)[:, :width]
+    return (rows / math.sqrt(width)).astype(np.float32)
 
 
 def write_model(

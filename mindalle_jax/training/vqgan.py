@@ -182,7 +182,7 @@ class VqganRun(Run):
         if merge:
             totals = self._totals(state)
             distance = jnp.float32(merge * totals.distance / max(totals.pictures, 1))
-            params["codebook"] = params["codebook"][~np.asarray(redundant(params["codebook"], distance))]
+            params["codebook"] = params["codebook"][~np.asarray(redundant(jnp.asarray(params["codebook"]), distance))]
             stage1 = dataclasses.replace(stage1, n_embed=len(params["codebook"]))
             if jax.process_index() == 0:
                 print(f"{stage1.n_embed} of {self.config.stage1.n_embed} codes are left", file=sys.stderr)

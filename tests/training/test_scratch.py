@@ -1,5 +1,6 @@
 """Training of the transformer from nothing: what it starts from, what a run makes of it, and what is refused."""
 
+import itertools
 import json
 import math
 import signal
@@ -16,7 +17,7 @@ from mindalle_jax.tokenizer import VOCAB_FILE
 from mindalle_jax.training.finetune import FinetuneRun, read_finetune
 from mindalle_jax.training.folder import check_base, start_folder
 from mindalle_jax.training.loop import Run
-from mindalle_jax.training.transfer import CODE_ROWS, write_fresh, write_vqgan
+from mindalle_jax.training.transfer import CODE_ROWS, place_rows, write_fresh, write_vqgan
 from mindalle_jax.training.vqgan import vqgan_model_config
 from mindalle_jax.weights import leaf_shapes, map_weights, read_manifest
 
@@ -105,16 +106,32 @@ def test_fresh_weights_follow_the_rule(kind, tmp_path, request, tiny_model_folde
             assert np.abs(codebook @ projection - leaf).max() < 1e-5, path
             of_codes.append(path)
             continue
+        if path == "pos_emb_img/embedding":
+            np.testing.assert_array_equal(leaf, place_rows(config.stage1.code_size, leaf.shape[1]))
+            continue
         std = 1.0 if path.startswith("sos") and kind == "unconditional" else 0.02
         assert abs(leaf.mean()) < 5 * std / math.sqrt(leaf.size), path
         assert abs(leaf.std() / std - 1) < 5 / math.sqrt(2 * leaf.size), path
         drawn += leaf.size
     assert len(of_codes) == 2
-    others = [leaf for path, leaf in found.items() if not path.endswith(("/bias", "/scale", *CODE_ROWS))]
+    fixed = ("/bias", "/scale", "pos_emb_img/embedding", *CODE_ROWS)
+    others = [leaf for path, leaf in found.items() if not path.endswith(fixed)]
     values = np.concatenate([leaf.ravel() for leaf in others])
     assert len(np.unique(values)) > 0.98 * drawn, "parameters share their numbers"  # float32 has few equal by chance
     assert load_config(tmp_path / "fresh" / "config.yaml") == config
     assert (tmp_path / "fresh" / "tokenizer").exists() == (kind == "text")
+
+
+@pytest.mark.parametrize("side, width", [(4, 48), (16, 192), (16, 1536)])
+def test_places_look_alike_by_how_far_they_are_apart(side, width):
+    """The product of two rows follows from the distance in rows and columns alone, and is largest at none."""
+    rows = place_rows(side, width).astype(np.float64)
+    products = (rows @ rows.T).reshape(side, side, side, side)
+    assert abs(products[0, 0, 0, 0] - 0.5) < 1e-6
+    for down, right in itertools.product(range(side), repeat=2):
+        apart = [products[y, x, y + down, x + right] for y in range(side - down) for x in range(side - right)]
+        assert np.ptp(apart) < 1e-6
+        assert down == right == 0 or max(apart) < 0.499
 
 
 def test_a_run_starts_from_fresh_weights_of_its_seed_beside_the_vqgan(finished, vqgan, tmp_path):
@@ -127,7 +144,7 @@ def test_a_run_starts_from_fresh_weights_of_its_seed_beside_the_vqgan(finished, 
         check_base(config, base)
         starts[seed] = weights_crc32(start_folder(config, base, tmp_path / str(seed)))
     assert starts[3] == weights_crc32(out / "start")
-    drawn = {path for path in starts[3] if not path.endswith(("/bias", "/scale"))}
+    drawn = {path for path in starts[3] if not path.endswith(("/bias", "/scale", "pos_emb_img/embedding"))}
     assert drawn and all(starts[3][path] != starts[4][path] for path in drawn)
 
 
