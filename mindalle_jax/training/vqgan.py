@@ -105,7 +105,7 @@ class VqganRun(Run):
             losses=losses,
             quantise_from_step=training.quantise_from_step,
             restart_after_steps=training.restart_after_steps,
-            merge_codes=training.merge_codes,
+            restart_redundant=training.merge_codes > 0,
             ema_decay=training.ema_decay,
             seed=training.seed,
         )  # fmt: skip
@@ -182,7 +182,8 @@ class VqganRun(Run):
         if merge:
             totals = self._totals(state)
             distance = jnp.float32(merge * totals.distance / max(totals.pictures, 1))
-            params["codebook"] = params["codebook"][~np.asarray(redundant(jnp.asarray(params["codebook"]), distance))]
+            codebook = params["codebook"][np.argsort(-totals.counts, kind="stable")]
+            params["codebook"] = codebook[~np.asarray(redundant(jnp.asarray(codebook), distance))]
             stage1 = dataclasses.replace(stage1, n_embed=len(params["codebook"]))
             if jax.process_index() == 0:
                 print(f"{stage1.n_embed} of {self.config.stage1.n_embed} codes are left", file=sys.stderr)

@@ -59,8 +59,8 @@ class VqganTrainingConfig(LoopConfig):
     restart_after_steps: int = 200
     """A code that went unused for so many updates starts again from a feature where pictures are worst; 0: never."""
     merge_codes: float = 0.0
-    """A row of the codebook is redundant if its squared distance from another is less than so many times the mean one
-    of features from their rows. It starts again as if unused, and at the end it goes. 0: none is."""
+    """At the end a row of the codebook goes if its squared distance from one in more use is less than so many times the
+    mean one of features from their rows. Until then one nearer than that mean starts again as if unused. 0: neither."""
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
 

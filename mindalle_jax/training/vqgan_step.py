@@ -81,9 +81,9 @@ class VqganTask:
     codebook are waiting for a feature to start from, nothing else is updated."""
     restart_after_steps: int
     """A code that went unused for so many updates is set to a feature of the batch; 0: never."""
-    merge_codes: float
-    """A row is set to a feature, too, if it is nearer to another than so many times the mean squared distance of
-    features from their rows; 0: never."""
+    restart_redundant: bool
+    """A row is set to a feature, too, if its squared distance from another is less than the mean of features from
+    their rows."""
     ema_decay: float
     seed: int
 
@@ -177,8 +177,8 @@ def vqgan_train_step(
     # A fresh row is near no feature, so that it was the nearest of them all says nothing.
     unused = jnp.where(used & (state.unused < NEVER_USED), 0, state.unused + 1)
     dead = finite & quantised & (unused >= (task.restart_after_steps or NEVER_USED))
-    if task.merge_codes:
-        dead |= learning & quantised & redundant(params["codebook"], task.merge_codes * found.distance)
+    if task.restart_redundant:
+        dead |= learning & quantised & redundant(params["codebook"], found.distance)
     started = jnp.sum(state.unused < NEVER_USED)
     dead &= jnp.cumsum(dead) <= starts_at_once(started, len(found.features))
     rows = restarts(restart_key, dead, found.features, found.errors)

@@ -53,7 +53,7 @@ def make_task(**changes) -> VqganTask:
     values = {
         "model": VQGAN(STAGE1), "discriminator": None, "optimizer": downhill(1.0), "discriminator_optimizer": None,
         "schedule": constant, "losses": dataclasses.replace(LOSSES, adversarial=0.0), "quantise_from_step": 0,
-        "restart_after_steps": 0, "merge_codes": 0.0, "ema_decay": 0.0, "seed": 0,
+        "restart_after_steps": 0, "restart_redundant": False, "ema_decay": 0.0, "seed": 0,
     }  # fmt: skip
     return VqganTask(**(values | changes))
 
