@@ -45,7 +45,7 @@ CHANGES: dict[str, dict[str, list[str]]] = {
         ],
         "transformer": [
             "experiment.total_batch_size=128", "experiment.use_amp=true", "optimizer.max_steps=4000",
-            "stage2.hparams={embed_dim: 288, n_layers: 8, n_heads: 9, ctx_len_img: 256, ctx_len_txt: 24}",
+            "stage2.hparams={embed_dim: 288, n_layers: 8, n_heads: 4, ctx_len_img: 256, ctx_len_txt: 24}",
         ],
         "clip": ["experiment.total_batch_size=512", "optimizer.max_steps=1500", "training.warmup_steps=100"],
     },

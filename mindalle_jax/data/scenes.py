@@ -52,7 +52,7 @@ BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "navy": ((22, 32, 84), (132, 132, 132)),
 }
 """Name -> RGB, and RGB of the squares of the style "tiled". No name of a thing's colour is among them."""
-SIZES = {"small": 16, "large": 28}
+SIZES = {"small": 16, "large": 24}
 """Name -> width and height of the box around a thing, which a shape fills in at least one direction."""
 RELATIONS = ("left of", "above")
 """Of the first thing to the second. "right of" and "below" are the same scenes, told from the second thing."""
@@ -60,8 +60,8 @@ MARGIN = 2
 """Least distance of a thing from the edge."""
 GAP = 4
 """Least distance of two things, in the direction of their relation."""
-STEP = 8
-"""Centres are multiples of this, the side of a code of the small VQGAN: a thing looks the same to it wherever it is."""
+STEP = 16
+"""Centres are multiples of this, and of a code of the small VQGAN: a thing looks the same to it wherever it is."""
 BAND = 4
 """Height of a stripe; the first begins at a multiple of STEP."""
 MAX_THINGS = 2
@@ -89,7 +89,7 @@ ONE_THING = 0.4
 STRIPED = 0.4
 VALID_SHARE = 16
 """One description in so many is of the split valid."""
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "scenes.json"
 
 
