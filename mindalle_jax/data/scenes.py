@@ -89,7 +89,7 @@ ONE_THING = 0.4
 STRIPED = 0.4
 VALID_SHARE = 16
 """One description in so many is of the split valid."""
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "scenes.json"
 
 
@@ -312,11 +312,7 @@ def _caption(scene: Scene, chance: _Chance, background: bool) -> str:
     else:
         swap = chance.share(0.5)
         one, other = reversed(phrases) if swap else phrases
-        between, after = _WORDS[scene.relation][swap]
-        if chance.share(0.3) and not one.endswith("with stripes"):
-            text = f"{one} with {other} {chance.of(after)}"
-        else:
-            text = f"{one} {chance.of(between)} {other}"
+        text = f"{one} {chance.of(_WORDS[scene.relation][swap])} {other}"
     if not background:
         return text
     colour = scene.background
@@ -326,11 +322,8 @@ def _caption(scene: Scene, chance: _Chance, background: bool) -> str:
 
 
 _WORDS = {
-    "left of": (
-        (("to the left of", "left of"), ("on its right", "to its right")),
-        (("to the right of", "right of"), ("on its left", "to its left")),
-    ),
-    "above": ((("above", "over"), ("below it", "under it")), (("below", "under"), ("above it", "over it"))),
+    "left of": (("to the left of", "left of"), ("to the right of", "right of")),
+    "above": (("above", "over"), ("below", "under")),
 }
 """Relation -> for each thing that can be mentioned first: words between the two, words after the second."""
 
