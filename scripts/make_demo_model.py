@@ -178,20 +178,19 @@ def measure(demo: Path, count: int) -> None:
         again = (np.asarray(decoded) * 255 + 0.5).astype(np.uint8)
         figures[f"{split}: pictures of the generator"] = accuracy(map(judge, pictures, scenes))
         figures[f"{split}: reconstructions by the VQGAN"] = accuracy(map(judge, again, scenes))
-        drawn = draw_scenes(model, split, count)
-        figures[f"{split}: one picture a prompt"] = accuracy(one.verdict for one in drawn)
-        best = draw_scenes(model, split, count, ranker=ranker, num_candidates=BEST_OF)
-        figures[f"{split}: best of {BEST_OF}"] = accuracy(one.verdict for one in best)
+        drawn = draw_scenes(model, split, count, ranker=ranker, num_candidates=BEST_OF)
+        figures[f"{split}: one picture a prompt"] = accuracy(one.first_verdict for one in drawn)
+        figures[f"{split}: best of {BEST_OF}"] = accuracy(one.best_verdict for one in drawn)
         if split == "valid":
             train = np.stack([draw(make_scene("train", index)) for index in tqdm(range(NUM_TRAIN), desc="nearest")])
-            for name, some in (("drawn", np.stack([one.picture for one in drawn])), ("of the generator", pictures)):
+            for name, some in (("drawn", np.stack([one.first for one in drawn])), ("of the generator", pictures)):
                 distances = nearest(some[:100], train)
                 figures[f"distance to the nearest training picture: {name}"] = {
                     "median": round(float(np.median(distances)), 4), "least": round(float(distances.min()), 4)
                 }  # fmt: skip
         columns = min(10, count)
         rows = [drawn[first : first + columns] for first in range(0, min(50, count) // columns * columns, columns)]
-        sheet = [np.concatenate([one.picture for one in row], 1) for row in rows]
+        sheet = [np.concatenate([one.first for one in row], 1) for row in rows]
         Image.fromarray(np.concatenate(sheet)).save(demo.parent / f"{split}.png")
     text = json.dumps(figures, indent=1)
     file.write_text(text + "\n", encoding="utf-8")

@@ -34,22 +34,24 @@ STYLES = ("flat", "tiled")
 """tiled: a quarter of the background, every other square of every other row, has another colour."""
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "diamond")
-COLOURS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
-    "red": ((222, 36, 40), (122, 8, 14)),
-    "orange": ((248, 136, 20), (166, 76, 0)),
-    "yellow": ((250, 222, 40), (176, 146, 0)),
-    "green": ((36, 156, 56), (148, 228, 140)),
-    "turquoise": ((40, 204, 204), (0, 118, 126)),
-    "blue": ((46, 84, 224), (146, 178, 255)),
-    "purple": ((140, 50, 184), (212, 156, 240)),
-    "pink": ((252, 140, 194), (196, 52, 124)),
-    "brown": ((124, 72, 36), (198, 150, 108)),
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (222, 36, 40),
+    "orange": (248, 136, 20),
+    "yellow": (250, 222, 40),
+    "green": (36, 156, 56),
+    "turquoise": (40, 204, 204),
+    "blue": (46, 84, 224),
+    "purple": (140, 50, 184),
+    "pink": (252, 140, 194),
+    "brown": (124, 72, 36),
 }
-"""Name -> RGB, and RGB of every other band of what is striped: a darker shade, of dark colours a lighter one."""
+"""Name -> RGB."""
+STRIPES = (20, 18, 22)
+"""RGB of every other band of what is striped: one for all, so that what is learned of it serves every colour."""
 BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "white": ((246, 246, 246), (132, 132, 132)),
     "grey": ((132, 132, 132), (246, 246, 246)),
-    "navy": ((22, 32, 84), (132, 132, 132)),
+    "sky": ((150, 200, 255), (132, 132, 132)),
 }
 """Name -> RGB, and RGB of the squares of the style "tiled". No name of a thing's colour is among them."""
 SIZES = {"small": 16, "large": 24}
@@ -59,7 +61,7 @@ RELATIONS = ("left of", "above")
 MARGIN = 2
 """Least distance of a thing from the edge."""
 GAP = 4
-"""Least distance of two things, in the direction of their relation."""
+"""Least distance of two things."""
 STEP = 16
 """Centres are multiples of this, and of a code of the small VQGAN: a thing looks the same to it wherever it is."""
 BAND = 4
@@ -89,7 +91,7 @@ ONE_THING = 0.4
 STRIPED = 0.4
 VALID_SHARE = 16
 """One description in so many is of the split valid."""
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 MANIFEST = "scenes.json"
 
 
@@ -165,7 +167,7 @@ def draw(scene: Scene, size: int = 64, style: Style = "flat") -> np.ndarray:
         mask = thing_mask(thing.shape, thing.size, size)  # [h, h]
         left, top = round(x * pixel) - len(mask) // 2, round(y * pixel) - len(mask) // 2
         rows, columns = slice(top, top + len(mask)), slice(left, left + len(mask))
-        colours = np.array(COLOURS[thing.colour], np.float32)
+        colours = np.array((COLOURS[thing.colour], STRIPES), np.float32)
         bands = (np.arange(top, top + len(mask)) // (size // 16) % 2) * thing.striped
         alpha = mask[:, :, None]
         picture[rows, columns] += alpha * (colours[bands][:, None] - picture[rows, columns])
@@ -287,7 +289,7 @@ def _split(scene: Scene) -> str:
 
 @functools.cache
 def _centres(sizes: tuple[str, ...], relation: str | None) -> list[tuple[tuple[int, int], ...]]:
-    """Every place of things of these sizes: inside, apart, and more in the direction of the relation than across."""
+    """Every place of things of these sizes: inside and apart, two of them in one row or one column."""
     radii = [SIZES[size] // 2 for size in sizes]
 
     def places(radius: int) -> list[tuple[int, int]]:
@@ -300,7 +302,7 @@ def _centres(sizes: tuple[str, ...], relation: str | None) -> list[tuple[tuple[i
     return [
         (first, second)
         for first, second in itertools.product(*map(places, radii))
-        if second[along] - first[along] >= max(sum(radii) + GAP, 2 * abs(second[across] - first[across]))
+        if second[along] - first[along] >= sum(radii) + GAP and second[across] == first[across]
     ]
 
 

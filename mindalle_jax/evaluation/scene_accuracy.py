@@ -17,9 +17,12 @@ class Drawn(NamedTuple):
 
     scene: Scene
     caption: str
-    picture: np.ndarray
-    """uint8[S, S, 3]: the first candidate, or the best by the ranker"""
-    verdict: Verdict
+    first: np.ndarray
+    """uint8[S, S, 3]: candidate 0, which is the same however many are drawn in chunks of one size"""
+    best: np.ndarray
+    """uint8[S, S, 3]: the ranker's choice; without one candidate 0"""
+    first_verdict: Verdict
+    best_verdict: Verdict
 
 
 def draw_scenes(
@@ -34,15 +37,16 @@ def draw_scenes(
 ) -> list[Drawn]:
     """Pictures of the first `count` scenes of a split, from the first caption of each, judged.
 
-    num_candidates, options: as Dalle.generate. Of several candidates the ranker's best counts.
+    num_candidates, options: as Dalle.generate.
     """
     drawn = []
     for index in tqdm(range(count), desc=f"{split}, best of {num_candidates}", unit="prompt", disable=None):
         scene = make_scene(split, index)
         caption = captions(scene)[0]
         pictures = model.generate(caption, num_candidates=num_candidates, ranker=ranker, **options)
-        picture = pictures.images[pictures.order[0]]
-        drawn.append(Drawn(scene, caption, picture, judge(picture, scene, caption, style)))
+        first, best = pictures.images[0], pictures.images[pictures.order[0]]
+        verdicts = (judge(picture, scene, caption, style) for picture in (first, best))
+        drawn.append(Drawn(scene, caption, first, best, *verdicts))
     return drawn
 
 

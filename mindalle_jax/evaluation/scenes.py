@@ -18,6 +18,7 @@ from mindalle_jax.data.scenes import (
     COLOURS,
     SHAPES,
     SIZES,
+    STRIPES,
     Scene,
     Style,
     background_picture,
@@ -275,8 +276,8 @@ def _likely_colour(image: np.ndarray, piece: np.ndarray) -> tuple[str, bool]:
 
 @functools.cache
 def _shades() -> np.ndarray:
-    """f32[2, colours, 3]: the main colours, and those of every other band."""
-    return np.array(list(COLOURS.values()), np.float32).swapaxes(0, 1)
+    """f32[2, colours, 3]: the colours, and that of every other band."""
+    return np.array([list(COLOURS.values()), [STRIPES] * len(COLOURS)], np.float32)
 
 
 def _read_colour(
@@ -311,13 +312,24 @@ def _read_colour(
 
 def _cover(image: np.ndarray, behind: np.ndarray, colour: str, striped: bool) -> np.ndarray:
     """f32[64, 64] in [0, 1]: how far each pixel is from the background towards the colour of a thing."""
-    best, least = np.zeros(image.shape[:2], np.float32), np.full(image.shape[:2], np.inf, np.float32)
-    for shade in COLOURS[colour][: 1 + striped]:
-        step = np.array(shade, np.float32) - behind
-        along = np.clip(((image - behind) * step).sum(2) / (step**2).sum(2), 0, 1)
-        error = ((image - behind - along[:, :, None] * step) ** 2).sum(2)
-        best, least = np.where(error < least, along, best), np.minimum(error, least)
+    offset, main = image - behind, np.array(COLOURS[colour], np.float32) - behind
+    best, least = _along(offset, main)
+    if striped:
+        other = np.array(STRIPES, np.float32) - behind
+        along, error = _along(offset, other)
+        best = np.where(error < least, along, best)
+        # Between two bands that are blurred: offset = a main + b other, by the normal equations.
+        aa, ab, bb = ((x * y).sum(2) for x, y in ((main, main), (main, other), (other, other)))
+        to_a, to_b = (offset * main).sum(2), (offset * other).sum(2)
+        a, b = ((p * q - r * ab) / (aa * bb - ab**2) for p, q, r in ((to_a, bb, to_b), (to_b, aa, to_a)))
+        best = np.where((a > 0) & (b > 0), np.minimum(a + b, 1), best)
     return best
+
+
+def _along(offset: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """f32[64, 64]: how far along a step each offset [64, 64, 3] lies, in [0, 1]; its squared distance from there."""
+    along = np.clip((offset * step).sum(2) / (step**2).sum(2), 0, 1)
+    return along, ((offset - along[:, :, None] * step) ** 2).sum(2)
 
 
 _HALF = max(SIZES.values()) // 2 + 6

@@ -159,7 +159,7 @@ def test_specks_are_ignored():
 
 
 def test_a_background_matters_where_it_is_named():
-    drawn = draw(dataclasses.replace(SCENE, background="navy"))
+    drawn = draw(dataclasses.replace(SCENE, background="sky"))
     assert judge(drawn, SCENE).background is False
     assert judge(drawn, SCENE, captions(SCENE)[0]).background is False
     unnamed = judge(drawn, SCENE, "a small striped red star left of a large blue circle")
@@ -172,7 +172,7 @@ def test_what_is_like_nothing_drawn_is_none():
     assert not judge(noise, SCENE).all_right
     assert read_scene(np.full((64, 64, 3), (90, 200, 60), np.uint8)).background is None
     picture = np.full((64, 64, 3), 246, np.uint8)
-    picture[30:36, 4:60] = COLOURS["red"][0]
+    picture[30:36, 4:60] = COLOURS["red"]
     (thing,) = read_scene(picture).things
     assert thing.shape is None and thing.size is None
 
