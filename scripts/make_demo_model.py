@@ -93,7 +93,7 @@ def main(arguments: argparse.Namespace) -> None:
             f"training.vqgan={work}/vqgan", f"training.tokenizer={work}/tokenizer",
         ),
         "clip": lambda: train(
-            "train-clip", "clip", f"data.train={work}/scenes", f"data.valid={work}/scenes-valid",
+            "train-clip", "clip", f"data.train={work}/scenes-clip", f"data.valid={work}/scenes-valid",
             f"training.tokenizer={work}/clip-tokenizer",
         ),
         "pack": lambda: pack(work),
@@ -121,8 +121,9 @@ def run(program: str, *arguments: Any) -> None:
 
 
 def make_scenes(work: Path) -> None:
-    """Pictures with captions, to train on and to validate by."""
+    """Pictures with captions, to train on, CLIP on pairs that differ little, and to validate by."""
     write_scenes(work / "scenes", "train", 0, NUM_TRAIN)
+    write_scenes(work / "scenes-clip", "train", 0, NUM_TRAIN // 2, contrasts=True)
     write_scenes(work / "scenes-valid", "valid", 0, NUM_VALID)
 
 

@@ -7,6 +7,7 @@ state, and any number of threads, processes or restarts gives the same rows.
 import logging
 import os
 import threading
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
@@ -50,21 +51,26 @@ class Loader:
         process_index: int = 0,
         process_count: int = 1,
         threads: int | None = None,
+        group_size: int = 1,
     ):
         """batch_size: rows of all processes together. seed: in [0, 2**32), of shuffling, captions and crops.
 
         image_size: S in pixels, unless the source holds codes. threads: None is one a CPU, up to 16; each holds a batch
-        of this process in memory, and as many are kept ready.
-        Raises UsageError for values out of range, DataError if there are fewer samples than a batch (training).
+        of this process in memory, and as many are kept ready. group_size: samples in a row of the source that stay in a
+        row when others are shuffled.
+        Raises UsageError for values out of range, DataError if there are fewer samples than a batch or no whole groups
+        (training).
         """
-        _check(source, batch_size, train, seed, image_size, process_count, threads)
+        _check(source, batch_size, train, seed, image_size, process_count, threads, group_size)
         try:
             import grain  # an extra, and a second to import
         except ImportError:
             raise UsageError("reading training data needs grain: pip install 'mindalle-jax[train]'") from None
         self.train, self._rows = train, _Rows(source, train, seed, image_size, tokenizer)
         if train:
-            dataset = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat(None)
+            groups = grain.MapDataset.range(len(source) // group_size).shuffle(seed=seed).repeat(None)
+            self._rows.order = lambda index: groups[index // group_size] * group_size + index % group_size
+            dataset = grain.MapDataset.range(len(source)).repeat(None)
         else:
             dataset = grain.MapDataset.range(-(-len(source) // batch_size) * batch_size)
         threads = threads or min(os.cpu_count() or 1, MAX_THREADS)
@@ -111,12 +117,14 @@ class _Rows:
         self.image_size, self.tokenizer = image_size or 0, tokenizer
         self.images_read, self.bad = 0, set[int]()
         self._lock = threading.Lock()
+        self.order: Callable[[int], int] = lambda index: index % len(source)
+        """Position in the stream -> number of the sample, before damaged ones are replaced."""
 
-    def __call__(self, index: int, number: int) -> dict[str, Any]:
-        """index: position in the stream. number: of the sample, before damaged ones are replaced."""
+    def __call__(self, index: int, _: int) -> dict[str, Any]:
+        """index: position in the stream."""
         rng = np.random.default_rng([self.seed, index]) if self.train else None
         valid = index < len(self.source)  # meaningful in validation
-        number %= len(self.source)
+        number = self.order(index)
         row: dict[str, Any] = {}
         if not self.source.has_codes:
             number, image = self._find_image(number)
@@ -180,6 +188,7 @@ def _check(
     image_size: int | None,
     process_count: int,
     threads: int | None,
+    group_size: int,
 ) -> None:
     """Raises as Loader does."""
     if type(batch_size) is not int or batch_size < 1:
@@ -192,6 +201,8 @@ def _check(
         raise UsageError(f"seed must lie in [0, 4294967296), not {seed}")
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, not {threads}")
+    if train and (group_size < 1 or len(source) % group_size):
+        raise DataError(f"{source.path}: {len(source):,} samples are no multiple of data.group_size {group_size}")
     if image_size is None and not source.has_codes:
         raise UsageError(f"{source.path} holds pictures: image_size must be given")
     if train and len(source) < batch_size:

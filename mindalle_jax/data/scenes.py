@@ -6,6 +6,7 @@ picture are functions of (split, index) and the same on every machine. evaluatio
 Lengths are in 64ths of the picture's side, so they are pixels of a picture of 64 x 64.
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -134,6 +135,32 @@ def make_scene(split: Split, index: int) -> Scene:
             return scene
 
 
+def make_contrast(index: int) -> Scene:
+    """A scene of train that differs from make_scene("train", index) in one way, with things at the same places.
+
+    One attribute of a thing is another, or two things have exchanged one, or all. CLIP learns from such pairs in one
+    batch what captions say beside which words are in them.
+    """
+    scene, chance = make_scene("train", index), _Chance(f"contrast {index}")
+    while True:
+        things, field = list(scene.things), chance.of(tuple(_VALUES))
+        if len(things) == 2 and chance.share(0.25):
+            things.reverse()
+        elif len(things) == 2 and chance.share(0.33):
+            one, two = things
+            things = [
+                dataclasses.replace(one, **{field: getattr(two, field)}),
+                dataclasses.replace(two, **{field: getattr(one, field)}),
+            ]
+        else:
+            at = chance.of(range(len(things)))
+            things[at] = dataclasses.replace(things[at], **{field: chance.of(_VALUES[field])})
+        other = dataclasses.replace(scene, things=tuple(things))
+        told_apart = len({(thing.shape, thing.colour) for thing in things}) == len(things)
+        if other != scene and told_apart and _split(other) == "train":
+            return other
+
+
 def heldout_parts(scene: Scene) -> set[tuple[str, ...]]:
     """The HELDOUT_LOOKS and HELDOUT_PAIRS of a scene; empty for those of train and valid."""
     looks = {(thing.colour, thing.shape) for thing in scene.things}
@@ -206,17 +233,22 @@ def write_scenes(
     size: int = 64,
     style: Style = "flat",
     classes: bool = False,
+    contrasts: bool = False,
 ) -> None:
     """Writes pictures of the scenes first to first + count - 1 as a data set that data/folders.py reads.
 
     A file is named after the index: make_scene(split, index) is what 000123.png shows. metadata.jsonl has the captions.
     classes: write only scenes of one thing, about 4 in 10, into a folder for each shape and without captions.
-    Nothing is done if the folder holds just this already. Raises OutputError if it holds anything else.
+    contrasts: of train, beside each of them 000123-contrast.png with make_contrast(123).
+    Nothing is done if the folder holds just this already. Raises OutputError if it holds anything else, or UsageError.
     """
     _check(size, style)
+    if contrasts and (split != "train" or classes):
+        raise UsageError("contrasts are of the split train, with captions")
     wanted = dict(
-        version=FORMAT_VERSION, split=split, first=first, count=count, size=size, style=style, classes=classes
-    )
+        version=FORMAT_VERSION, split=split, first=first, count=count, size=size, style=style, classes=classes,
+        contrasts=contrasts,
+    )  # fmt: skip
     if _read_manifest(folder / MANIFEST) == wanted:
         return
     with new_folder(folder, overwrite=folder.is_dir() and not any(folder.iterdir())) as new:
@@ -228,10 +260,13 @@ def write_scenes(
             scene = make_scene(split, index)
             if classes and scene.relation:
                 continue
-            name = f"{index:06}.png"
-            place = new / scene.things[0].shape if classes else new
-            Image.fromarray(draw(scene, size, style)).save(place / name)
-            rows.append({"file_name": name, "text": captions(scene), "split": split, "index": index})
+            shown = {f"{index:06}.png": scene}
+            if contrasts:
+                shown[f"{index:06}-contrast.png"] = make_contrast(index)
+            for name, one in shown.items():
+                place = new / one.things[0].shape if classes else new
+                Image.fromarray(draw(one, size, style)).save(place / name)
+                rows.append({"file_name": name, "text": captions(one), "split": split, "index": index})
         if not classes:
             (new / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         (new / MANIFEST).write_text(json.dumps(wanted), encoding="utf-8")
@@ -263,6 +298,15 @@ class _Chance:
 
     def of(self, options: Sequence[_T]) -> _T:
         return options[int(self._random() * len(options))]
+
+
+_VALUES: dict[str, tuple[Any, ...]] = {
+    "shape": SHAPES,
+    "colour": tuple(COLOURS),
+    "size": tuple(SIZES),
+    "striped": (False, True),
+}
+"""Attribute of a thing -> what it can be."""
 
 
 def _any_scene(chance: _Chance, num_things: int) -> Scene:

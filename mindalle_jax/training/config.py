@@ -38,6 +38,9 @@ class DataConfig:
     """The same for validation; None: no validation."""
     threads: int = 8
     """Threads that read, decode and crop pictures."""
+    group_size: int = 1
+    """Samples in a row that stay together when the others are shuffled: of pictures that differ little CLIP learns in
+    one batch what they differ in."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -143,6 +143,7 @@ class Run(abc.ABC):
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             threads=config.data.threads,
+            group_size=config.data.group_size,
         )
 
     def validation_rows(self) -> Iterator[Rows]:

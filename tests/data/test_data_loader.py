@@ -118,6 +118,22 @@ def test_the_seed_decides(stream):
     stream(1, seed=(1 << 32) - 1)
 
 
+def test_groups_stay_together_and_are_shuffled(stream):
+    """Also over several processes: the rows of a batch are the same."""
+    order = stream(11, group_size=2)["sample"].reshape(4, SAMPLES // 2, 2)
+    assert (order[:, :, 0] % 2 == 0).all() and (order[:, :, 1] == order[:, :, 0] + 1).all()
+    assert all(sorted(epoch[:, 0]) == list(range(0, SAMPLES, 2)) for epoch in order)
+    assert len({epoch.tobytes() for epoch in order}) == 4
+    parts = [stream(11, group_size=2, process_index=index, process_count=2)["sample"] for index in range(2)]
+    assert np.stack(parts, axis=1).reshape(-1).tolist() == order.reshape(-1).tolist()
+
+
+@pytest.mark.parametrize("group_size", [0, 3])
+def test_groups_must_be_whole(source, group_size):
+    with pytest.raises(DataError, match=f"22 samples are no multiple of data.group_size {group_size}"):
+        Loader(source, batch_size=8, train=True, image_size=16, group_size=group_size)
+
+
 @pytest.mark.parametrize("threads", [2, 5])
 def test_any_number_of_threads(stream, threads):
     assert equal(stream(6, threads=threads), stream(6, threads=1))

@@ -1,5 +1,6 @@
 """data/scenes.py: the same scenes everywhere, splits that share nothing they must not, captions that tell all."""
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -25,6 +26,7 @@ from mindalle_jax.data.scenes import (
     captions,
     draw,
     heldout_parts,
+    make_contrast,
     make_scene,
     thing_mask,
     write_scenes,
@@ -106,6 +108,33 @@ def test_things_are_inside_apart_and_where_the_relation_says(scenes):
 def test_other_splits_and_indices_are_refused(split, index):
     with pytest.raises(UsageError, match="split must be one of train, valid, heldout"):
         make_scene(split, index)
+
+
+def test_a_contrast_differs_in_one_way():
+    """In one attribute, or two things have exchanged one or all; it is a scene of train too. All kinds occur."""
+    kinds = Counter()
+    for index in range(COUNT // 4):
+        scene, other = make_scene("train", index), make_contrast(index)
+        assert dataclasses.replace(other, things=scene.things) == scene != other
+        assert heldout_parts(other) == set() and other == make_contrast(index)
+        changed = [
+            (name, place)
+            for place, (one, two) in enumerate(zip(scene.things, other.things, strict=True))
+            for name in vars(one)
+            if getattr(one, name) != getattr(two, name)
+        ]
+        names = {name for name, _ in changed}
+        if other.things == scene.things[::-1]:
+            kinds["all exchanged"] += 1
+        elif len(changed) == 1:
+            kinds[next(iter(names))] += 1
+        else:
+            (name,) = names
+            values = [getattr(thing, name) for thing in scene.things]
+            assert [getattr(thing, name) for thing in other.things] == values[::-1]
+            kinds["one exchanged"] += 1
+    assert set(kinds) == {"shape", "colour", "size", "striped", "one exchanged", "all exchanged"}
+    assert min(kinds.values()) > COUNT / 4 / 20
 
 
 # Captions
@@ -229,6 +258,20 @@ def test_what_is_written_is_read_as_a_data_set_of_text(tmp_path):
         scene = make_scene(row["split"], row["index"])
         assert sample.id == f"{row['index']:06}.png" and list(sample.captions) == captions(scene)
         assert (np.asarray(Image.open(tmp_path / "set" / sample.id)) == draw(scene)).all()
+
+
+def test_contrasts_stand_beside_their_scenes(tmp_path):
+    """So that groups of two of the data set are pairs."""
+    write_scenes(tmp_path / "set", "train", 5, 10, contrasts=True)
+    samples = open_source(tmp_path / "set", "text").samples
+    assert len(samples) == 20
+    for index, one, two in zip(range(5, 15), samples[::2], samples[1::2], strict=True):
+        assert (one.id, two.id) == (f"{index:06}-contrast.png", f"{index:06}.png")
+        for sample, scene in ((one, make_contrast(index)), (two, make_scene("train", index))):
+            assert list(sample.captions) == captions(scene)
+            assert (np.asarray(Image.open(tmp_path / "set" / sample.id)) == draw(scene)).all()
+    with pytest.raises(UsageError, match="contrasts are of the split train, with captions"):
+        write_scenes(tmp_path / "other", "valid", 0, 3, contrasts=True)
 
 
 def test_class_folders_are_read_as_a_data_set_of_classes(tmp_path):
