@@ -68,7 +68,7 @@ class Loader:
             raise UsageError("reading training data needs grain: pip install 'mindalle-jax[train]'") from None
         self.train, self._rows = train, _Rows(source, train, seed, image_size, tokenizer)
         if train:
-            groups = grain.MapDataset.range(len(source) // group_size).shuffle(seed=seed).repeat(None)
+            groups: Any = grain.MapDataset.range(len(source) // group_size).shuffle(seed=seed).repeat(None)
             self._rows.order = lambda index: groups[index // group_size] * group_size + index % group_size
             dataset = grain.MapDataset.range(len(source)).repeat(None)
         else:
