@@ -1,4 +1,4 @@
-# make sample MODEL=DIR   pictures of PROMPT from a checkpoint folder (the original's format, or converted)
+# make sample             pictures of PROMPT, from the small model in the package or from MODEL=DIR
 # make test               lint, types and tests
 #
 # Both make their own virtual environment. Another Python: make test PYTHON=python3.12 (gets its own environment).
@@ -7,15 +7,14 @@ PYTHON ?= python3
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
-MODEL ?=
-PROMPT ?= a painting of a cat with sunglasses in the frame
+MODEL ?= demo
+PROMPT ?= a large striped green circle to the left of a small red heart on a grey background
 OUT ?= out
 N ?= 16
 
 .PHONY: sample test
 
 sample: $(VENV)/installed
-	@test -n "$(MODEL)" || { echo "Name a model: make sample MODEL=DIR (or MODEL=minDALL-E/1.3B, a download of 5 GB)"; exit 2; }
 	$(BIN)/mindalle sample "$(PROMPT)" --model "$(MODEL)" --out "$(OUT)" --num-candidates $(N)
 
 test: $(VENV)/installed-test

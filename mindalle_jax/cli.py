@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mindalle_jax.errors import MindalleError, OutputError, UsageError
-from mindalle_jax.files import RANKER, check_output, check_writable
+from mindalle_jax.files import DEMO, RANKER, check_output, check_writable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,9 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     how = sample.add_argument_group("how to draw")
     how.add_argument(
         "--model",
-        required=True,
-        help="a converted folder, a folder in the original's format, minDALL-E/1.3B, or OWNER/NAME on the Hugging Face "
-        "hub (its cache alone with HF_HUB_OFFLINE=1 in the environment)",
+        default=DEMO.name,
+        help="demo (small, in the package: coloured shapes), a converted folder, a folder in the original's format, "
+        "minDALL-E/1.3B, or OWNER/NAME on the Hugging Face hub (its cache alone with HF_HUB_OFFLINE=1 in the "
+        "environment)",
     )
     how.add_argument("--revision", metavar="REV", help="branch, tag or commit of a --model on the hub")
     how.add_argument(

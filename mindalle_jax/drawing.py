@@ -103,9 +103,10 @@ class Model:
     ) -> Self:
         """Loads a model.
 
-        path_or_name: a converted folder; a folder in the original's PyTorch format (converted into the cache first);
-        "minDALL-E/1.3B" (downloaded and converted into the cache, about 5 GB each); or "OWNER/NAME", a repository of
-        the Hugging Face hub that holds either format (downloaded into the cache of the hub).
+        path_or_name: "demo", the small model in the package, which draws coloured shapes; a converted folder; a folder
+        in the original's PyTorch format (converted into the cache first); "minDALL-E/1.3B" (downloaded and converted
+        into the cache, about 5 GB each); or "OWNER/NAME", a repository of the Hugging Face hub that holds either format
+        (downloaded into the cache of the hub).
         dtype: compute dtype; None is float32 on CPU and bfloat16 elsewhere.
         mesh: a jax Mesh with the one axis "data": candidates are spread over its devices. None: the first device.
         revision: branch, tag or commit of the repository; None is its main branch.

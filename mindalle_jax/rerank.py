@@ -64,8 +64,9 @@ class ClipRanker:
     ) -> Self:
         """Loads CLIP.
 
-        path_or_name: a Hugging Face folder; a .pt file of OpenAI; or "OWNER/NAME", a repository of the Hugging Face
-            hub, such as "openai/clip-vit-base-patch32" (downloaded into the cache of the hub).
+        path_or_name: a Hugging Face folder; a .pt file of OpenAI; "demo", the ranker of the model in the package; or
+            "OWNER/NAME", a repository of the Hugging Face hub, such as "openai/clip-vit-base-patch32" (downloaded into
+            the cache of the hub).
         tokenizer: the path of one, where the model has none beside it (see interop.clip.read_clip).
         dtype: compute dtype; None is float32 on CPU and bfloat16 elsewhere.
         mesh: a jax Mesh with the one axis "data": pictures are spread over its devices. None: the first device.

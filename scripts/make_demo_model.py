@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
@@ -170,7 +171,8 @@ def measure(demo: Path, count: int) -> None:
     file = demo / "metrics.json"
     if file.exists() and json.loads(file.read_text(encoding="utf-8"))["prompts"] == count:
         return
-    model, ranker = Dalle.from_pretrained(demo), ClipRanker.from_pretrained(demo / "ranker")
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    model, ranker = Dalle.from_pretrained(demo, mesh=mesh), ClipRanker.from_pretrained(demo / "ranker", mesh=mesh)
     figures: dict[str, Any] = {"prompts": count, "defaults": "top_k 256, temperature 1, seed 0"}
     for split in ("valid", "heldout"):
         pictures = np.stack([draw(make_scene(split, index)) for index in range(count)])
@@ -185,7 +187,7 @@ def measure(demo: Path, count: int) -> None:
         if split == "valid":
             train = np.stack([draw(make_scene("train", index)) for index in tqdm(range(NUM_TRAIN), desc="nearest")])
             for name, some in (("drawn", np.stack([one.first for one in drawn])), ("of the generator", pictures)):
-                distances = nearest(some[:100], train)
+                distances = nearest(some[:50], train)
                 figures[f"distance to the nearest training picture: {name}"] = {
                     "median": round(float(np.median(distances)), 4), "least": round(float(distances.min()), 4)
                 }  # fmt: skip

@@ -18,6 +18,7 @@ from mindalle_jax.config import (
     parse_config,
 )
 from mindalle_jax.errors import ConfigError
+from mindalle_jax.files import DEMO
 from mindalle_jax.training.clip import ClipTrainConfig
 from mindalle_jax.training.config import FinetuneConfig, TrainingConfig, load_finetune_config
 from mindalle_jax.training.vqgan import vqgan_model_config
@@ -341,7 +342,8 @@ KINDS = {"vqgan-f16-16384": VqganTrainConfig, "vqgan": VqganTrainConfig, "clip":
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_file_of_configs_loads(path):
     """Networks and recipes, each with the command that takes it; each says at its top how it is used."""
-    is_recipe = "training" in yaml.safe_load(path.read_text())
+    read = yaml.safe_load(path.read_text())
+    is_recipe = "training" in read
     kind = KINDS.get(path.stem, FinetuneConfig if is_recipe else Config)
     files = {
         "clip": ["training.tokenizer=x"],
@@ -349,6 +351,8 @@ def test_every_file_of_configs_loads(path):
     }
     if path.parent == CONFIGS or path.stem in KINDS:
         load_config(path, files.get(path.stem, []), kind)
+    elif is_recipe and read["training"]["init_from"] == "demo":  # what it leaves out is as in the model in the package
+        load_config(path, (), kind, load_config(DEMO / "config.yaml"))
     else:  # what it leaves out of stage1 is as in the VQGAN beside it
         vqgan = load_config(path.with_name("vqgan.yaml"), (), VqganTrainConfig)
         load_config(path, ["training.vqgan=x"], kind, vqgan_model_config(vqgan.stage1))

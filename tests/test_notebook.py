@@ -1,4 +1,4 @@
-"""The notebook: run by a real kernel on the tiny model, its buttons pressed, its picture compared with generate."""
+"""The notebook: run by a real kernel as it stands, its buttons pressed, its picture compared with generate."""
 
 import base64
 import io
@@ -13,10 +13,12 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
+from mindalle_jax import ClipRanker, Dalle
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "sample_interactively.ipynb"
 
-PROMPT = "a painting of a cat with sunglasses in the frame"
+PROMPT = "a large striped green circle to the left of a small red heart on a grey background"
 
 PRESS = """
 import threading
@@ -29,13 +31,12 @@ for thread in threading.enumerate():
 
 
 @pytest.fixture(scope="module")
-def executed(tiny_model_folder, tmp_path_factory) -> Iterator[tuple[nbformat.NotebookNode, Callable[[str], str]]]:
+def executed(tmp_path_factory) -> Iterator[tuple[nbformat.NotebookNode, Callable[[str], str]]]:
     """The notebook, executed from top to bottom, and run(code) -> what it prints, in the kernel that did it."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
-    environment = os.environ | {
-        "MINDALLE_MODEL": str(tiny_model_folder),
-        "MINDALLE_RANKER": "likelihood",
+    own = {"MINDALLE_MODEL", "MINDALLE_RANKER"}
+    environment = {name: value for name, value in os.environ.items() if name not in own} | {
         "PYTHONPATH": str(ROOT),
         "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython")),
     }
@@ -50,6 +51,11 @@ def executed(tiny_model_folder, tmp_path_factory) -> Iterator[tuple[nbformat.Not
         for i, cell in enumerate(list(notebook.cells)):
             client.execute_cell(cell, i)
         yield notebook, run
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[Dalle, ClipRanker]:
+    return Dalle.from_pretrained("demo"), ClipRanker.from_pretrained("demo")
 
 
 @pytest.fixture
@@ -81,29 +87,28 @@ def test_the_kernel_runs_this_code(run):
     assert Path(package).resolve().is_relative_to(ROOT)
 
 
-def test_top_to_bottom(executed, tiny_dalle):
+def test_top_to_bottom(executed, demo):
     """Every cell succeeds, the panel is on display, and in it the grid that generate makes of the same settings."""
     notebook, run = executed
     outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
     assert not [output for cell in outputs.values() for output in cell if output.output_type == "error"]
     assert "float32" in outputs["load"][0].text
     assert "application/vnd.jupyter.widget-view+json" in outputs["panel"][0].data
-    with pytest.warns(UserWarning, match="the first 12 are used"):
-        expected = tiny_dalle.generate(PROMPT, num_candidates=4, ranker="likelihood")
+    model, ranker = demo
+    expected = model.generate(PROMPT, num_candidates=16, ranker=ranker)
     np.testing.assert_array_equal(shown(run), np.asarray(expected.grid()))
-    assert "has 35 tokens; the first 12 are used" in run("print(messages.value)")
     assert str(expected.order) in outputs["numbers"][0].text
     variations = Image.open(io.BytesIO(base64.b64decode(outputs["variations"][-1].data["image/png"])))
-    assert variations.height == 32 + 14 + 8  # a row of pictures, its captions, gaps above and below
+    assert variations.height == 64 + 14 + 8  # a row of pictures, its captions, gaps above and below
 
 
-def test_generate_button(run, tiny_dalle):
+def test_generate_button(run, demo):
     """It draws what the controls say; fewer are shown on request, without drawing again."""
-    run("prompt.value, seed.value, candidates.value, best.value = 'the cat', 7, 6, 3")
+    run("prompt.value, seed.value, candidates.value, best.value = 'a red star', 7, 6, 3; ranker.value = 'likelihood'")
     run("top_k.value, top_p.value, temperature.value = 16, 0.9, 0.8" + PRESS)
     assert run("print(messages.value, generate_button.disabled)") == "False"
-    expected = tiny_dalle.generate(
-        "the cat", num_candidates=6, seed=7, top_k=16, top_p=0.9, temperature=0.8, ranker="likelihood"
+    expected = demo[0].generate(
+        "a red star", num_candidates=6, seed=7, top_k=16, top_p=0.9, temperature=0.8, ranker="likelihood"
     )
     np.testing.assert_array_equal(shown(run), np.asarray(expected.grid(best=3)))
     run("best.value = 5")
@@ -111,12 +116,17 @@ def test_generate_button(run, tiny_dalle):
 
 
 def test_previews_and_stop(run):
-    """Pictures appear while they are drawn, two rows of 8 codes at a time; Stop leaves what there is a row later."""
-    run("prompt.value, candidates.value, seen = 'the cat', 3, []")
+    """Pictures appear while they are drawn, two rows of 16 codes at a time; Stop leaves what there is a row later."""
+    run("prompt.value, candidates.value, seen = 'a red star', 3, []")
     run("picture.observe(lambda _: (seen.append((result.codes >= 0).sum(axis=1)), stop_button.click()), 'value')")
     run(PRESS + "picture.unobserve_all()")
-    assert run("print(*seen)") == "[16 16 16] [24 24 24]"
+    assert run("print(*seen)") == "[32 32 32] [48 48 48]"
     assert run("print(generate_button.disabled, stop_button.disabled)") == "False True"
+
+
+def test_warnings_are_shown(run):
+    run(f"prompt.value, candidates.value = {'red star ' * 40!r}, 1" + PRESS)
+    assert "color: darkorange" in run("print(messages.value)") and "are used" in run("print(messages.value)")
 
 
 def test_errors_are_one_line(run):
@@ -134,7 +144,7 @@ def test_new_seed(run):
 
 def test_save(run, tmp_path):
     """What is shown is written, once; a folder that holds something is refused."""
-    run("prompt.value, candidates.value, best.value = 'dog', 3, 2" + PRESS)
+    run("prompt.value, candidates.value, best.value = 'a red star', 3, 2" + PRESS)
     save = f"folder.value = {str(tmp_path / 'new')!r}; save_button.click(); print(messages.value)"
     assert "color: green" in run(save)
     assert len(list((tmp_path / "new").glob("rank*.png"))) == 2

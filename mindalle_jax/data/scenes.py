@@ -92,7 +92,7 @@ ONE_THING = 0.4
 STRIPED = 0.4
 VALID_SHARE = 16
 """One description in so many is of the split valid."""
-FORMAT_VERSION = 7
+FORMAT_VERSION = 6
 MANIFEST = "scenes.json"
 
 
@@ -351,7 +351,7 @@ def _centres(sizes: tuple[str, ...], relation: str | None) -> list[tuple[tuple[i
 
 
 def _caption(scene: Scene, chance: _Chance, background: bool) -> str:
-    """A caption. Nothing stands before the first thing: where a word stands tells a small network whose it is."""
+    """A caption in one of the orders of words."""
     phrases = [_phrase(thing, chance) for thing in scene.things]
     if scene.relation is None:
         text = phrases[0]
@@ -362,6 +362,8 @@ def _caption(scene: Scene, chance: _Chance, background: bool) -> str:
     if not background:
         return text
     colour = scene.background
+    if chance.share(0.3):
+        return f"{chance.of((f'on {colour}', f'on a {colour} background', f'{colour} background'))}, {text}"
     return f"{text} {chance.of((f'on a {colour} background', f'on {colour}', f'against a {colour} background'))}"
 
 
@@ -374,6 +376,8 @@ _WORDS = {
 
 def _phrase(thing: Thing, chance: _Chance) -> str:
     size = chance.of(("small", "small", "little") if thing.size == "small" else ("large", "large", "big"))
+    if thing.striped and chance.share(0.2):
+        return f"a {size} {thing.colour} {thing.shape} with stripes"
     look = "striped " if thing.striped else "plain " if chance.share(0.25) else ""
     return f"a {size} {look}{thing.colour} {thing.shape}"
 

@@ -24,7 +24,7 @@ import safetensors.numpy
 from tokenizers import Tokenizer
 
 from mindalle_jax.errors import CheckpointError, OutputError, UsageError, one_line
-from mindalle_jax.files import check_apart, check_free_disk, check_output, new_folder
+from mindalle_jax.files import DEMO, RANKER, check_apart, check_free_disk, check_output, new_folder
 from mindalle_jax.interop.clip_tokenizer import read_clip_tokenizer
 from mindalle_jax.interop.hub import fetch_repo, is_repo_id
 from mindalle_jax.interop.key_maps import SUFFIXES, check_shapes, to_float32
@@ -86,7 +86,8 @@ class ClipModel(NamedTuple):
 def find_clip(
     path_or_name: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
 ) -> Path:
-    """The folder or file of a path, else of a repository of the Hugging Face hub, of which one weights file is fetched.
+    """The folder or file of a path, else for "demo" the ranker in the package, else of a repository of the Hugging Face
+    hub, of which one weights file is fetched.
 
     revision, local_files_only: as fetch_repo. Raises CheckpointError, DownloadError, or UsageError for the revision of
     a path.
@@ -96,6 +97,8 @@ def find_clip(
         if revision is not None:
             raise UsageError(f"{name} is a path and has no revision {revision!r}")
         return path
+    if name == DEMO.name:
+        return DEMO / RANKER
     if not is_repo_id(name):
         raise CheckpointError(f"{name}: no such file or folder, and no OWNER/NAME of the hub")
     for weights in WEIGHT_FILES:

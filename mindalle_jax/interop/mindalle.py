@@ -23,7 +23,7 @@ from tqdm import tqdm
 import mindalle_jax
 from mindalle_jax.config import Config, Stage1Hparams, dump_config, load_config
 from mindalle_jax.errors import CheckpointError, ConfigError, DownloadError, OutputError, UsageError
-from mindalle_jax.files import check_apart, check_free_disk, new_folder
+from mindalle_jax.files import DEMO, check_apart, check_free_disk, new_folder
 from mindalle_jax.interop.download import RELEASES, cache_dir, fetch_release
 from mindalle_jax.interop.hub import fetch_repo, is_repo_id
 from mindalle_jax.interop.key_maps import Slot, check_keys, slots, to_float32
@@ -262,9 +262,11 @@ def find_model(
     Raises UsageError for the revision of something else; otherwise see Dalle.from_pretrained.
     """
     path, name = Path(path_or_name).expanduser(), str(path_or_name)
-    if revision is not None and (path.exists() or name in RELEASES):
+    if revision is not None and (path.exists() or name in (DEMO.name, *RELEASES)):
         raise UsageError(f"{name} is {'a path' if path.exists() else 'a known name'} and has no revision {revision!r}")
     if not path.exists():
+        if name == DEMO.name:
+            return DEMO
         if name in RELEASES:
             if local_files_only and not (cache_dir() / name).exists():
                 raise DownloadError(
@@ -275,7 +277,8 @@ def find_model(
             path = fetch_repo(name, MODEL_FILES, revision=revision, local_files_only=local_files_only)
         else:
             raise CheckpointError(
-                f"{name}: no such folder, and no known name ({', '.join(RELEASES)}) or OWNER/NAME of the hub"
+                f"{name}: no such folder, and no known name ({', '.join([DEMO.name, *RELEASES])}) or OWNER/NAME of the "
+                "hub"
             )
     if (path / MANIFEST).is_file():
         return path

@@ -77,7 +77,8 @@ def _prefixes(config: Config, prompts: list[str], tokenizer: TextTokenizer | Non
         if tokenizer is not None:
             return tokenizer(prompts).ids
         if config.stage2.use_cls_cond:
-            return class_prefix(config.stage2, [int(prompt) for prompt in prompts], len(prompts))
+            labels = [int(prompt) for prompt in prompts] or np.zeros(0, np.int32)  # numpy takes [] for floats
+            return class_prefix(config.stage2, labels, len(prompts))
         return class_prefix(config.stage2, None, len(prompts))
     except (UsageError, ValueError) as error:
         raise ConfigError(f"training.sample_prompts {prompts}: {error}") from None
