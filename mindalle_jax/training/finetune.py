@@ -176,7 +176,7 @@ class FinetuneRun(Run):
             import safetensors.numpy
 
             about = {"lora_scale": str(scale), "base_sha256": self.origin()}
-            safetensors.numpy.save_file(trained, self.out / "adapters.safetensors", metadata=about)
+            (self.out / "adapters.safetensors").write_bytes(safetensors.numpy.save(trained, metadata=about))
 
     def _with_codes(self, batch: Batch) -> Batch:
         """The batch with codes in place of pictures, encoded in float32, a micro-batch at a time."""
