@@ -78,10 +78,11 @@ def write_transfer(upstream: Path, config: Config, target: Path, *, head: str = 
 def write_fresh(vqgan: Path, tokenizer: Path, config: Config, target: Path, *, seed: int = 0) -> None:
     """A folder with a fresh transformer of `config` over the codes of the VQGAN in the folder `vqgan`.
 
-    Weights and tables are drawn from N(0, 0.02), the start vector without classes from N(0, 1); biases are 0 and gains
-    1, as in the original. But codes that look alike start alike: their rows of the table and of the head are a random
-    projection of their rows of the codebook, with the deviation 1 / sqrt(embed_dim). Their places start as
-    `place_rows`. tokenizer: its folder, for text-to-image models. Raises CheckpointError or OutputError.
+    Weights are drawn from N(0, 0.02), the start vector without classes from N(0, 1); biases are 0 and gains 1, as in
+    the original. But rows of tables have the deviation 1 / sqrt(embed_dim), and codes that look alike start alike:
+    their rows of the table and of the head are a random projection of their rows of the codebook. Places of codes start
+    as `place_rows`, those of text as `order_rows`. tokenizer: its folder, for text-to-image models. Raises
+    CheckpointError or OutputError.
     """
     stage1 = map_weights(vqgan / "stage1.safetensors", read_manifest(vqgan)["tensors"]["stage1"])
     codebook = np.array(stage1["codebook"], np.float32)  # [n, e]
@@ -96,6 +97,10 @@ def write_fresh(vqgan: Path, tokenizer: Path, config: Config, target: Path, *, s
             return codebook @ normal((codebook.shape[1], shape[1])) / np.float32(math.sqrt(shape[1]))
         if path == "pos_emb_img/embedding":
             return place_rows(config.stage1.code_size, shape[1])
+        if path == "pos_emb_txt/embedding":
+            return order_rows(*shape)
+        if path == "tok_emb_txt/embedding":
+            return normal(shape) / np.float32(math.sqrt(shape[1]))
         std = 1.0 if path.startswith("sos") and not config.stage2.use_cls_cond else 0.02
         return normal(shape) * np.float32(std)
 
@@ -106,16 +111,27 @@ def write_fresh(vqgan: Path, tokenizer: Path, config: Config, target: Path, *, s
 
 
 def place_rows(side: int, width: int) -> np.ndarray:
-    """f32[side * side, width]: sines and cosines of the row and of the column of each code, row by row.
+    """f32[side * side, width]: `order_rows` of the row and of the column of each code, row by row.
 
-    Of amplitude 1 / sqrt(width); periods go from 2.5 codes to 4 sides in equal ratios. What is so many codes away is
-    found in the same way from everywhere: Vaswani et al. 2017, arXiv:1706.03762, section 3.5, in two dimensions.
+    What is so many codes away is found in the same way from everywhere.
     """
-    waves = math.ceil(width / 4)
-    angles = 2 * np.pi * np.arange(side)[:, None] / np.geomspace(2.5, 4 * side, waves)
-    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [side, 2 waves]
+    axis = _waves(side, math.ceil(width / 4))
     rows = np.concatenate([np.repeat(axis, side, axis=0), np.tile(axis, (side, 1))], axis=1)[:, :width]
     return (rows / math.sqrt(width)).astype(np.float32)
+
+
+def order_rows(length: int, width: int) -> np.ndarray:
+    """f32[length, width]: sines and cosines of positions 0, 1, ..., of amplitude 1 / sqrt(width).
+
+    Periods go from 2.5 positions to 4 lengths in equal ratios. Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
+    """
+    return (_waves(length, math.ceil(width / 2))[:, :width] / math.sqrt(width)).astype(np.float32)
+
+
+def _waves(length: int, count: int) -> np.ndarray:
+    """f64[length, 2 count]: first the sines, then the cosines."""
+    angles = 2 * np.pi * np.arange(length)[:, None] / np.geomspace(2.5, 4 * length, count)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
 def write_model(

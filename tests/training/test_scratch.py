@@ -17,7 +17,7 @@ from mindalle_jax.tokenizer import VOCAB_FILE
 from mindalle_jax.training.finetune import FinetuneRun, read_finetune
 from mindalle_jax.training.folder import check_base, start_folder
 from mindalle_jax.training.loop import Run
-from mindalle_jax.training.transfer import CODE_ROWS, place_rows, write_fresh, write_vqgan
+from mindalle_jax.training.transfer import CODE_ROWS, order_rows, place_rows, write_fresh, write_vqgan
 from mindalle_jax.training.vqgan import vqgan_model_config
 from mindalle_jax.weights import leaf_shapes, map_weights, read_manifest
 
@@ -26,6 +26,8 @@ STAGE2 = {
     "hparams": {"embed_dim": 48, "n_layers": 1, "n_heads": 2, "ctx_len_img": 64, "ctx_len_txt": 12},
 }  # fmt: skip
 """Other sizes than those of the tiny model."""
+FIXED = ("/bias", "/scale", "pos_emb_img/embedding", "pos_emb_txt/embedding")
+"""Endings of what no seed changes."""
 IMAGES = {"type": "igpt", "use_cls_cond": False, "hparams": {"n_layers": 1}}
 
 
@@ -109,12 +111,17 @@ def test_fresh_weights_follow_the_rule(kind, tmp_path, request, tiny_model_folde
         if path == "pos_emb_img/embedding":
             np.testing.assert_array_equal(leaf, place_rows(config.stage1.code_size, leaf.shape[1]))
             continue
+        if path == "pos_emb_txt/embedding":
+            np.testing.assert_array_equal(leaf, order_rows(*leaf.shape))
+            continue
         std = 1.0 if path.startswith("sos") and kind == "unconditional" else 0.02
+        if path == "tok_emb_txt/embedding":
+            std = 1 / math.sqrt(leaf.shape[1])
         assert abs(leaf.mean()) < 5 * std / math.sqrt(leaf.size), path
         assert abs(leaf.std() / std - 1) < 5 / math.sqrt(2 * leaf.size), path
         drawn += leaf.size
     assert len(of_codes) == 2
-    fixed = ("/bias", "/scale", "pos_emb_img/embedding", *CODE_ROWS)
+    fixed = (*FIXED, *CODE_ROWS)
     others = [leaf for path, leaf in found.items() if not path.endswith(fixed)]
     values = np.concatenate([leaf.ravel() for leaf in others])
     assert len(np.unique(values)) > 0.98 * drawn, "parameters share their numbers"  # float32 has few equal by chance
@@ -134,6 +141,17 @@ def test_places_look_alike_by_how_far_they_are_apart(side, width):
         assert down == right == 0 or max(apart) < 0.499
 
 
+@pytest.mark.parametrize("length, width", [(24, 192), (64, 1536)])
+def test_positions_of_text_look_alike_by_how_far_they_are_apart(length, width):
+    rows = order_rows(length, width).astype(np.float64)
+    assert rows.shape == (length, width)
+    products = rows @ rows.T
+    assert abs(products[0, 0] - 0.5) < 1e-6
+    for apart in range(1, length):
+        found = np.diagonal(products, apart)
+        assert np.ptp(found) < 1e-6 and found[0] < 0.499
+
+
 def test_a_run_starts_from_fresh_weights_of_its_seed_beside_the_vqgan(finished, vqgan, tmp_path):
     """Which are there for whoever asks what a run began with, and are made again, bit by bit, by the same seed."""
     config_file, out = finished
@@ -144,7 +162,7 @@ def test_a_run_starts_from_fresh_weights_of_its_seed_beside_the_vqgan(finished, 
         check_base(config, base)
         starts[seed] = weights_crc32(start_folder(config, base, tmp_path / str(seed)))
     assert starts[3] == weights_crc32(out / "start")
-    drawn = {path for path in starts[3] if not path.endswith(("/bias", "/scale", "pos_emb_img/embedding"))}
+    drawn = {path for path in starts[3] if not path.endswith(FIXED)}
     assert drawn and all(starts[3][path] != starts[4][path] for path in drawn)
 
 
