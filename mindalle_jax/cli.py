@@ -105,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
         help="candidates drawn at once; fewer take less memory (default: by the device)",
     )
     how.add_argument(
+        "--jacobi",
+        action="store_true",
+        help="draw a row of codes at once, again and again until nothing changes: the same codes in fewer passes, "
+        "for one candidate or a few",
+    )
+    how.add_argument(
         "--dtype", choices=["bfloat16", "float32"], help="compute dtype (default: float32 on CPU, bfloat16 elsewhere)"
     )
 
@@ -340,6 +346,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     options |= {
         "num_candidates": arguments.num_candidates,
         "batch_size": arguments.batch_size,
+        "jacobi": arguments.jacobi,
         "ranker": _ranker(ranker),
         "progress": True,
     }

@@ -62,6 +62,7 @@ class Job:
     num_candidates: int
     settings: Settings
     batch_size: int
+    jacobi: bool
     kept_codes: np.ndarray
     """int32[m]: what every picture begins with; often empty"""
     every: int | None
@@ -178,6 +179,8 @@ class Model:
         """Checks what was asked for. Raises UsageError."""
         num_candidates, ranker = check_num_candidates(options["num_candidates"]), options["ranker"]
         check_batch_size(options["batch_size"])
+        if not isinstance(options["jacobi"], bool):
+            raise UsageError(f"jacobi must be True or False, not {options['jacobi']!r}")
         side = self._codec.side
         check_every(every, self.config.stage1)
         if ranker is not None and ranker != "likelihood" and not hasattr(ranker, "scores"):
@@ -196,6 +199,7 @@ class Model:
             num_candidates=num_candidates,
             settings=settings,
             batch_size=options["batch_size"] or default_batch_size(num_candidates, self.backend),
+            jacobi=options["jacobi"],
             kept_codes=kept.astype(np.int32),
             every=every,
             ranker=ranker,
@@ -243,6 +247,7 @@ class Model:
                     job.num_candidates,
                     job.settings,
                     batch_size=job.batch_size,
+                    jacobi=job.jacobi,
                     mesh=self.mesh,
                     kept=job.kept_codes,
                 ):
@@ -300,6 +305,7 @@ class Model:
             **job.notes,
             "dtype": self.dtype,
             "batch_size": job.batch_size,
+            "jacobi": job.jacobi,
             "noise": "threefry2x32, partitionable, fold_in(fold_in(key(seed), candidate), position)",
             "model": str(self.folder),
             "model_sha256": self._digest,

@@ -80,6 +80,7 @@ class Dalle(Model):
         temperature: float = 1.0,
         seed: int | None = 0,
         batch_size: int | None = None,
+        jacobi: bool = False,
         guidance_scale: float = 1.0,
         kept_codes: Any = None,
         ranker: Ranker = None,
@@ -92,6 +93,8 @@ class Dalle(Model):
         top_k, top_p, temperature, seed: see sampling.Settings.
         batch_size: candidates per device per compiled call; memory grows with it and not with num_candidates. Pictures
         of one seed are bit-identical at one batch_size, whatever else is drawn. None: by the device.
+        jacobi: draw all codes of a row at once, again and again until nothing changes: the same codes but for rounding,
+        in fewer passes where they can be guessed. Faster for one candidate or a few: docs/log.md.
         guidance_scale: 1 is off. Over 1 follows the prompt more closely, but only a model that was fine-tuned with some
         captions left out knows what "no prompt" looks like; takes twice the memory and nearly twice the time.
         kept_codes: codes int[m] of whole rows that every picture begins with; complete and variations set it.
@@ -113,6 +116,7 @@ class Dalle(Model):
                 temperature=temperature,
                 seed=seed,
                 batch_size=batch_size,
+                jacobi=jacobi,
                 guidance_scale=guidance_scale,
                 kept_codes=kept_codes,
                 ranker=ranker,

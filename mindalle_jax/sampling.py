@@ -129,12 +129,12 @@ def check_num_candidates(num_candidates: int) -> int:
 def default_batch_size(num_candidates: int, backend: str) -> int:
     """Candidates per device per compiled call: a function of these two alone, so that pictures do not depend on more.
 
-    A power of two up to 8 on CPU; elsewhere up to 32, and from there the multiple of 32 up to 128 that fits, because
+    A power of two up to 16 on CPU; elsewhere up to 32, and from there the multiple of 32 up to 128 that fits, because
     each call reads all weights once and padding up to 128 would waste a quarter of the usual 96.
     """
     power = 1 << (num_candidates - 1).bit_length()
     if backend == "cpu":
-        return min(8, power)
+        return min(16, power)
     return power if power <= 32 else min(128, 32 * math.ceil(num_candidates / 32))
 
 
@@ -184,16 +184,22 @@ def _top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
     return jnp.where(keep, logits, -jnp.inf)
 
 
-def draw(logits: jax.Array, candidates: jax.Array, t: jax.Array, settings: TracedSettings) -> jax.Array:
-    """Code t of each candidate, int32[b], from its logits f32[b, v]: Gumbel-max over what the filters keep."""
+def gumbel_noise(candidates: jax.Array, positions: jax.Array, vocab_size: int, settings: TracedSettings) -> jax.Array:
+    """Of each candidate int32[b] at each position int32[w]: f32[b, w, v], or zeros where the draw is greedy."""
     key = jax.random.key(settings.seed, impl="threefry2x32")
 
-    def noise(candidate: jax.Array) -> jax.Array:
+    def noise(candidate: jax.Array, t: jax.Array) -> jax.Array:
         own = jax.random.fold_in(jax.random.fold_in(key, candidate), t)
-        return jax.random.gumbel(own, logits.shape[-1:], jnp.float32)
+        return jax.random.gumbel(own, (vocab_size,), jnp.float32)
 
-    gumbel = jnp.where(settings.temperature == 0, 0.0, jax.vmap(noise)(candidates))
-    return jnp.argmax(filter_logits(logits, settings) + gumbel, axis=-1).astype(jnp.int32)
+    each = jax.vmap(jax.vmap(noise, (None, 0)), (0, None))
+    return jnp.where(settings.temperature == 0, 0.0, each(candidates, positions))
+
+
+def draw(logits: jax.Array, noise: jax.Array, settings: TracedSettings) -> jax.Array:
+    """Codes int32[b, w] from logits and gumbel_noise f32[b, w, v]: Gumbel-max over what the filters keep."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    return jnp.argmax(filter_logits(flat, settings).reshape(logits.shape) + noise, axis=-1).astype(jnp.int32)
 
 
 class Prefix(NamedTuple):
@@ -217,9 +223,11 @@ class DecodeState(NamedTuple):
     cache: list[KV]
     """one a layer, [b, h, t, k] each; [2, b, h, t, k] with guidance"""
     bad_position: jax.Array
-    """int32[b]: the first position whose logits were not all finite, -1 if none"""
+    """int32[b]: the first position whose logits were not all finite, -1 if none; with jacobi one of the same row"""
     log_likelihood: jax.Array
     """f32[b]: sum of log p(code | prompt, codes before it) over the codes drawn, before any filter, in nats"""
+    passes: jax.Array
+    """int32[b]: how often the network ran, the same for all candidates of a device"""
 
 
 class Drawn(NamedTuple):
@@ -245,12 +253,14 @@ def sample_codes(
     batch_size: int,
     mesh: Mesh,
     kept: np.ndarray,
+    jacobi: bool = False,
 ) -> Iterator[Drawn]:
     """Draws candidates 0..num_candidates-1 of one prompt, row by row and chunk by chunk.
 
     model: a Transformer with stacked=False, params its parameters, replicated over `mesh` (one axis, "data").
     prefix_ids: int32[p]; with guidance [2, p], the prompt and what it is guided away from.
     batch_size: candidates per device per compiled call.
+    jacobi: see decode_segment.
     kept: int32[m] codes that every picture begins with, m a multiple of the row length or 0; drawing starts after them.
     Raises NonFiniteError when the network gives NaN or infinite logits.
     """
@@ -271,7 +281,7 @@ def sample_codes(
         # Padding repeats the chunk's first candidate; what it draws is thrown away.
         candidates = np.where(np.arange(rows) < count, first + np.arange(rows), first).astype(np.int32)
         candidates = jax.device_put(candidates, NamedSharding(mesh, P("data")))
-        parts = _decode_chunk(model, mesh, params, prefix, candidates, traced, batch_size, start)
+        parts = _decode_chunk(model, mesh, params, prefix, candidates, traced, batch_size, jacobi, kept)
         for at, (codes, bad_position, log_likelihood) in zip(
             range(start, length, row_length(length)), parts, strict=True
         ):
@@ -287,20 +297,26 @@ def _decode_chunk(
     candidates: jax.Array,
     settings: TracedSettings,
     batch_size: int,
-    start: int,
+    jacobi: bool,
+    kept: np.ndarray,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields (codes int32[b, steps], bad positions int32[b], log-likelihoods f32[b]) until the pictures are complete.
 
     One call is in flight while the result of the one before it is fetched.
     """
-    length = model.config.hparams.ctx_len_img
+    length, start = model.config.hparams.ctx_len_img, len(kept)
     steps = row_length(length)
     waiting = None
     with _numerics(model):
         state = start_state(model, mesh, batch_size, prefix.logits, prefix.kept_kv, np.int32(start))
+    # Of a row the best guess is the row above it.
+    above = kept[-steps:] if start else np.full(steps, -1, np.int32)
+    codes = jax.device_put(np.tile(above, (len(candidates), 1)), NamedSharding(mesh, P("data")))
     for _ in range(start, length, steps):
         with _numerics(model):
-            state, codes = decode_segment(model, mesh, steps, params, prefix.kv, candidates, settings, state)
+            state, codes = decode_segment(
+                model, mesh, steps, jacobi, params, prefix.kv, candidates, settings, state, codes
+            )
         if waiting is not None:
             yield jax.device_get(waiting)
         # Copies: the next call takes the state's memory.
@@ -352,64 +368,110 @@ def start_state(
             cache=cache,
             bad_position=jnp.full(batch_size, -1, jnp.int32),
             log_likelihood=jnp.zeros(batch_size, jnp.float32),
+            passes=jnp.zeros(batch_size, jnp.int32),
         )
 
     specs = _state_specs(guided=bool(lead))
     return jax.shard_map(start, mesh=mesh, in_specs=P(), out_specs=specs, check_vma=False)(logits, kept_kv, t)
 
 
-@partial(jax.jit, static_argnames=("model", "mesh", "steps"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("model", "mesh", "steps", "jacobi"), donate_argnames="state")
 def decode_segment(
     model: Transformer,
     mesh: Mesh,
     steps: int,
+    jacobi: bool,
     params: dict[str, Any],
     prefix: list[KV],
     candidates: jax.Array,
     settings: TracedSettings,
     state: DecodeState,
+    guess: jax.Array,
 ) -> tuple[DecodeState, jax.Array]:
     """Draws the next `steps` codes of every candidate: the new state and int32[b, steps]. Each device has its own b.
 
+    jacobi: begin with a guess int32[b, steps] (negative: the code that the first position draws) and draw all positions
+    at once, again and again, until nothing changes. With the noise of a position fixed that is what one position after
+    the other gives, because code i is right as soon as those before it are: Wiggers and Hoogeboom, "Predictive Sampling
+    with Forecasting Autoregressive Models", 2020, arXiv:2002.09928. False: one after the other; guess is not used.
     Guidance: Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, on logits.
     """
     guided = state.logits.ndim == 3
 
-    def decode(params, prefix, candidates, settings, state):
-        def step(state: DecodeState, _: None) -> tuple[DecodeState, jax.Array]:
-            finite = jnp.all(jnp.isfinite(state.logits), axis=(0, -1) if guided else -1)
-            bad_position = jnp.where((state.bad_position < 0) & ~finite, state.t, state.bad_position)
-            conditional = logits = state.logits
+    def decode(params, prefix, candidates, settings, state, guess):
+        def network(codes: jax.Array, t: jax.Array, cache: list[KV]) -> Any:
+            """Logits after each of the codes [b, w] at t, t + 1, ...: f32[b, w, v], [2, b, w, v] with guidance."""
+
+            def once(prefix: list[KV], cache: list[KV]) -> Any:
+                return model.apply({"params": params}, codes, t, prefix, cache, method="step")
+
+            return (jax.vmap(once) if guided else once)(prefix, cache)
+
+        def choose(logits: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            """Codes [b, w], their log-probabilities, and whether all logits [(2,) b, w, v] are finite."""
+            finite = jnp.all(jnp.isfinite(logits), axis=(0, -1) if guided else -1)
+            conditional = logits
             if guided:
-                conditional, blank = state.logits
+                conditional, blank = logits
                 logits = blank + settings.guidance_scale * (conditional - blank)
-            codes = draw(logits, candidates, state.t, settings)
-            chosen = jnp.take_along_axis(conditional, codes[:, None], axis=-1)[:, 0]
-            log_likelihood = state.log_likelihood + chosen - jax.nn.logsumexp(conditional, axis=-1)
+            codes = draw(logits, noise, settings)
+            chosen = jnp.take_along_axis(conditional, codes[..., None], axis=-1)[..., 0]
+            return codes, chosen - jax.nn.logsumexp(conditional, axis=-1), finite
 
+        def noise_at(positions: jax.Array) -> jax.Array:
+            return gumbel_noise(candidates, positions, model.config.vocab_size_img, settings)
+
+        def advance(state: DecodeState, logits: jax.Array, cache: list[KV], scores: Any, passes: Any) -> DecodeState:
+            """The state after the positions of which scores are, log-probabilities and finiteness [b, w]."""
+            log_probs, finite = scores
+            first_bad = jnp.where(jnp.all(finite, axis=-1), -1, state.t + jnp.argmin(finite, axis=-1))
+            bad_position = jnp.where(state.bad_position < 0, first_bad, state.bad_position)
+            log_likelihood = state.log_likelihood + jnp.sum(log_probs, axis=-1)
+            t = state.t + log_probs.shape[1]
+            return DecodeState(t, logits, cache, bad_position, log_likelihood, state.passes + passes)
+
+        def step(state: DecodeState, _: None) -> tuple[DecodeState, jax.Array]:
+            codes, *scores = choose(state.logits[..., None, :], noise_at(state.t[None]))
             # The last code of a picture is fed too, and its logits are not used: one pass of 256 for a simpler loop.
-            def network(prefix: list[KV], cache: list[KV]) -> Any:
-                return model.apply({"params": params}, codes, state.t, prefix, cache, method="step")
+            logits, cache = network(codes, state.t, state.cache)
+            return advance(state, logits[..., 0, :], cache, scores, 1), codes[:, 0]
 
-            logits, cache = (jax.vmap(network) if guided else network)(prefix, state.cache)
-            return DecodeState(state.t + 1, logits, cache, bad_position, log_likelihood), codes
+        if not jacobi:
+            state, codes = jax.lax.scan(step, state, None, length=steps)
+            return state, codes.T
 
-        state, codes = jax.lax.scan(step, state, None, length=steps)
-        return state, codes.T
+        noise = noise_at(state.t + jnp.arange(steps))
+        first, *scores = choose(state.logits[..., None, :], noise[:, :1])
+
+        def again(loop: Any) -> Any:
+            passes, fed, _, _, cache, _ = loop
+            logits, cache = network(fed, state.t, cache)
+            before = jnp.concatenate([state.logits[..., None, :], logits[..., :-1, :]], axis=-2)
+            codes, *scores = choose(before, noise)
+            return passes + 1, codes, jnp.any(codes != fed), logits[..., -1, :], cache, scores
+
+        fed = jnp.where(guess < 0, first, guess)
+        scores = [jnp.broadcast_to(x, fed.shape) for x in scores]
+        start = 0, fed, jnp.bool_(True), state.logits, state.cache, scores
+        # Pass i makes code i right at the latest, and one more finds that nothing changes.
+        passes, codes, _, logits, cache, scores = jax.lax.while_loop(
+            lambda loop: loop[2] & (loop[0] <= steps), again, start
+        )
+        return advance(state, logits, cache, scores, passes), codes
 
     specs = _state_specs(guided)
     return jax.shard_map(
         decode,
         mesh=mesh,
-        in_specs=(P(), P(), P("data"), P(), specs),
+        in_specs=(P(), P(), P("data"), P(), specs, P("data")),
         out_specs=(specs, P("data")),
         check_vma=False,
-    )(params, prefix, candidates, settings, state)
+    )(params, prefix, candidates, settings, state, guess)
 
 
 def _state_specs(guided: bool) -> Any:
     rows = P(None, "data") if guided else P("data")
-    return DecodeState(P(), rows, rows, P("data"), P("data"))  # type: ignore[arg-type]
+    return DecodeState(P(), rows, rows, P("data"), P("data"), P("data"))  # type: ignore[arg-type]
 
 
 def _check_finite(bad_position: np.ndarray, first: int) -> None:

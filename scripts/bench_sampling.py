@@ -1,12 +1,16 @@
-"""Times sampling with random weights: prompt -> codes -> pictures -> ranks. Needs no checkpoint.
+"""Times sampling: prompt -> codes -> pictures -> ranks. Needs no checkpoint.
 
     python scripts/bench_sampling.py --preset 1.3b --candidates 96            # one GPU: the headline figure
     python scripts/bench_sampling.py --preset 1.3b --candidates 1 --device cpu --rows 1
-    python scripts/bench_sampling.py --preset tiny
+    python scripts/bench_sampling.py --preset demo --candidates 1 --jacobi
 
-Prints a table, then one JSON line. Compilation is timed apart. GB/step is what a step has to move at least as this code
-does it: the weights once, the keys and values of the prefix once and of every candidate's whole buffer, and the new
-ones written; its share of the copy bandwidth measured on the same device in the same run says how near the limit it is.
+The weights of "demo" are those of the model in the package, others random. A step is one code of each candidate; with
+--jacobi a pass of the network gives several.
+
+Prints a table, then one JSON line. Compilation is timed apart. GB_per_pass is what a pass has to move at least as this
+code does it: the weights once, the keys and values of the prefix once and of every candidate's whole buffer, and the
+new ones written; its share of the copy bandwidth measured on the same device in the same run says how near the limit it
+is.
 """
 
 import argparse
@@ -26,19 +30,22 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mindalle_jax.config import Config, load_config
-from mindalle_jax.interop.clip import clip_leaf_shapes
+from mindalle_jax.files import DEMO, RANKER
+from mindalle_jax.interop.clip import clip_leaf_shapes, read_clip
 from mindalle_jax.models.clip import CLIP, ClipConfig, ClipTextConfig, ClipVisionConfig
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.pictures import decode_pictures
 from mindalle_jax.rerank import encode_pictures
 from mindalle_jax.sampling import Settings, decode_segment, default_batch_size, prefill, row_length, start_state
-from mindalle_jax.weights import leaf_shapes, nest
+from mindalle_jax.tokenizer import TextTokenizer
+from mindalle_jax.weights import leaf_shapes, load_params, nest
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-PRESETS = {"1.3b": CONFIGS / "mindalle-1.3b.yaml", "tiny": CONFIGS / "tiny.yaml"}
+PRESETS = {"1.3b": CONFIGS / "mindalle-1.3b.yaml", "demo": DEMO / "config.yaml", "tiny": CONFIGS / "tiny.yaml"}
 CLIPS = {
     "1.3b": ClipConfig(),  # ViT-B/32
+    "demo": read_clip(DEMO / RANKER).config,
     "tiny": ClipConfig(ClipTextConfig(64, 32, 64, 2, 2, 16), ClipVisionConfig(32, 64, 2, 2, 32, 8), projection_dim=16),
 }
 
@@ -93,8 +100,8 @@ def second_call_s(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def bytes_per_step(config: Config, batch: int, itemsize: int) -> int:
-    """Least bytes of one decoding step of `batch` candidates on one device, with the whole image buffer read."""
+def bytes_per_pass(config: Config, batch: int, itemsize: int) -> int:
+    """Least bytes that one pass of `batch` candidates moves on a device, with the whole image buffer read."""
     h = config.stage2.hparams
     weights = sum(
         math.prod(shape)
@@ -106,15 +113,25 @@ def bytes_per_step(config: Config, batch: int, itemsize: int) -> int:
     return (weights + kv) * itemsize
 
 
+def load(preset: str, config: Config, dtype: Any, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], np.ndarray]:
+    """Parameters of the transformer, and a prompt int32[p]: those of the model in the package, or random and zeros."""
+    length = config.stage2.hparams.ctx_len_txt
+    if preset == "demo":
+        tokenizer = TextTokenizer(DEMO / "tokenizer", length, config.stage2.vocab_size_txt)
+        prompt = "a large striped green circle to the left of a small red heart on a grey background"
+        return load_params(DEMO, "stage2", config, dtype, mesh), tokenizer([prompt]).ids[0]
+    return random_params(sampling_shapes(config), dtype, mesh), np.zeros(1 if config.image_only else length, np.int32)
+
+
 def bench(
-    config: Config, clip_config: ClipConfig, candidates: int, batch: int, dtype: str, device: Any, rows: int
+    preset: str, config: Config, candidates: int, batch: int, jacobi: bool, dtype: str, device: Any, rows: int
 ) -> dict[str, Any]:
     """Runs everything twice, compilation and measurement; returns the figures."""
-    mesh = jax.sharding.Mesh(np.array([device]), ("data",))
+    mesh, clip_config = jax.sharding.Mesh(np.array([device]), ("data",)), CLIPS[preset]
     model = Transformer(config.stage2, stacked=False, dtype=jnp.dtype(dtype))
     vqgan = VQGAN(config.stage1, dtype=jnp.dtype(dtype))
     clip = CLIP(clip_config, dtype=jnp.dtype(dtype))
-    params = random_params(sampling_shapes(config), model.dtype, mesh)
+    params, prefix_ids = load(preset, config, model.dtype, mesh)
     stage1 = random_params(leaf_shapes(config, "stage1"), jnp.float32, mesh)
     clip_params = random_params(clip_leaf_shapes(clip_config), clip.dtype, mesh)
     jax.block_until_ready((params, stage1, clip_params))
@@ -122,28 +139,29 @@ def bench(
     settings = Settings.make(vocab_size, seed=0, temperature=1.0, top_k=min(256, vocab_size), top_p=None)
     traced = settings.traced(vocab_size)
     steps = row_length(length)
-    prefix_ids = np.zeros(1 if config.image_only else config.stage2.hparams.ctx_len_txt, np.int32)
     chunks = math.ceil(candidates / batch)
 
-    def codes_once() -> tuple[float, float, list[jax.Array]]:
-        """(seconds of the prefill, seconds of the steps, codes of the last chunk)"""
+    def codes_once() -> tuple[float, float, int, list[Any]]:
+        """(seconds of the prefill, seconds of the steps, passes, codes of the last chunk)"""
         begin = time.perf_counter()
         prefix = prefill(model, params, prefix_ids, np.zeros(0, np.int32), 0)
         jax.block_until_ready(prefix)
-        middle, parts = time.perf_counter(), []
+        middle, parts, passes = time.perf_counter(), [], 0
         for chunk in range(chunks):
             ids = np.arange(chunk * batch, (chunk + 1) * batch, dtype=np.int32)
             state, parts = start_state(model, mesh, batch, prefix.logits, prefix.kept_kv, 0), []
+            part: Any = np.full((batch, steps), -1, np.int32)
             for _ in range(rows):
-                state, part = decode_segment(model, mesh, steps, params, prefix.kv, ids, traced, state)
+                state, part = decode_segment(model, mesh, steps, jacobi, params, prefix.kv, ids, traced, state, part)
                 parts.append(part)
+            passes += state.passes[0]
         jax.block_until_ready(parts)
-        return middle - begin, time.perf_counter() - middle, parts
+        return middle - begin, time.perf_counter() - middle, int(passes), parts
 
     start = time.perf_counter()
     codes_once()
     first_s = time.perf_counter() - start
-    prefill_s, steps_s, parts = codes_once()
+    prefill_s, steps_s, passes, parts = codes_once()
     codes = jnp.concatenate(parts, axis=1)
     codes = jnp.pad(codes, ((0, 0), (0, length - codes.shape[1])))[:1].reshape(1, *[config.stage1.code_size] * 2)
     picture_s = second_call_s(lambda: decode_pictures(vqgan, mesh, stage1, codes))
@@ -151,20 +169,24 @@ def bench(
     pictures = jnp.zeros((ranked, side, side, 3), jnp.uint8)
     rank_s = second_call_s(lambda: encode_pictures(clip, mesh, clip_params, pictures)) / ranked
     step_s = steps_s / (chunks * rows * steps)
-    moved, bandwidth = bytes_per_step(config, batch, jnp.dtype(dtype).itemsize), copy_bandwidth(device)
+    pass_s = steps_s / passes
+    moved, bandwidth = bytes_per_pass(config, batch, jnp.dtype(dtype).itemsize), copy_bandwidth(device)
     run_s = prefill_s + step_s * length * chunks
     stats = device.memory_stats() or {}
     peak = stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     return {
         "candidates": candidates,
         "batch": batch,
+        "jacobi": jacobi,
         "compile_s": round(first_s - prefill_s - steps_s, 2),
         "prefill_ms": round(prefill_s * 1e3, 2),
         "ms_per_step": round(step_s * 1e3, 3),
-        "GB_per_step": round(moved / 1e9, 3),
-        "GB_per_s": round(moved / step_s / 1e9, 1),
+        "passes_per_step": round(passes / (chunks * rows * steps), 3),
+        "ms_per_pass": round(pass_s * 1e3, 3),
+        "GB_per_pass": round(moved / 1e9, 3),
+        "GB_per_s": round(moved / pass_s / 1e9, 1),
         "copy_GB_per_s": round(bandwidth / 1e9, 1),
-        "share_of_copy": round(moved / step_s / bandwidth, 3),
+        "share_of_copy": round(moved / pass_s / bandwidth, 3),
         "codes_s": round(run_s, 3),
         "codes_timed": f"{rows * steps} of {length} positions",
         "decode_one_picture_ms": round(picture_s * 1e3, 2),
@@ -183,6 +205,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 on CPU, else bfloat16")
     parser.add_argument("--device", choices=["cpu", "gpu", "tpu"], help="default: what JAX picks")
     parser.add_argument("--rows", type=int, default=0, help="rows of a picture to time, 0 for all (default: 0)")
+    parser.add_argument("--jacobi", action="store_true", help="draw a row at once, again and again (default: no)")
     arguments = parser.parse_args()
     config = load_config(PRESETS[arguments.preset])
     device = jax.devices(arguments.device)[0]
@@ -191,8 +214,7 @@ def main() -> None:
     length = config.stage2.hparams.ctx_len_img
     rows = arguments.rows or length // row_length(length)
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-        clip_config = CLIPS[arguments.preset]
-        figures = bench(config, clip_config, arguments.candidates, batch, dtype, device, rows)
+        figures = bench(arguments.preset, config, arguments.candidates, batch, arguments.jacobi, dtype, device, rows)
     conditions = {
         "bench": "sampling",
         "preset": arguments.preset,

@@ -24,6 +24,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+PRESETS = {
+    "1.3b": "configs/mindalle-1.3b.yaml",
+    "demo": "mindalle_jax/demo/config.yaml",
+    "tiny": "configs/tiny.yaml",
+}
 LOOPS = {"jax": "jax", "concat": "torch", "prealloc": "torch"}
 """Loop -> the process that runs it."""
 
@@ -50,10 +55,11 @@ def jax_worker(config: Any, steps: int) -> Callable[[str, int], float]:
         if state is None or int(state.t) + steps > config.stage2.hparams.ctx_len_img:
             state = start_state(model, mesh, candidates, prefix.logits, prefix.kept_kv, 0)
         ids = np.arange(candidates, dtype=np.int32)
+        nothing = np.full((candidates, steps), -1, np.int32)
         jax.block_until_ready(state)
         start = time.perf_counter()
         traced = settings.traced(vocab_size)
-        state, codes = decode_segment(model, mesh, steps, params, prefix.kv, ids, traced, state)
+        state, codes = decode_segment(model, mesh, steps, False, params, prefix.kv, ids, traced, state, nothing)
         codes.block_until_ready()
         seconds = time.perf_counter() - start
         states[candidates] = state
@@ -126,15 +132,13 @@ def work(kind: str, config_path: str, steps: int) -> None:
 def main() -> None:
     """Starts both processes and lets them take turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--preset", choices=["1.3b", "tiny"], default="1.3b", help="which network (default: %(default)s)"
-    )
+    parser.add_argument("--preset", choices=PRESETS, default="1.3b", help="which network (default: %(default)s)")
     parser.add_argument("--candidates", type=int, nargs="+", default=[1, 8], help="batches (default: 1 8)")
     parser.add_argument("--rounds", type=int, default=3, help="counted turns of each loop (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="decoding steps a turn (default: %(default)s)")
     parser.add_argument("--worker", choices=["jax", "torch"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    config = ROOT / "configs" / {"1.3b": "mindalle-1.3b.yaml", "tiny": "tiny.yaml"}[arguments.preset]
+    config = ROOT / PRESETS[arguments.preset]
     if arguments.worker:
         work(arguments.worker, str(config), arguments.steps)
         return

@@ -13,6 +13,7 @@ from mindalle_jax import Dalle, ImageGPT
 from mindalle_jax import drawing as drawing_module
 from mindalle_jax import sampling as sampling_module
 from mindalle_jax.errors import DeviceMemoryError, UsageError
+from mindalle_jax.sampling import Settings, decode_segment, prefill, start_state
 
 BATCH = 4  # one compiled size for all tests
 WIDTH, LENGTH, SIDE = 8, 64, 32  # codes in a row, in a picture; pixels
@@ -195,6 +196,62 @@ def test_guidance_out_of_range(tiny_dalle, scale):
 def test_guidance_needs_a_text(igpt):
     with pytest.raises(UsageError, match="guidance_scale is for text-to-image models"):
         igpt.generate(0, guidance_scale=2.0)
+
+
+# ---------------------------------------- Jacobi decoding
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0}, {"top_k": 3, "top_p": 0.8, "seed": 9}, {"guidance_scale": 2.0}],
+    ids=["plain", "greedy", "filtered", "guided"],
+)
+def test_jacobi_decoding_draws_the_same_codes(tiny_dalle, options):
+    """Six candidates in chunks of four. Logits of a window differ in their last bits, which decides no draw here."""
+    options = {"num_candidates": 6, "batch_size": BATCH, "ranker": "likelihood"} | options
+    one, rows = (tiny_dalle.generate("the cat", jacobi=jacobi, **options) for jacobi in (False, True))
+    np.testing.assert_array_equal(one.codes, rows.codes)
+    np.testing.assert_allclose(one.scores, rows.scores, rtol=0, atol=1e-3)
+    assert (one.meta["jacobi"], rows.meta["jacobi"]) == (False, True)
+
+
+def test_jacobi_decoding_completes_pictures_and_knows_classes(tiny_dalle, igpt, plain):
+    options = {"num_candidates": 3, "batch_size": BATCH}
+    for draw in (
+        lambda jacobi: tiny_dalle.variations("the cat", plain.codes[0], keep_rows=3, jacobi=jacobi, **options),
+        lambda jacobi: igpt.generate(2, jacobi=jacobi, **options),
+    ):
+        np.testing.assert_array_equal(draw(True).codes, draw(False).codes)
+
+
+def test_a_candidate_of_jacobi_decoding_does_not_depend_on_the_others(tiny_dalle):
+    """Passes go on until the slowest of a chunk is done, and change nothing of those that are."""
+    options = {"batch_size": BATCH, "jacobi": True, "seed": 5}
+    whole = tiny_dalle.generate_codes("the cat", num_candidates=6, **options)
+    np.testing.assert_array_equal(tiny_dalle.generate_codes("the cat", num_candidates=2, **options), whole[:2])
+
+
+def test_jacobi_decoding_takes_fewer_passes_where_codes_can_be_guessed(tiny_dalle, plain):
+    """At least one pass a row, at most one a code and one more; few, if the row above is the answer."""
+    model, params, mesh = tiny_dalle._transformer, tiny_dalle._stage2, tiny_dalle.mesh
+    settings = Settings.make(80, seed=1, temperature=1.0, top_k=None, top_p=None).traced(80)
+    prefix = prefill(model, params, tiny_dalle.tokenize("the cat")[0], np.zeros(0, np.int32), np.int32(0))
+    ids, passes = np.arange(BATCH, dtype=np.int32), []
+    with jax.threefry_partitionable(True), jax.default_matmul_precision("highest"):
+        for guess in (np.full((BATCH, WIDTH), -1, np.int32), plain.codes[:BATCH, :WIDTH]):
+            state = start_state(model, mesh, BATCH, prefix.logits, prefix.kept_kv, np.int32(0))
+            state, codes = decode_segment(
+                model, mesh, WIDTH, True, params, prefix.kv, ids, settings, state, guess
+            )  # fmt: skip
+            np.testing.assert_array_equal(codes, plain.codes[:BATCH, :WIDTH])
+            passes.append(set(np.asarray(state.passes).tolist()))
+    assert passes[1] == {1} and len(passes[0]) == 1 and 2 <= min(passes[0]) <= WIDTH + 1
+
+
+@pytest.mark.parametrize("jacobi", [0, "yes", None])
+def test_jacobi_is_true_or_false(tiny_dalle, jacobi):
+    with pytest.raises(UsageError, match="jacobi must be True or False, not"):
+        tiny_dalle.generate("the cat", jacobi=jacobi)
 
 
 # ---------------------------------------- completion and variations

@@ -108,8 +108,8 @@ def test_cached_logits_are_the_originals(dalle, arrays):
 
         def step(cache, at):
             code, t = at
-            logits, cache = model.apply(variables, code[None], t, prefix, cache, method="step")
-            return cache, logits[0]
+            logits, cache = model.apply(variables, code[None, None], t, prefix, cache, method="step")
+            return cache, logits[0, 0]
 
         steps = (codes, jnp.arange(len(codes)))
         _, rest = jax.lax.scan(step, model.new_cache(1), steps)

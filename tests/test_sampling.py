@@ -17,6 +17,7 @@ from mindalle_jax.sampling import (
     default_batch_size,
     draw,
     filter_logits,
+    gumbel_noise,
     kth_largest,
     sample_codes,
 )
@@ -168,8 +169,8 @@ CANDIDATES = 4096
 
 @jax.jit
 def _draws(logits, candidates, positions, traced):
-    rows = jnp.broadcast_to(logits, (CANDIDATES, 8))
-    return jax.lax.map(lambda t: draw(rows, candidates, t, traced), positions)
+    rows = jnp.broadcast_to(logits, (CANDIDATES, len(positions), 8))
+    return draw(rows, gumbel_noise(candidates, positions, 8, traced), traced).T
 
 
 def draws(logits, candidates=(), positions=(0, 1), **settings) -> np.ndarray:
@@ -241,7 +242,7 @@ def test_temperature_zero_is_greedy_with_the_lowest_id_on_a_tie():
 # ---------------------------------------- what a picture depends on
 
 BATCH = 4  # one compiled size for all tests of a device count
-NONE_KEPT = np.zeros(0, np.int32)
+OPTIONS = {"batch_size": BATCH, "kept": np.zeros(0, np.int32)}
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +351,7 @@ def test_codes_come_row_by_row(tiny_dalle):
     """Progress, previews and stopping live on it; padding is not given out."""
     prefix_ids = tiny_dalle.tokenize("the cat")[0]
     model, params, mesh = tiny_dalle._transformer, tiny_dalle._stage2, tiny_dalle.mesh
-    drawn = sample_codes(model, params, prefix_ids, 6, settings_of(), batch_size=BATCH, mesh=mesh, kept=NONE_KEPT)
+    drawn = sample_codes(model, params, prefix_ids, 6, settings_of(), **OPTIONS, mesh=mesh)
     assert [(part.first, part.start, part.codes.shape) for part in drawn] == [
         (first, start, (count, 8)) for first, count in ((0, 4), (4, 2)) for start in range(0, 64, 8)
     ]
@@ -362,7 +363,7 @@ def test_prefix_ids_out_of_range_are_refused(tiny_dalle):
     for bad in (-1, 110):
         prefix_ids = np.full(12, bad, np.int32)
         with pytest.raises(UsageError, match=r"\[0, 110\)"):
-            next(sample_codes(model, params, prefix_ids, 1, settings_of(), batch_size=BATCH, mesh=mesh, kept=NONE_KEPT))
+            next(sample_codes(model, params, prefix_ids, 1, settings_of(), **OPTIONS, mesh=mesh))
 
 
 # ---------------------------------------- damaged weights
@@ -385,6 +386,14 @@ def test_broken_weights_name_the_step(tiny_dalle, position, value):
     broken = damaged(tiny_dalle, "pos_emb_img", position, value)
     with pytest.raises(NonFiniteError, match=f"step {position + 1} of candidate 0: .*damaged"):
         broken.generate_codes("the cat", num_candidates=2, batch_size=BATCH)
+
+
+@pytest.mark.parametrize("position", [0, 5, 40])
+def test_broken_weights_name_the_row_in_jacobi_decoding(tiny_dalle, position):
+    """A value that no earlier position attends to reaches it all the same, as 0 times NaN."""
+    broken = damaged(tiny_dalle, "pos_emb_img", position, np.nan)
+    with pytest.raises(NonFiniteError, match=f"step {position // 8 * 8 + 1} of candidate 0: .*damaged"):
+        broken.generate_codes("the cat", num_candidates=2, batch_size=BATCH, jacobi=True)
 
 
 def test_broken_weights_name_the_candidate(tiny_dalle, codes):
@@ -471,7 +480,7 @@ def test_num_candidates_at_the_limits():
 
 def test_default_batch_size():
     """A function of the count and the backend alone: powers of two, then what wastes least of the usual 96."""
-    assert [default_batch_size(n, "cpu") for n in (1, 2, 3, 5, 8, 9, 1000)] == [1, 2, 4, 8, 8, 8, 8]
+    assert [default_batch_size(n, "cpu") for n in (1, 2, 3, 5, 8, 9, 1000)] == [1, 2, 4, 8, 8, 16, 16]
     expected = {1: 1, 3: 4, 16: 16, 17: 32, 32: 32, 33: 64, 64: 64, 65: 96, 96: 96, 97: 128, 128: 128, 1000: 128}
     for backend in ("gpu", "tpu"):
         assert {n: default_batch_size(n, backend) for n in expected} == expected

@@ -31,10 +31,11 @@ def loop(request):
     prefix = prefill(model, params, prefix_ids, np.zeros(0, np.int32), 0)
     state = start_state(model, mesh, BATCH, prefix.logits, prefix.kept_kv, 0)
     traced = Settings.make(64, seed=0, temperature=1.0, top_k=16, top_p=None, guidance_scale=rows).traced(64)
-    arguments = (params, prefix.kv, np.arange(BATCH, dtype=np.int32), traced, state)
     steps = row_length(h.ctx_len_img)
-    jaxpr = jax.make_jaxpr(decode_segment, static_argnums=(0, 1, 2))(model, mesh, steps, *arguments)
-    return config, rows, str(jaxpr), decode_segment.lower(model, mesh, steps, *arguments).compile()
+    guess = np.zeros((BATCH, steps), np.int32)
+    arguments = (params, prefix.kv, np.arange(BATCH, dtype=np.int32), traced, state, guess)
+    jaxpr = jax.make_jaxpr(decode_segment, static_argnums=(0, 1, 2, 3))(model, mesh, steps, False, *arguments)
+    return config, rows, str(jaxpr), decode_segment.lower(model, mesh, steps, False, *arguments).compile()
 
 
 def test_one_scan_over_the_positions(loop):

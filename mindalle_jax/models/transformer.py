@@ -121,8 +121,11 @@ class Transformer(nn.Module):
         return self.image_head(x[0, p - 1 + t]), prefix, kept
 
     def step(self, codes: jax.Array, t: jax.Array, prefix: list[KV], cache: list[KV]) -> tuple[jax.Array, list[KV]]:
-        """Feeds code t of every candidate, int32[b]: logits of code t + 1, f32[b, v], and the cache with t filled."""
-        x = self.tok_emb_img(codes) + self.pos_emb_img(t)
+        """Feeds codes t..t+w-1 of every candidate, int32[b, w].
+
+        Returns the logits of the codes after each, f32[b, w, v], and the cache with these positions filled.
+        """
+        x = self.tok_emb_img(codes) + self.pos_emb_img(t + jnp.arange(codes.shape[1]))
         filled = []
         for block, shared, own in zip(self.blocks, prefix, cache, strict=True):
             x, own = block.decode(x, shared, own, t)
@@ -191,7 +194,7 @@ class Block(nn.Module):
         return jnp.einsum("bhst,bthk->bshk", weights, v)
 
     def decode(self, x: jax.Array, prefix: KV, cache: KV, t: jax.Array) -> tuple[jax.Array, KV]:
-        """One position [b, d] against the cache."""
+        """Positions t..t+w-1, [b, w, d], against the cache."""
         q, k, v = self._heads(x)
         attended, cache = DECODE_ATTENTION[self.attention](q, KV(k, v), prefix, cache, t)
         return self._rest(x, attended, train=False), cache

@@ -72,8 +72,8 @@ def forward(model: Transformer, params, prefix_ids, codes):
         return _forward(model, params, prefix_ids, codes)
 
 
-@partial(jax.jit, static_argnames="model")
-def _decode(model, params, prefix_ids, codes):
+@partial(jax.jit, static_argnames=("model", "width"))
+def _decode(model, params, prefix_ids, codes, width):
     variables, (b, t) = {"params": params}, codes.shape
     logits, prefix, _ = model.apply(variables, prefix_ids, codes[0, :0], 0, method="prefill")
 
@@ -81,14 +81,16 @@ def _decode(model, params, prefix_ids, codes):
         logits, cache = model.apply(variables, at[0], at[1], prefix, cache, method="step")
         return cache, logits
 
-    _, rest = jax.lax.scan(step, model.new_cache(b), (codes.T[:-1], jnp.arange(t - 1)))
-    return jnp.concatenate([jnp.broadcast_to(logits, (b, 1, len(logits))), rest.transpose(1, 0, 2)], axis=1)
+    windows = codes.reshape(b, t // width, width).swapaxes(0, 1)
+    _, rest = jax.lax.scan(step, model.new_cache(b), (windows, jnp.arange(0, t, width)))
+    rest = rest.swapaxes(0, 1).reshape(b, t, -1)[:, :-1]
+    return jnp.concatenate([jnp.broadcast_to(logits, (b, 1, len(logits))), rest], axis=1)
 
 
-def decode(model: Transformer, params, prefix_ids, codes):
-    """Image logits [b, t, v] by prefill and steps, fed the codes [b, t]; one prefix [p] for all."""
+def decode(model: Transformer, params, prefix_ids, codes, width=1):
+    """Image logits [b, t, v] by prefill and steps, fed the codes [b, t] `width` at a time; one prefix [p] for all."""
     with jax.default_matmul_precision("highest"):
-        return np.asarray(_decode(model, params, prefix_ids, codes))
+        return np.asarray(_decode(model, params, prefix_ids, codes, width))
 
 
 def small(kind: str, **changes) -> Config:
@@ -128,9 +130,14 @@ def test_logits_agree_with_pytorch(oracle, to_params, seed):
 
 
 @pytest.mark.parametrize(
-    ("attention", "kind"), [*((name, "text") for name in DECODE_ATTENTION), ("xla", "class"), ("xla", "free")]
+    ("attention", "kind", "width"),
+    [
+        *((name, "text", width) for name in DECODE_ATTENTION for width in (1, 16)),
+        ("xla", "class", 1),
+        ("xla", "free", 1),
+    ],
 )
-def test_decoding_agrees_with_the_forward_pass_at_all_256_positions(random_params, kind, attention):
+def test_decoding_agrees_with_the_forward_pass_at_all_256_positions(random_params, kind, attention, width):
     """A cache filled one place off, or a mask that lets in an empty place, is right at first and wrong later on."""
     config = small(kind, ctx_len_img=256)
     params = random_params(config, "stage2")
@@ -138,7 +145,7 @@ def test_decoding_agrees_with_the_forward_pass_at_all_256_positions(random_param
     prefix_ids = np.repeat(prefix_ids[:1], 3, axis=0)  # candidates of one prompt
     expected, _ = forward(Transformer(config.stage2), params, prefix_ids, codes)
     model = Transformer(config.stage2, stacked=False, attention=attention)
-    actual = decode(model, unstack_blocks(params), prefix_ids[0], codes)
+    actual = decode(model, unstack_blocks(params), prefix_ids[0], codes, width)
     worst = np.abs(actual - expected).max(axis=(0, 2))  # at each position
     assert worst.shape == (256,)
     assert worst.max() < 2e-5, f"from position {np.argmax(worst >= 2e-5)} on"
