@@ -181,7 +181,8 @@ def measure(demo: Path, count: int) -> None:
         again = (np.asarray(decoded) * 255 + 0.5).astype(np.uint8)
         figures[f"{split}: pictures of the generator"] = accuracy(map(judge, pictures, scenes))
         figures[f"{split}: reconstructions by the VQGAN"] = accuracy(map(judge, again, scenes))
-        drawn = draw_scenes(model, split, count, ranker=ranker, num_candidates=BEST_OF)
+        share = max(1, BEST_OF // mesh.size)  # of candidates, to each device
+        drawn = draw_scenes(model, split, count, ranker=ranker, num_candidates=BEST_OF, batch_size=share)
         figures[f"{split}: one picture a prompt"] = accuracy(one.first_verdict for one in drawn)
         figures[f"{split}: best of {BEST_OF}"] = accuracy(one.best_verdict for one in drawn)
         if split == "valid":
