@@ -51,6 +51,8 @@ def use_compilation_cache() -> None:
     """Compiled programs are kept on disk, unless JAX was told where to keep them, or not to."""
     if jax.config.values["jax_compilation_cache_dir"] is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+        # A small model has many programs that compile in less than the second below which JAX keeps none.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def join_processes() -> None:
