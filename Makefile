@@ -1,7 +1,8 @@
 # make sample             pictures of PROMPT, from the small model in the package or from MODEL=DIR
 # make test               lint, types and tests
+# make test-structure     what compiled programs look like on an H100 and a TPU, neither of which need be there (4 GB)
 #
-# Both make their own virtual environment. Another Python: make test PYTHON=python3.12 (gets its own environment).
+# Each makes its own virtual environment. Another Python: make test PYTHON=python3.12 (gets its own environment).
 
 PYTHON ?= python3
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
@@ -12,7 +13,7 @@ PROMPT ?= a large striped green circle to the left of a small red heart on a gre
 OUT ?= out
 N ?= 16
 
-.PHONY: sample test
+.PHONY: sample test test-structure
 
 sample: $(VENV)/installed
 	$(BIN)/mindalle sample "$(PROMPT)" --model "$(MODEL)" --out "$(OUT)" --num-candidates $(N)
@@ -23,6 +24,9 @@ test: $(VENV)/installed-test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+test-structure: .venv-structure/installed
+	.venv-structure/bin/python -m pytest -ra tests/test_structure_devices.py
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -32,4 +36,9 @@ $(VENV)/installed: $(BIN)/python pyproject.toml
 
 $(VENV)/installed-test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+.venv-structure/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-structure
+	.venv-structure/bin/python -m pip install --quiet --editable '.[structure]'
 	@touch $@

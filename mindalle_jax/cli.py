@@ -114,9 +114,20 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=["bfloat16", "float32"], help="compute dtype (default: float32 on CPU, bfloat16 elsewhere)"
     )
 
+    how.add_argument(
+        "--quantize",
+        choices=["weights", "weights+cache"],
+        help="int8 for the transformer's matrices, and for the keys and values of what is drawn: half the memory",
+    )
+
     output = sample.add_argument_group("what to write")
-    output.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the pictures go; a new folder")
+    output.add_argument("--out", type=Path, metavar="DIR", help="where the pictures go; a new folder")
     output.add_argument("--overwrite", action="store_true", help="replace files of the same names in --out")
+    output.add_argument(
+        "--warmup",
+        action="store_true",
+        help="write nothing and need no prompt or --out: compile what the other options take, into the cache on disk",
+    )
     output.add_argument(
         "--ranker",
         help="what orders the pictures: a CLIP model (a Hugging Face folder, or a hub id such as "
@@ -288,9 +299,12 @@ def _sample(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     if any(not prompt.strip() for prompt in prompts):
         raise UsageError("a prompt is blank")
-    check_writable(out)
-    if not arguments.overwrite and out.exists() and any(out.iterdir()):
-        raise OutputError(f"{out} exists and is not empty; name another place or pass --overwrite")
+    if not arguments.warmup:
+        if out is None:
+            raise UsageError("--out is missing: a folder for the pictures")
+        check_writable(out)
+        if not arguments.overwrite and out.exists() and any(out.iterdir()):
+            raise OutputError(f"{out} exists and is not empty; name another place or pass --overwrite")
 
     from mindalle_jax.config import load_config
     from mindalle_jax.drawing import check_batch_size, check_every
@@ -324,6 +338,8 @@ def _sample(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{folder} draws without text; it takes --class-id at most, not a prompt")
     if not config.image_only and arguments.class_id is not None:
         raise UsageError(f"{folder} draws from text; --class-id is for image-only models")
+    if not config.image_only and not prompts and arguments.warmup:
+        prompts = ["a"]
     if not config.image_only and not prompts:
         raise UsageError("no prompt was given; write one in quotes, or name a file with --prompts-file")
     ranker = arguments.ranker
@@ -351,11 +367,15 @@ def _sample(arguments: argparse.Namespace) -> None:
         "progress": True,
     }
     start = time.perf_counter()
-    model: Any = (ImageGPT if config.image_only else Dalle).from_pretrained(folder, dtype=arguments.dtype)
+    kind: Any = ImageGPT if config.image_only else Dalle
+    model = kind.from_pretrained(folder, dtype=arguments.dtype, quantize=arguments.quantize)
     _say_device(model, time.perf_counter() - start)
     if picture is not None:
         options["kept_codes"] = model.kept_codes(picture, arguments.keep_rows)
     subjects: list[Any] = [arguments.class_id] if config.image_only else prompts
+    if arguments.warmup:
+        _warm_up(model, subjects[0], options)
+        return
     for i, subject in enumerate(subjects):
         # Written prompt by prompt: a long list needs no more memory than one, and an interruption loses one.
         place = out if len(subjects) == 1 else out / f"{i:03d}-{_slug(subject)}"
@@ -366,6 +386,15 @@ def _sample(arguments: argparse.Namespace) -> None:
         preview.unlink(missing_ok=True)
         paths = generation.save(place, best=arguments.best, overwrite=arguments.overwrite)
         print(f"{len(paths)} pictures, {place / 'grid.png'} and {place / 'meta.json'}")
+
+
+def _warm_up(model: Any, subject: Any, options: dict[str, Any]) -> None:
+    """Draws one row of codes, decodes the pictures and ranks them, all of which compiles, and throws them away."""
+    start, ranker = time.perf_counter(), options["ranker"]
+    begun = model.generate(subject, **options | {"callback": lambda _: True, "progress": False})
+    if hasattr(ranker, "scores"):
+        ranker.scores(subject, begun.images)  # pictures that are not complete are not ranked by generate
+    print(f"compiled for {options['num_candidates']} candidates, or loaded, in {time.perf_counter() - start:.1f} s")
 
 
 def _ranker(name: str) -> Any:
@@ -419,7 +448,8 @@ def _write_preview(generation: Any, path: Path) -> None:
 
 def _say_device(model: Any, load_s: float) -> None:
     device = model.mesh.devices.flat[0]
-    print(f"{model.folder.name}, loaded in {load_s:.1f} s; {device.device_kind} ({model.backend}), {model.dtype}",
+    numbers = model.dtype + (f", int8 {model.quantize}" if model.quantize else "")
+    print(f"{model.folder.name}, loaded in {load_s:.1f} s; {device.device_kind} ({model.backend}), {numbers}",
           file=sys.stderr)  # fmt: skip
     if model.backend == "cpu":
         print(

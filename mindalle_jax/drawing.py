@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ class Scorer(Protocol):
 
 
 Ranker = Literal["likelihood"] | Scorer | None
+Quantize = Literal["weights", "weights+cache"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +77,9 @@ class Job:
 class Model:
     """What Dalle and ImageGPT share: weights, pictures <-> codes, and drawing codes after a prefix."""
 
-    def __init__(self, folder: Path, dtype: DType | None, mesh: Mesh | None):
-        self.folder = folder
+    def __init__(self, folder: Path, dtype: DType | None, mesh: Mesh | None, quantize: Quantize | None):
+        check_quantize(quantize)
+        self.folder, self.quantize = folder, quantize
         self.config = load_config(folder / "config.yaml")
         if "stage2" not in read_manifest(folder)["tensors"]:
             raise CheckpointError(f"{folder}: holds a VQGAN only, nothing that draws codes")
@@ -85,11 +87,12 @@ class Model:
         self.backend = self.mesh.devices.flat[0].platform
         use_compilation_cache()
         compute = jnp.dtype(self.dtype)
-        self._transformer = Transformer(self.config.stage2, stacked=False, dtype=compute)
+        int8_cache = quantize == "weights+cache"
+        self._transformer = Transformer(self.config.stage2, stacked=False, dtype=compute, int8_cache=int8_cache)
         self._digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
         with device_memory(f"{folder}: the weights do not fit into the memory of {self._device_name} as {self.dtype}"):
             stage1 = load_params(folder, "stage1", self.config, jnp.dtype("float32"), self.mesh)
-            self._stage2 = load_params(folder, "stage2", self.config, compute, self.mesh)
+            self._stage2 = load_params(folder, "stage2", self.config, compute, self.mesh, int8=quantize is not None)
         self._codec = PictureCodec(self.config.stage1, stage1, compute, self.mesh)
 
     @classmethod
@@ -99,6 +102,7 @@ class Model:
         *,
         dtype: DType | None = None,
         mesh: Mesh | None = None,
+        quantize: Quantize | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> Self:
@@ -110,13 +114,17 @@ class Model:
         (downloaded into the cache of the hub).
         dtype: compute dtype; None is float32 on CPU and bfloat16 elsewhere.
         mesh: a jax Mesh with the one axis "data": candidates are spread over its devices. None: the first device.
+        quantize: "weights" holds the transformer's matrices as int8 with a scale for each output, half the memory of
+        bfloat16; "weights+cache" the keys and values of the pictures being drawn too. Pictures are others, hardly less
+        right: docs/log.md. None: neither.
         revision: branch, tag or commit of the repository; None is its main branch.
         local_files_only: nothing is downloaded; what the caches hold has to do.
 
         Raises CheckpointError, ConfigError, DownloadError, OutputError or UsageError with the file and the reason, and
         DeviceMemoryError.
         """
-        return cls(find_model(path_or_name, revision=revision, local_files_only=local_files_only), dtype, mesh)
+        folder = find_model(path_or_name, revision=revision, local_files_only=local_files_only)
+        return cls(folder, dtype, mesh, quantize)
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, overwrite: bool = False, dtype: DiskDType | None = None
@@ -304,6 +312,7 @@ class Model:
             "ranker": job.ranker if isinstance(job.ranker, str | None) else str(job.ranker),
             **job.notes,
             "dtype": self.dtype,
+            "quantize": self.quantize,
             "batch_size": job.batch_size,
             "jacobi": job.jacobi,
             "noise": "threefry2x32, partitionable, fold_in(fold_in(key(seed), candidate), position)",
@@ -348,6 +357,12 @@ def check_every(every: int | None, config: Stage1Config) -> None:
         raise UsageError(
             f"every must be a multiple of {side} codes, which is one row of the picture, or None; not {every!r}"
         )
+
+
+def check_quantize(quantize: Quantize | None) -> None:
+    """Raises UsageError unless it is one of these words, or None."""
+    if quantize not in (None, *get_args(Quantize)):
+        raise UsageError(f"quantize must be 'weights', 'weights+cache' or None, not {quantize!r}")
 
 
 def check_batch_size(batch_size: int | None) -> None:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from mindalle_jax.config import Config, Stage2Config, dump_config
 from mindalle_jax.devices import DType
-from mindalle_jax.drawing import Callback, Job, Model, Ranker
+from mindalle_jax.drawing import Callback, Job, Model, Quantize, Ranker
 from mindalle_jax.errors import CheckpointError, UsageError
 from mindalle_jax.generation import Generation
 from mindalle_jax.interop.download import cache_dir
@@ -27,8 +27,8 @@ from mindalle_jax.weights import MANIFEST
 class Dalle(Model):
     """Text to image."""
 
-    def __init__(self, folder: Path, dtype: DType | None, mesh: Mesh | None):
-        super().__init__(folder, dtype, mesh)
+    def __init__(self, folder: Path, dtype: DType | None, mesh: Mesh | None, quantize: Quantize | None):
+        super().__init__(folder, dtype, mesh, quantize)
         if self.config.image_only:
             raise CheckpointError(f"{folder}: an image-only model; load it with ImageGPT")
         self.tokenizer = TextTokenizer(
@@ -190,8 +190,8 @@ class Dalle(Model):
 class ImageGPT(Model):
     """Pictures without text: unconditional, or by class."""
 
-    def __init__(self, folder: Path, dtype: DType | None, mesh: Mesh | None):
-        super().__init__(folder, dtype, mesh)
+    def __init__(self, folder: Path, dtype: DType | None, mesh: Mesh | None, quantize: Quantize | None):
+        super().__init__(folder, dtype, mesh, quantize)
         if not self.config.image_only:
             raise CheckpointError(f"{folder}: a text-to-image model; load it with Dalle")
 
@@ -218,7 +218,7 @@ class ImageGPT(Model):
         target = cache_dir() / "transfer" / f"{upstream.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
         if not target.exists():
             write_transfer(upstream, config, target, head=head, seed=seed)
-        return cls(target, dtype, mesh)
+        return cls(target, dtype, mesh, None)
 
     @property
     def num_classes(self) -> int | None:

@@ -30,6 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from mindalle_jax.config import Config
 from mindalle_jax.errors import CheckpointError, UsageError
 from mindalle_jax.files import SYNC_BYTES, to_disk
+from mindalle_jax.models.quantization import quantize
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
 
@@ -240,10 +241,13 @@ def load_stacked(
     return leaves
 
 
-def load_params(folder: Path, stage: Stage, config: Config, dtype: np.dtype, mesh: Mesh) -> dict[str, Any]:
+def load_params(
+    folder: Path, stage: Stage, config: Config, dtype: np.dtype, mesh: Mesh, *, int8: bool = False
+) -> dict[str, Any]:
     """Parameters of a stage in `dtype` on every device of the mesh, in the layout of sampling.
 
     The blocks come one by one, as `blocks_0`, `blocks_1`, ...; no more than one tensor is held twice.
+    int8: weights of linear layers are int8, each with `weight_scale` f32 beside it (models/quantization.py).
     """
     tensors = check_tensors(folder, stage, read_manifest(folder)["tensors"][stage], leaf_shapes(config, stage))
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -251,6 +255,11 @@ def load_params(folder: Path, stage: Stage, config: Config, dtype: np.dtype, mes
     for name, layer, array in read_weights(folder / f"{stage}.safetensors", tensors):
         if layer is not None:
             name = name.replace("blocks/", f"blocks_{layer}/", 1)
-        # A copy: on CPU the device array shares the memory of the NumPy array, which here is the mapped file.
-        leaves[name] = jax.device_put(np.array(array, dtype), replicated)
+        if int8 and name.endswith("/weight"):
+            rows = quantize(array, np.float32)
+            parts = {name: rows.values, f"{name}_scale": rows.scale}
+        else:
+            # A copy: on CPU the device array shares the memory of the NumPy array, which here is the mapped file.
+            parts = {name: np.array(array, dtype)}
+        leaves |= {name: jax.device_put(part, replicated) for name, part in parts.items()}
     return nest(leaves)

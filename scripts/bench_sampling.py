@@ -3,14 +3,16 @@
     python scripts/bench_sampling.py --preset 1.3b --candidates 96            # one GPU: the headline figure
     python scripts/bench_sampling.py --preset 1.3b --candidates 1 --device cpu --rows 1
     python scripts/bench_sampling.py --preset demo --candidates 1 --jacobi
+    python scripts/bench_sampling.py --attention pallas --quantize weights+cache
+    python scripts/bench_sampling.py --peer ~/minDALL-E                       # and the original's loop, in this run
 
 The weights of "demo" are those of the model in the package, others random. A step is one code of each candidate; with
 --jacobi a pass of the network gives several.
 
 Prints a table, then one JSON line. Compilation is timed apart. GB_per_pass is what a pass has to move at least as this
-code does it: the weights once, the keys and values of the prefix once and of every candidate's whole buffer, and the
-new ones written; its share of the copy bandwidth measured on the same device in the same run says how near the limit it
-is.
+code does it: the weights once, the keys and values of the prefix once and of every candidate's whole buffer (with
+--attention pallas of what is filled, half of it on average), and the new ones written; its share of the copy bandwidth
+measured on the same device in the same run says how near the limit it is.
 """
 
 import argparse
@@ -18,6 +20,8 @@ import json
 import math
 import platform
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,7 +36,9 @@ from jax.sharding import PartitionSpec as P
 from mindalle_jax.config import Config, load_config
 from mindalle_jax.files import DEMO, RANKER
 from mindalle_jax.interop.clip import clip_leaf_shapes, read_clip
+from mindalle_jax.models.attention import DECODE_ATTENTION
 from mindalle_jax.models.clip import CLIP, ClipConfig, ClipTextConfig, ClipVisionConfig
+from mindalle_jax.models.quantization import quantize
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.pictures import decode_pictures
@@ -50,22 +56,25 @@ CLIPS = {
 }
 
 
-def random_params(shapes: Mapping[str, tuple[int, ...]], dtype: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Parameters of these shapes: gains 1, all else N(0, 0.02), drawn on the device."""
+def random_params(
+    shapes: Mapping[str, tuple[int, ...]], dtype: Any, mesh: jax.sharding.Mesh, int8: bool = False
+) -> dict[str, Any]:
+    """Parameters of these shapes: gains 1, all else N(0, 0.02), drawn on the device; int8: matrices quantised."""
     replicated = NamedSharding(mesh, P())
     normal = jax.jit(
         lambda key, shape: (0.02 * jax.random.normal(key, shape)).astype(dtype),
         static_argnames="shape",
         out_shardings=replicated,
     )
-    return nest(
-        {
-            name: jax.device_put(jnp.ones(shape, dtype), replicated)
-            if name.endswith("scale")
-            else normal(jax.random.key(number), shape)
-            for number, (name, shape) in enumerate(shapes.items())
-        }
-    )
+    leaves = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        if name.endswith("scale"):
+            leaves[name] = jax.device_put(jnp.ones(shape, dtype), replicated)
+        else:
+            leaves[name] = normal(jax.random.key(number), shape)
+        if int8 and name.endswith("/weight"):
+            leaves[name], leaves[f"{name}_scale"] = jax.jit(quantize, static_argnums=1)(leaves[name], "float32")
+    return nest(leaves)
 
 
 def sampling_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -100,8 +109,11 @@ def second_call_s(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def bytes_per_pass(config: Config, batch: int, itemsize: int) -> int:
-    """Least bytes that one pass of `batch` candidates moves on a device, with the whole image buffer read."""
+def bytes_per_pass(config: Config, batch: int, itemsize: int, quantize: str | None, exact: bool) -> int:
+    """Least bytes that one pass of `batch` candidates moves on a device.
+
+    exact: what lies beyond the position is not read, so half of the image buffer on average.
+    """
     h = config.stage2.hparams
     weights = sum(
         math.prod(shape)
@@ -109,29 +121,39 @@ def bytes_per_pass(config: Config, batch: int, itemsize: int) -> int:
         if name.startswith(("blocks/", "ln_f", "head")) and not name.startswith("head_txt")
     )
     prefix = 1 if config.image_only else h.ctx_len_txt
-    kv = 2 * h.n_layers * h.embed_dim * (prefix + batch * (h.ctx_len_img + 1))
-    return (weights + kv) * itemsize
+    vectors, width = 2 * h.n_layers * h.n_heads, h.embed_dim // h.n_heads
+    own = batch * ((h.ctx_len_img / 2 if exact else h.ctx_len_img) + 1)
+    cache_bytes = width + itemsize if quantize == "weights+cache" else width * itemsize  # of a vector, with its scale
+    weights_bytes = weights if quantize else weights * itemsize
+    return int(weights_bytes + vectors * (prefix * width * itemsize + own * cache_bytes))
 
 
-def load(preset: str, config: Config, dtype: Any, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], np.ndarray]:
+def load(
+    preset: str, config: Config, dtype: Any, mesh: jax.sharding.Mesh, int8: bool
+) -> tuple[dict[str, Any], np.ndarray]:
     """Parameters of the transformer, and a prompt int32[p]: those of the model in the package, or random and zeros."""
     length = config.stage2.hparams.ctx_len_txt
     if preset == "demo":
         tokenizer = TextTokenizer(DEMO / "tokenizer", length, config.stage2.vocab_size_txt)
         prompt = "a large striped green circle to the left of a small red heart on a grey background"
-        return load_params(DEMO, "stage2", config, dtype, mesh), tokenizer([prompt]).ids[0]
-    return random_params(sampling_shapes(config), dtype, mesh), np.zeros(1 if config.image_only else length, np.int32)
+        return load_params(DEMO, "stage2", config, dtype, mesh, int8=int8), tokenizer([prompt]).ids[0]
+    prompt = np.zeros(1 if config.image_only else length, np.int32)
+    return random_params(sampling_shapes(config), dtype, mesh, int8), prompt
 
 
 def bench(
-    preset: str, config: Config, candidates: int, batch: int, jacobi: bool, dtype: str, device: Any, rows: int
+    arguments: argparse.Namespace, config: Config, batch: int, dtype: str, device: Any, rows: int
 ) -> dict[str, Any]:
     """Runs everything twice, compilation and measurement; returns the figures."""
+    preset, candidates, jacobi, mode = arguments.preset, arguments.candidates, arguments.jacobi, arguments.quantize
     mesh, clip_config = jax.sharding.Mesh(np.array([device]), ("data",)), CLIPS[preset]
-    model = Transformer(config.stage2, stacked=False, dtype=jnp.dtype(dtype))
+    model = Transformer(
+        config.stage2, stacked=False, dtype=jnp.dtype(dtype), attention=arguments.attention,
+        int8_cache=mode == "weights+cache",
+    )  # fmt: skip
     vqgan = VQGAN(config.stage1, dtype=jnp.dtype(dtype))
     clip = CLIP(clip_config, dtype=jnp.dtype(dtype))
-    params, prefix_ids = load(preset, config, model.dtype, mesh)
+    params, prefix_ids = load(preset, config, model.dtype, mesh, mode is not None)
     stage1 = random_params(leaf_shapes(config, "stage1"), jnp.float32, mesh)
     clip_params = random_params(clip_leaf_shapes(clip_config), clip.dtype, mesh)
     jax.block_until_ready((params, stage1, clip_params))
@@ -170,7 +192,9 @@ def bench(
     rank_s = second_call_s(lambda: encode_pictures(clip, mesh, clip_params, pictures)) / ranked
     step_s = steps_s / (chunks * rows * steps)
     pass_s = steps_s / passes
-    moved, bandwidth = bytes_per_pass(config, batch, jnp.dtype(dtype).itemsize), copy_bandwidth(device)
+    exact = arguments.attention == "pallas"
+    moved = bytes_per_pass(config, batch, jnp.dtype(dtype).itemsize, mode, exact)
+    bandwidth = copy_bandwidth(device)
     run_s = prefill_s + step_s * length * chunks
     stats = device.memory_stats() or {}
     peak = stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -178,6 +202,8 @@ def bench(
         "candidates": candidates,
         "batch": batch,
         "jacobi": jacobi,
+        "attention": arguments.attention,
+        "quantize": mode,
         "compile_s": round(first_s - prefill_s - steps_s, 2),
         "prefill_ms": round(prefill_s * 1e3, 2),
         "ms_per_step": round(step_s * 1e3, 3),
@@ -196,6 +222,17 @@ def bench(
     }
 
 
+def time_peer(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What peer_sampling.py prints of the same number of candidates and rows."""
+    command = [sys.executable, str(Path(__file__).parent / "peer_sampling.py"), str(arguments.peer)]
+    command += ["--preset", arguments.preset, "--candidates", str(arguments.candidates), "--rows", str(arguments.rows)]
+    command += ["--device", arguments.device] if arguments.device else []
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"bench_sampling.py: {' '.join(command)} failed")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     """Parses the command line, runs, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,7 +243,12 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "gpu", "tpu"], help="default: what JAX picks")
     parser.add_argument("--rows", type=int, default=0, help="rows of a picture to time, 0 for all (default: 0)")
     parser.add_argument("--jacobi", action="store_true", help="draw a row at once, again and again (default: no)")
+    names = list(DECODE_ATTENTION)
+    parser.add_argument("--attention", choices=names, default="xla", help="backend (default: %(default)s)")
+    parser.add_argument("--quantize", choices=["weights", "weights+cache"], help="as of mindalle sample")
+    parser.add_argument("--peer", type=Path, metavar="DIR", help="a clone of the original repository, timed as well")
     arguments = parser.parse_args()
+    peer = time_peer(arguments) if arguments.peer else {}  # first: JAX then takes most of a GPU's memory
     config = load_config(PRESETS[arguments.preset])
     device = jax.devices(arguments.device)[0]
     dtype = arguments.dtype or ("float32" if device.platform == "cpu" else "bfloat16")
@@ -214,7 +256,11 @@ def main() -> None:
     length = config.stage2.hparams.ctx_len_img
     rows = arguments.rows or length // row_length(length)
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-        figures = bench(arguments.preset, config, arguments.candidates, batch, arguments.jacobi, dtype, device, rows)
+        figures = bench(arguments, config, batch, dtype, device, rows)
+    if peer:
+        ours = figures["codes_s"] * rows * row_length(length) / length
+        figures |= {"peer_codes_s": peer["peer_codes_s"], "peer_device": peer["device"], "peer_torch": peer["torch"]}
+        figures["peer_ratio"] = round(peer["peer_codes_s"] / ours, 2)
     conditions = {
         "bench": "sampling",
         "preset": arguments.preset,

@@ -42,7 +42,7 @@ def jax_worker(config: Any, steps: int) -> Callable[[str, int], float]:
     from mindalle_jax.models.transformer import Transformer
     from mindalle_jax.sampling import Settings, decode_segment, prefill, start_state
 
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     model = Transformer(config.stage2, stacked=False)
     params = random_params(sampling_shapes(config), model.dtype, mesh)
     vocab_size = config.stage2.vocab_size_img
@@ -53,7 +53,7 @@ def jax_worker(config: Any, steps: int) -> Callable[[str, int], float]:
     def run(loop: str, candidates: int) -> float:
         state = states.pop(candidates, None)
         if state is None or int(state.t) + steps > config.stage2.hparams.ctx_len_img:
-            state = start_state(model, mesh, candidates, prefix.logits, prefix.kept_kv, 0)
+            state = start_state(model, mesh, candidates // mesh.size, prefix.logits, prefix.kept_kv, 0)
         ids = np.arange(candidates, dtype=np.int32)
         nothing = np.full((candidates, steps), -1, np.int32)
         jax.block_until_ready(state)
@@ -136,13 +136,18 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, nargs="+", default=[1, 8], help="batches (default: 1 8)")
     parser.add_argument("--rounds", type=int, default=3, help="counted turns of each loop (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="decoding steps a turn (default: %(default)s)")
+    text = "virtual devices of this, each with a part of the candidates (default: %(default)s)"
+    parser.add_argument("--devices", type=int, default=1, help=text)
     parser.add_argument("--worker", choices=["jax", "torch"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     config = ROOT / PRESETS[arguments.preset]
     if arguments.worker:
         work(arguments.worker, str(config), arguments.steps)
         return
+    if any(candidates % arguments.devices for candidates in arguments.candidates):
+        parser.error("--candidates must be multiples of --devices")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment["JAX_NUM_CPU_DEVICES"] = str(arguments.devices)
     workers: dict[str, subprocess.Popen[str]] = {}
     for kind in ("jax", "torch"):
         command = [sys.executable, __file__, "--preset", arguments.preset, "--steps", str(arguments.steps)]
@@ -189,6 +194,7 @@ def main() -> None:
         "preset": arguments.preset,
         "device": f"cpu, {os.cpu_count()} cores",
         "dtype": "float32",
+        "jax_devices": arguments.devices,
         "rounds": arguments.rounds,
         "steps": arguments.steps,
         "jax": version("jax"),

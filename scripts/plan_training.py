@@ -25,14 +25,43 @@ def main() -> None:
     # Before jax is imported, which reads it once.
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={arguments.devices}"
-    figures = plan(arguments.config, arguments.overrides)
+    import jax
+
+    figures = plan(arguments.config, arguments.overrides, jax.devices())
     for name, value in figures.items():
         print(f"{name:>28}  {value}")
     print(json.dumps(figures))
 
 
-def plan(config_file: Path, overrides: list[str]) -> dict:
+def plan(config_file: Path, overrides: list[str], devices: list[Any]) -> dict:
     """The figures, in bytes on each device."""
+    import jax
+    import numpy as np
+
+    config, mesh, state, frozen, _, compiled = compile_update(config_file, overrides, devices)
+    memory = compiled.memory_analysis()
+
+    def on_a_device(tree: object) -> int:
+        leaves = jax.tree.leaves(tree)
+        return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
+
+    return {
+        "strategy": config.sharding.strategy,
+        "devices": mesh.size,
+        "mesh": str(dict(mesh.shape)),
+        "rows_a_device": config.experiment.local_batch_size,
+        "trained_GB": round(on_a_device(state.params) / 1e9, 3),
+        "frozen_GB": round(on_a_device(frozen) / 1e9, 3),
+        "optimizer_GB": round(on_a_device(state.opt_state) / 1e9, 3),
+        "average_GB": round(on_a_device(state.ema) / 1e9, 3),
+        "compiled_arguments_GB": round(memory.argument_size_in_bytes / 1e9, 3),
+        "compiled_temporaries_GB": round(memory.temp_size_in_bytes / 1e9, 3),
+        "compiled_reused_GB": round(memory.alias_size_in_bytes / 1e9, 3),
+    }
+
+
+def compile_update(config_file: Path, overrides: list[str], devices: list[Any]) -> tuple[Any, ...]:
+    """(config, mesh, abstract state, frozen parameters and batch, compiled program) of an update on these devices."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -48,7 +77,7 @@ def plan(config_file: Path, overrides: list[str]) -> dict:
 
     config = load_finetune_config(config_file, overrides)
     training, strategy = config.training, config.sharding.strategy
-    mesh = make_mesh(strategy, config.sharding.sizes())
+    mesh = make_mesh(strategy, config.sharding.sizes(), devices)
     shapes = leaf_shapes(config.model_config(), "stage2")
     trained = {path: shape for path, shape in shapes.items() if not lora.matches(path, training.freeze)}
     if training.lora.rank:
@@ -88,25 +117,7 @@ def plan(config_file: Path, overrides: list[str]) -> dict:
         for name, width in widths.items()
     }
     compiled = compile_train_step(task, shardings).lower(state, frozen, batch).compile()
-    memory = compiled.memory_analysis()
-
-    def on_a_device(tree: object) -> int:
-        leaves = jax.tree.leaves(tree)
-        return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
-
-    return {
-        "strategy": strategy,
-        "devices": mesh.size,
-        "mesh": str(dict(mesh.shape)),
-        "rows_a_device": config.experiment.local_batch_size,
-        "trained_GB": round(on_a_device(params) / 1e9, 3),
-        "frozen_GB": round(on_a_device(frozen) / 1e9, 3),
-        "optimizer_GB": round(on_a_device(state.opt_state) / 1e9, 3),
-        "average_GB": round(on_a_device(ema) / 1e9, 3),
-        "compiled_arguments_GB": round(memory.argument_size_in_bytes / 1e9, 3),
-        "compiled_temporaries_GB": round(memory.temp_size_in_bytes / 1e9, 3),
-        "compiled_reused_GB": round(memory.alias_size_in_bytes / 1e9, 3),
-    }
+    return config, mesh, state, frozen, batch, compiled
 
 
 if __name__ == "__main__":

@@ -511,12 +511,29 @@ def test_what_is_no_number_or_option_is_a_usage_error(sample, not_loaded, argume
     assert (code, stdout) == (2, "") and text in err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["nonsense"], ["sample"], ["sample", "a cat", "--model", "x"], ["convert", "x"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["convert", "x"]])
 def test_an_incomplete_command_is_a_usage_error(mindalle_cli, arguments):
     code, stdout, err = mindalle_cli(*arguments)
     assert (code, stdout) == (2, "") and err.startswith("usage: mindalle")
+
+
+def test_pictures_need_a_place(mindalle_cli, not_loaded):
+    code, stdout, err = mindalle_cli("sample", "a cat")
+    assert (code, stdout) == (2, "") and message(err) == "--out is missing: a folder for the pictures"
+
+
+@pytest.mark.parametrize("arguments", [(), ("a cat", "--guidance-scale", "2"), ("--quantize", "weights+cache")])
+def test_warmup_compiles_all_that_drawing_takes(
+    mindalle_cli, tiny_model_folder, tiny_clip_folder, out, compilations, arguments
+):
+    """The pictures that are then drawn compile nothing; the warm-up itself writes nothing."""
+    shared = ("--model", tiny_model_folder, "--num-candidates", 2, "--ranker", tiny_clip_folder, *arguments)
+    code, stdout, _ = mindalle_cli("sample", "--warmup", "--out", out, *shared)
+    assert code == 0 and stdout.startswith("compiled for 2 candidates, or loaded, in ") and not out.exists()
+    prompt = () if arguments[:1] == ("a cat",) else ("the dog",)
+    compilations.clear()
+    assert mindalle_cli("sample", *prompt, "--out", out, *shared)[0] == 0
+    assert compilations == []
 
 
 @pytest.mark.parametrize(

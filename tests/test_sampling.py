@@ -9,6 +9,7 @@ import pytest
 import scipy.stats
 
 from mindalle_jax import Dalle
+from mindalle_jax import sampling as sampling_module
 from mindalle_jax.errors import NonFiniteError, UsageError
 from mindalle_jax.sampling import (
     DEFAULT_TOP_K,
@@ -142,7 +143,8 @@ def test_minus_infinity_is_never_kept_beside_a_finite_logit():
         assert (actual_probs(logits, **settings)[0, [1, 3]] == 0).all(), settings
 
 
-def test_kth_largest_is_exact():
+@pytest.mark.parametrize("digits", [False, True], ids=["by bits, as on CPU", "by digits, as elsewhere"])
+def test_kth_largest_is_exact(digits, monkeypatch):
     """Every k of rows with both signs, both zeros, infinities, denormals and duplicates: the bits of the sorted row."""
     rng = np.random.default_rng(1)
     x = rng.normal(0, 1, (12, 33)).astype(np.float32)
@@ -157,8 +159,19 @@ def test_kth_largest_is_exact():
     x[9, 4] = x[9].max()
     x[10] = x[10, 0]
     x[11] = np.where(rng.integers(2, size=33), x[11], np.round(x[11]))
-    found = np.asarray(jax.jit(jax.vmap(kth_largest, in_axes=(None, 0)))(x, np.arange(1, 34, dtype=np.int32)))
+    if digits:
+        monkeypatch.setattr(sampling_module, "_bit_by_bit", sampling_module._digit_by_digit)
+    found = np.asarray(
+        jax.jit(jax.vmap(lambda x, k: kth_largest(x, k), in_axes=(None, 0)))(x, np.arange(1, 34, dtype=np.int32))
+    )
     np.testing.assert_array_equal(found[..., 0], np.sort(x, axis=-1)[:, ::-1].T)
+
+
+def test_digits_compile_for_many_rows_of_few_codes():
+    """A compiler that puts each count into all that follow does not come to an end."""
+    ordered = np.random.default_rng(0).integers(0, 2**32, (4096, 8), dtype=np.uint32)
+    found = jax.jit(sampling_module._digit_by_digit)(ordered, np.int32(3))
+    np.testing.assert_array_equal(found[:, 0], np.sort(ordered, axis=-1)[:, -3])
 
 
 # ---------------------------------------- draws

@@ -8,23 +8,25 @@ candidate has its own for the picture drawn so far.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from mindalle_jax.models import kernels
+from mindalle_jax.models.quantization import Quantized, quantize
 
 
 class KV(NamedTuple):
-    """Keys and values of one layer: [h, p, k] for a shared prefix, [b, h, t, k] for the cache of the candidates."""
+    """Keys and values of one layer: [h, p, k] for a shared prefix, [b, h, t, k] for the cache of the candidates.
 
-    k: jax.Array
-    v: jax.Array
+    Those of a cache may be Quantized, with a scale for each vector.
+    """
 
-
-def empty_cache(batch: int, n_heads: int, length: int, head_dim: int, dtype: jnp.dtype) -> KV:
-    """Room for `length` image positions of `batch` candidates in one layer."""
-    shape = (batch, n_heads, length, head_dim)
-    return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    k: Any
+    v: Any
 
 
 def decode_attention_xla(q: jax.Array, new: KV, prefix: KV, cache: KV, t: jax.Array) -> tuple[jax.Array, KV]:
@@ -38,39 +40,82 @@ def decode_attention_xla(q: jax.Array, new: KV, prefix: KV, cache: KV, t: jax.Ar
     cache = _put(cache, new, t)
     prefix_length, scale = prefix.k.shape[1], q.shape[-1] ** -0.5
     shared = jnp.einsum("bwhk,hpk->bhwp", q, prefix.k, preferred_element_type=jnp.float32)
-    own = jnp.einsum("bwhk,bhtk->bhwt", q, cache.k, preferred_element_type=jnp.float32)
-    own = jnp.where(_visible(q, cache, t), own, -jnp.inf)
-    weights = jax.nn.softmax(jnp.concatenate([shared, own], axis=-1) * scale, axis=-1).astype(q.dtype)
-    from_prefix = jnp.einsum("bhwp,hpk->bwhk", weights[..., :prefix_length], prefix.v)
-    return from_prefix + jnp.einsum("bhwt,bhtk->bwhk", weights[..., prefix_length:], cache.v), cache
+    own = _scaled(jnp.einsum("bwhk,bhtk->bhwt", q, _values(cache.k, q), preferred_element_type=jnp.float32), cache.k)
+    own = jnp.where(_visible(t, *own.shape[-2:]), own, -jnp.inf)
+    weights = jax.nn.softmax(jnp.concatenate([shared, own], axis=-1) * scale, axis=-1)
+    from_prefix = jnp.einsum("bhwp,hpk->bwhk", weights[..., :prefix_length].astype(q.dtype), prefix.v)
+    own = _scaled(weights[..., prefix_length:], cache.v).astype(q.dtype)
+    return from_prefix + jnp.einsum("bhwt,bhtk->bwhk", own, _values(cache.v, q)), cache
 
 
 def decode_attention_reference(q: jax.Array, new: KV, prefix: KV, cache: KV, t: jax.Array) -> tuple[jax.Array, KV]:
     """The same by the definition: a private copy of the prefix in front of each candidate's keys, one plain softmax."""
     cache = _put(cache, new, t)
 
-    def whole(shared: jax.Array, own: jax.Array) -> jax.Array:
+    def whole(shared: jax.Array, own: Any) -> jax.Array:
+        if isinstance(own, Quantized):
+            own = own.values * own.scale[..., None]
         return jnp.concatenate([jnp.broadcast_to(shared, (q.shape[0], *shared.shape)), own], axis=2)[:, :, None]
 
     keys, values = whole(prefix.k, cache.k), whole(prefix.v, cache.v)  # [b, h, 1, p + t, k]
     scores = jnp.sum(q.swapaxes(1, 2)[:, :, :, None] * keys, axis=-1).astype(jnp.float32) * q.shape[-1] ** -0.5
-    visible = jnp.pad(_visible(q, cache, t), ((0, 0), (prefix.k.shape[1], 0)), constant_values=True)
+    visible = jnp.pad(
+        _visible(t, q.shape[1], keys.shape[3] - prefix.k.shape[1]),
+        ((0, 0), (prefix.k.shape[1], 0)),
+        constant_values=True,
+    )
     weights = jax.nn.softmax(scores, axis=-1, where=visible)
     return jnp.sum(weights[..., None] * values, axis=3).swapaxes(1, 2).astype(q.dtype), cache
 
 
+def decode_attention_pallas(q: jax.Array, new: KV, prefix: KV, cache: KV, t: jax.Array) -> tuple[jax.Array, KV]:
+    """The same in one kernel a layer, which reads no further than position t; windows of several go to XLA.
+
+    For NVIDIA GPUs; elsewhere it is interpreted, which is for tests.
+    """
+    if q.shape[1] > 1:
+        return decode_attention_xla(q, new, prefix, cache, t)
+    new = jax.tree.map(lambda x: x[:, 0], _as_in(cache, new))
+    attended, cache = jax.lax.platform_dependent(
+        *(q[:, 0], new, prefix, cache, t),
+        cuda=kernels.decode_attention,
+        default=partial(kernels.decode_attention, interpret=True),
+    )
+    return attended[:, None], cache
+
+
 def _put(cache: KV, new: KV, t: jax.Array) -> KV:
     at = (0, 0, t, 0)
-    return KV(*(jax.lax.dynamic_update_slice(old, x.swapaxes(1, 2), at) for old, x in zip(cache, new, strict=True)))
+    new = _as_in(cache, new)
+    return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice(old, x.swapaxes(1, 2), at[: old.ndim]), cache, new)
 
 
-def _visible(q: jax.Array, cache: KV, t: jax.Array) -> jax.Array:
-    """bool[w, t]: which positions of the picture each of the positions fed attends to."""
-    return jnp.arange(cache.k.shape[2]) <= t + jnp.arange(q.shape[1])[:, None]
+def _as_in(cache: KV, new: KV) -> KV:
+    """New keys and values in the form of those in the cache."""
+    return KV(*(quantize(x, x.dtype) for x in new)) if isinstance(cache.k, Quantized) else new
+
+
+def _values(own: Any, q: jax.Array) -> jax.Array:
+    """[b, h, t, k] in the dtype of q, but for the scales of int8."""
+    if not isinstance(own, Quantized):
+        return own
+    # For int8 XLA would choose another order of the axes, and hold each layer's cache twice to get there and back.
+    return with_layout_constraint(own.values, Layout(tuple(range(own.values.ndim)))).astype(q.dtype)
+
+
+def _scaled(x: jax.Array, own: Any) -> jax.Array:
+    """[b, h, w, t] times the scales of the positions t, if there are any."""
+    return x * own.scale[:, :, None].astype(x.dtype) if isinstance(own, Quantized) else x
+
+
+def _visible(t: jax.Array, window: int, length: int) -> jax.Array:
+    """bool[w, length]: which positions of the picture each of the positions fed, t..t+w-1, attends to."""
+    return jnp.arange(length) <= t + jnp.arange(window)[:, None]
 
 
 DECODE_ATTENTION: dict[str, Callable[[jax.Array, KV, KV, KV, jax.Array], tuple[jax.Array, KV]]] = {
     "xla": decode_attention_xla,
+    "pallas": decode_attention_pallas,
     "reference": decode_attention_reference,
 }
 """The backends by name."""

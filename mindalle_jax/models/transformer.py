@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from mindalle_jax.config import Stage2Config, Stage2Hparams
-from mindalle_jax.models.attention import DECODE_ATTENTION, KV, empty_cache
+from mindalle_jax.models.attention import DECODE_ATTENTION, KV
+from mindalle_jax.models.quantization import quantize
 
 Remat = Literal["none", "dots", "full"]
 
@@ -42,6 +43,8 @@ class Transformer(nn.Module):
     dtype: Any = jnp.float32
     attention: str = "xla"
     """Backend of decode_attention: a key of attention.DECODE_ATTENTION."""
+    int8_cache: bool = False
+    """Keys and values of the picture drawn so far are Quantized."""
     remat: Remat = "none"
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x
 
@@ -135,8 +138,12 @@ class Transformer(nn.Module):
     def new_cache(self, batch: int) -> list[KV]:
         """An empty cache for `batch` candidates, one KV a layer."""
         h = self.config.hparams
-        head_dim = h.embed_dim // h.n_heads
-        return [empty_cache(batch, h.n_heads, h.ctx_len_img, head_dim, self.dtype) for _ in range(h.n_layers)]
+        kv = jnp.zeros((batch, h.n_heads, h.ctx_len_img, h.embed_dim // h.n_heads), self.dtype)
+        return [self.as_cache(KV(kv, kv)) for _ in range(h.n_layers)]
+
+    def as_cache(self, kv: KV) -> KV:
+        """Keys and values [..., k] as a cache holds them."""
+        return KV(*(quantize(x, self.dtype) for x in kv)) if self.int8_cache else kv
 
     def embed_prefix(self, prefix_ids: jax.Array) -> jax.Array:
         """[b, p] -> [b, p, d]. The start vector of the image-only model has no positional embedding."""
@@ -226,12 +233,15 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         features = (self.features,) if isinstance(self.features, int) else self.features
         weight = self.param("weight", nn.initializers.normal(0.02), (*features, x.shape[-1]))
+        out_dtype, quantized = self.out_dtype or self.dtype, self.has_variable("params", "weight_scale")
         y = jax.lax.dot_general(
             x.astype(self.dtype),
             weight.astype(self.dtype).reshape(-1, x.shape[-1]),
             (((x.ndim - 1,), (1,)), ((), ())),
-            preferred_element_type=self.out_dtype or self.dtype,
+            preferred_element_type=jnp.float32 if quantized else out_dtype,
         ).reshape(*x.shape[:-1], *features)
+        if quantized:  # the weight is int8: models/quantization.py
+            y = (y * self.get_variable("params", "weight_scale")).astype(out_dtype)
         if self.has_variable("params", "lora_a"):  # a low-rank adapter: training/lora.py
             down = x.astype(self.dtype) @ self.get_variable("params", "lora_a").astype(self.dtype).T  # [..., r]
             up = self.get_variable("params", "lora_b").astype(self.dtype).reshape(-1, down.shape[-1])

@@ -151,6 +151,22 @@ def test_decoding_agrees_with_the_forward_pass_at_all_256_positions(random_param
     assert worst.max() < 2e-5, f"from position {np.argmax(worst >= 2e-5)} on"
 
 
+@pytest.mark.parametrize("int8_cache", [False, True])
+def test_the_pallas_kernel_below_the_two_prefixes_of_guidance(random_params, int8_cache):
+    """vmap gives the kernel another axis, the cache that it fills in place too."""
+    config = small("text")
+    params = unstack_blocks(random_params(config, "stage2"))
+    prefix_ids, codes = random_inputs(config, 2)
+    found = {}
+    for attention in ("xla", "pallas"):
+        model = Transformer(config.stage2, stacked=False, attention=attention, int8_cache=int8_cache)
+        both = jax.vmap(lambda ids, model=model: _decode(model, params, ids, codes, 1))
+        with jax.default_matmul_precision("highest"):
+            found[attention] = both(prefix_ids)
+    assert np.abs(found["xla"][0] - found["xla"][1]).max() > 1e-3
+    np.testing.assert_allclose(found["pallas"], found["xla"], rtol=0, atol=2e-5)
+
+
 def test_a_candidate_is_not_seen_by_its_neighbours(random_params):
     """The cache keeps candidates apart: logits of one do not change with the codes of the others."""
     config = small("text")

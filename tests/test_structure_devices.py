@@ -1,0 +1,192 @@
+"""The same programs compiled for an H100 and for a TPU that are not there, at full width and a few layers.
+
+make test-structure installs what that takes into an environment of its own: JAX's CUDA plugin (3.4 GB), and libtpu.
+"""
+
+import importlib.util
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from mindalle_jax.config import Config
+
+# Pallas for Triton.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
+LAYERS = 42
+MODES = [None, "weights", "weights+cache"]
+# Kernels of a layer in a step, as compiled by jax 0.10.2 and 0.12.0.
+KERNELS = {
+    "xla": {None: 18, "weights": 18, "weights+cache": 23},
+    "pallas": {None: 11, "weights": 11, "weights+cache": 14},
+}
+OTHER_KERNELS = 40
+SMALLEST_MATRIX = 1 << 20
+IN_PLACE = {"parameter", "get-tuple-element", "bitcast", "tuple", "dynamic-update-slice", "custom-call"}
+"""What may give an array of the shape of weights or cache within the loop; Pallas kernels are custom calls."""
+
+
+@pytest.fixture(scope="module")
+def script(request) -> Any:
+    """scripts/plan_sampling.py as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(request.config.rootpath / "scripts"))
+        import plan_sampling
+
+        yield plan_sampling
+
+
+def need(*plugins: str) -> None:
+    """Skips unless one of the modules is installed."""
+    names = jax.__version__.split(".")[:2]
+    if not any(importlib.util.find_spec(name) for name in plugins):
+        pytest.skip(f"compiling for such a device needs {plugins[0]} for jax {'.'.join(names)}: make test-structure")
+
+
+@pytest.fixture(scope="module")
+def need_cuda() -> None:
+    if importlib.util.find_spec("jax_plugins") is None:
+        pytest.skip("compiling for a GPU needs JAX's CUDA plugin: make test-structure")
+    need("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+
+
+@pytest.fixture(scope="module", params=[(a, q) for a in KERNELS for q in MODES], ids=lambda p: f"{p[0]}-{p[1]}")
+def h100(script, need_cuda, request) -> Any:
+    """(attention, quantize, the loop with 2 layers, with 3 layers): 96 candidates on an H100."""
+    attention, quantize = request.param
+    loops = [script.compile_loop(script.with_layers(Config(), n), "h100", 96, quantize, attention) for n in (2, 3)]
+    return attention, quantize, *loops
+
+
+@pytest.fixture(scope="module", params=[None, "weights+cache"])
+def v5e(script, request, monkeypatch_module) -> Any:
+    """The same with 128 candidates on a TPU."""
+    need("libtpu")
+    monkeypatch_module.setenv("TPU_SKIP_MDS_QUERY", "1")
+    return [script.compile_loop(script.with_layers(Config(), n), "v5e", 128, request.param, "xla") for n in (2, 3)]
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def body(text: str) -> list[tuple[str, tuple[int, ...], str]]:
+    """(name, shape, operation) of the instructions in the body of the loop over 16 positions, each run by itself."""
+    loops = re.findall(r"while\(.*?body=%?([\w.-]+).*?\"known_trip_count\":\{\"n\":\"(\d+)\"", text)
+    (name,) = {name for name, trips in loops if trips == "16"}
+    found = re.search(rf"^%?{re.escape(name)} \(.*?^\}}", text, re.MULTILINE | re.DOTALL)
+    assert found
+    lines = re.findall(r"^  (?:ROOT )?%?([\w.-]+) = \w+\[([\d,]*)\]\S* ([\w-]+)\(", found[0], re.MULTILINE)
+    return [(name, tuple(int(n) for n in dims.split(",") if n), op) for name, dims, op in lines]
+
+
+def shapes_of_weights_and_cache(script, batch: int) -> set[tuple[int, ...]]:
+    """With all ways to order the axes of the cache."""
+    h = Config().stage2.hparams
+    cache = (batch, h.n_heads, h.ctx_len_img, h.embed_dim // h.n_heads)
+    params = script.transformer_params(script.with_layers(Config(), 2), jax.numpy.bfloat16, None)
+    matrices = {leaf.shape for leaf in jax.tree.leaves(params) if len(leaf.shape) > 1 and leaf.size >= SMALLEST_MATRIX}
+    matrices |= {(int(np.prod(shape[:-1])), shape[-1]) for shape in matrices}
+    return {*matrices, *(shape[::-1] for shape in matrices), tuple(sorted(cache))}
+
+
+def moved(script, text: str, batch: int, allowed: set[str]) -> list[tuple[str, tuple[int, ...], str]]:
+    """What writes an array of such a shape at every step, and does not do so in place."""
+    shapes = shapes_of_weights_and_cache(script, batch)
+    return [
+        (name, dims, op)
+        for name, dims, op in body(text)
+        if (dims in shapes or tuple(sorted(dims)) in shapes)
+        and op not in allowed
+        and not (op == "fusion" and "dynamic_update_slice" in name.replace("-", "_"))
+    ]
+
+
+def test_one_launch_a_step(h100):
+    """All kernels of a step are in one CUDA graph, and nothing waits for the host."""
+    _, _, *loops = h100
+    for loop in loops:
+        assert loop.launches == ["CommandBuffer"]
+        assert not re.search(r"\b(infeed|outfeed|send|recv|host-callback)\(", loop.text)
+
+
+def test_kernels_of_a_step(h100):
+    """Each costs about a microsecond, whatever it does: 42 layers of 11 are 462, of 18 756."""
+    attention, quantize, two, three = h100
+    a_layer = len(three.kernels) - len(two.kernels)
+    assert a_layer <= KERNELS[attention][quantize]
+    assert len(two.kernels) - 2 * a_layer <= OTHER_KERNELS
+    assert sum("decode_attention" in name for name in two.kernels) == (2 if attention == "pallas" else 0)
+
+
+def test_weights_and_cache_stay_where_they_are(script, h100):
+    """No copy, no conversion, no transpose of either is written at any step."""
+    _, _, _, three = h100
+    shapes = shapes_of_weights_and_cache(script, 96)
+    assert any(dims in shapes for _, dims, _ in body(three.text)), "the shapes are not in the program"
+    assert moved(script, three.text, 96, IN_PLACE) == []
+
+
+def test_temporary_memory_on_the_gpu(h100):
+    """Within 5 % of the cache of 42 layers, and none of it grows with layers."""
+    _, _, two, three = h100
+    whole = three.cache_bytes // 3 * LAYERS
+    assert three.memory.alias_size_in_bytes >= three.cache_bytes
+    assert three.memory.temp_size_in_bytes < 0.05 * whole
+    assert abs(three.memory.temp_size_in_bytes - two.memory.temp_size_in_bytes) < 1e6
+
+
+def test_weights_and_cache_stay_where_they_are_on_a_tpu(script, v5e):
+    """But for copies into the memory beside the cores, ahead of their use."""
+    for loop in v5e:
+        assert moved(script, loop.text, 128, IN_PLACE | {"copy-start", "copy-done"}) == []
+
+
+def test_temporary_memory_on_a_tpu(v5e):
+    """As much as the cache: the loop puts candidates last, and a call begins and ends with another order.
+
+    A bound on what is known, see docs/log.md.
+    """
+    for loop in v5e:
+        assert loop.memory.alias_size_in_bytes >= loop.cache_bytes
+        assert loop.memory.temp_size_in_bytes < 1.15 * loop.cache_bytes + 0.3e9
+
+
+def test_collectives_of_fsdp_are_bfloat16(script, need_cuda, request):
+    """On eight H100: parameters are cast before they are gathered, and the gradients of blocks stay so."""
+    import plan_training
+    from jax.experimental import topologies
+
+    target = (request.config.rootpath / "scripts" / "h100.textproto").read_text()
+    devices = topologies.get_topology_desc(platform="cuda", topology="1x1x8", target_config=target).devices
+    config = request.config.rootpath / "configs" / "finetune-captions.yaml"
+    overrides = ["sharding.strategy=fsdp", "data.train=photos"]
+    *_, compiled = plan_training.compile_update(config, overrides, list(devices))
+    gathered, scattered = (
+        collectives(compiled.as_text(), "all-gather"),
+        collectives(compiled.as_text(), "reduce-scatter"),
+    )
+    assert {dtype for dtype, size in gathered if size >= SMALLEST_MATRIX} == {"bf16"}
+    h = Config().stage2.hparams
+    assert ("bf16", 4 * h.embed_dim**2) in gathered and ("bf16", 4 * h.embed_dim**2) in scattered
+    # Whole heads, whose logits are float32, are the only large arrays in float32.
+    heads = {h.embed_dim * Config().stage2.vocab_size_img, h.embed_dim * Config().stage2.vocab_size_txt}
+    assert {size for dtype, size in scattered if dtype == "f32" and size >= SMALLEST_MATRIX} <= heads
+
+
+def collectives(text: str, name: str) -> set[tuple[str, int]]:
+    """(dtype, elements) of the whole arrays that collectives of a kind take or give, the larger of the two sides."""
+    found = set()
+    for line in text.splitlines():
+        match = re.search(rf" = (.*?) {name}(?:-start)?\(", line)
+        if match:
+            found |= {
+                (dtype, int(np.prod([int(n) for n in dims.split(",") if n])))
+                for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+            }
+    return found
