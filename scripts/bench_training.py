@@ -4,7 +4,7 @@
     python scripts/bench_training.py --preset 1.3b experiment.local_batch_size=16 training.remat=full
     python scripts/bench_training.py --preset demo --updates 5
 
-The configuration is that of configs/finetune-captions.yaml (configs/scenes/transformer.yaml for demo) with changes, over
+The configuration is that of configs/finetune-captions.yaml (configs/scenes/captions.yaml for demo) with changes, over
 all devices there are. Prints a table, then one JSON line. Compilation is timed apart. FLOPs are those of the network
 alone, whatever is computed again: 6 a matrix weight and token, and 12 a layer, width and pair of positions, of which
 half are masked (Chowdhery et al., "PaLM", 2022, arXiv:2204.02311, appendix B). MFU is their share of the device's peak
@@ -25,8 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 from plan_training import compile_update
 
+from mindalle_jax.config import load_config
+from mindalle_jax.files import DEMO
+from mindalle_jax.weights import leaf_shapes
+
 CONFIGS = Path(__file__).parent.parent / "configs"
-PRESETS = {"1.3b": CONFIGS / "finetune-captions.yaml", "demo": CONFIGS / "scenes" / "transformer.yaml"}
+PRESETS = {"1.3b": CONFIGS / "finetune-captions.yaml", "demo": CONFIGS / "scenes" / "captions.yaml"}
+MODELS = {"1.3b": None, "demo": load_config(DEMO / "config.yaml")}
 # Dense bfloat16 FLOP/s by data sheet, of what jax calls the device.
 PEAKS = {
     "NVIDIA H100 80GB HBM3": 989.4e12,
@@ -40,8 +45,6 @@ PEAKS = {
 
 def flops_per_sequence(config: Any) -> float:
     """Of the forward and backward pass over one sequence."""
-    from mindalle_jax.weights import leaf_shapes
-
     h = config.stage2.hparams
     text = 1 if config.image_only else h.ctx_len_txt
     length = text + h.ctx_len_img
@@ -90,8 +93,12 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=10, help="timed, after two that are not (default: %(default)s)")
     arguments = parser.parse_args()
     overrides = ["data.train=none", *arguments.overrides]
+    if jax.default_backend() == "cpu":
+        overrides.append("experiment.use_amp=false")  # as fine-tuning does there
     start = time.perf_counter()
-    config, mesh, state, frozen, batch, compiled = compile_update(PRESETS[arguments.preset], overrides, jax.devices())
+    config, mesh, state, frozen, batch, compiled = compile_update(
+        PRESETS[arguments.preset], overrides, jax.devices(), MODELS[arguments.preset]
+    )
     compile_s = time.perf_counter() - start
     sequences = int(np.prod(batch["codes"].shape[:2]))
     state, frozen, batch = fill(state, 0), fill(frozen, 1_000_000), fill(batch, 2_000_000)

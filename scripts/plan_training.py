@@ -60,13 +60,19 @@ def plan(config_file: Path, overrides: list[str], devices: list[Any]) -> dict:
     }
 
 
-def compile_update(config_file: Path, overrides: list[str], devices: list[Any]) -> tuple[Any, ...]:
-    """(config, mesh, abstract state, frozen parameters and batch, compiled program) of an update on these devices."""
+def compile_update(
+    config_file: Path, overrides: list[str], devices: list[Any], base: Any = None
+) -> tuple[Any, Any, Any, Any, Any, Any]:
+    """(config, mesh, abstract state, frozen parameters and batch, compiled program) of an update on these devices.
+
+    base: Config of the model that is trained; None is the published one.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
+    from mindalle_jax.config import Config
     from mindalle_jax.models.transformer import Transformer
     from mindalle_jax.sharding import BATCH, SplitByBatch, batch_devices, make_mesh, param_shardings
     from mindalle_jax.training import lora
@@ -75,7 +81,7 @@ def compile_update(config_file: Path, overrides: list[str], devices: list[Any]) 
     from mindalle_jax.training.step import Task, TrainState, compile_train_step, state_shardings
     from mindalle_jax.weights import leaf_shapes
 
-    config = load_finetune_config(config_file, overrides)
+    config = load_finetune_config(config_file, overrides, base or Config())
     training, strategy = config.training, config.sharding.strategy
     mesh = make_mesh(strategy, config.sharding.sizes(), devices)
     shapes = leaf_shapes(config.model_config(), "stage2")

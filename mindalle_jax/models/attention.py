@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from mindalle_jax.models import kernels
 from mindalle_jax.models.quantization import Quantized, quantize
 
 
@@ -59,11 +58,9 @@ def decode_attention_reference(q: jax.Array, new: KV, prefix: KV, cache: KV, t: 
 
     keys, values = whole(prefix.k, cache.k), whole(prefix.v, cache.v)  # [b, h, 1, p + t, k]
     scores = jnp.sum(q.swapaxes(1, 2)[:, :, :, None] * keys, axis=-1).astype(jnp.float32) * q.shape[-1] ** -0.5
-    visible = jnp.pad(
-        _visible(t, q.shape[1], keys.shape[3] - prefix.k.shape[1]),
-        ((0, 0), (prefix.k.shape[1], 0)),
-        constant_values=True,
-    )
+    prefix_length = prefix.k.shape[1]
+    visible = _visible(t, q.shape[1], keys.shape[3] - prefix_length)
+    visible = jnp.pad(visible, ((0, 0), (prefix_length, 0)), constant_values=True)
     weights = jax.nn.softmax(scores, axis=-1, where=visible)
     return jnp.sum(weights[..., None] * values, axis=3).swapaxes(1, 2).astype(q.dtype), cache
 
@@ -71,10 +68,14 @@ def decode_attention_reference(q: jax.Array, new: KV, prefix: KV, cache: KV, t: 
 def decode_attention_pallas(q: jax.Array, new: KV, prefix: KV, cache: KV, t: jax.Array) -> tuple[jax.Array, KV]:
     """The same in one kernel a layer, which reads no further than position t; windows of several go to XLA.
 
-    For NVIDIA GPUs; elsewhere it is interpreted, which is for tests.
+    For NVIDIA GPUs; elsewhere it is interpreted, which is for tests. Triton knows powers of two only: other widths of a
+    head go to XLA as well.
     """
-    if q.shape[1] > 1:
+    width = q.shape[-1]
+    if q.shape[1] > 1 or width & (width - 1):
         return decode_attention_xla(q, new, prefix, cache, t)
+    from mindalle_jax.models import kernels  # not before it is asked for: see there
+
     new = jax.tree.map(lambda x: x[:, 0], _as_in(cache, new))
     attended, cache = jax.lax.platform_dependent(
         *(q[:, 0], new, prefix, cache, t),

@@ -2,7 +2,7 @@
 
 On a GPU the launches of a decoding step take as long as what it reads (docs/log.md, Programs for an H100). Without a
 GPU it runs under `interpret=True` only, which is how it is tested. JAX calls its Triton backend deprecated since 0.12,
-so nothing depends on it: attention.py has the same in XLA.
+so nothing depends on it: attention.py has the same in XLA, and imports this only where it is asked for.
 
 Dimensions: b batch, h heads, p prefix length, t image positions, k head width.
 """
@@ -99,7 +99,7 @@ def decode_attention(
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             *(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves),
-        ],  # fmt: skip
+        ],
         input_output_aliases={4 + count + n: 1 + n for n in range(count)},
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
