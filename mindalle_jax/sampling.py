@@ -28,10 +28,13 @@ from jax.sharding import PartitionSpec as P
 
 from mindalle_jax.devices import matmul_precision
 from mindalle_jax.errors import NonFiniteError, UsageError
+from mindalle_jax.models import attention
 from mindalle_jax.models.attention import KV
 from mindalle_jax.models.transformer import Transformer
 
 MAX_CANDIDATES = 1_000
+SEGMENTS = {"cpu": 1}
+"""Sizes that the cache grows through, by backend; 4 on others. See cache_lengths."""
 
 
 class _DefaultTopK(int):
@@ -141,6 +144,18 @@ def default_batch_size(num_candidates: int, backend: str) -> int:
 def row_length(length: int) -> int:
     """Codes in a row of a square picture of `length` codes: what one call of the compiled loop draws."""
     return math.isqrt(length)
+
+
+def cache_lengths(model: Transformer, backend: str) -> list[int]:
+    """The sizes that the cache grows through while a picture is drawn, in codes; the last one holds all of it.
+
+    A step of the XLA backend reads the whole cache, filled or not. Four sizes save 3 of 8 parts of that, and take four
+    compilations, which on CPU cost more than they save. The kernel of the Pallas backend reads what is filled.
+    """
+    length = model.config.hparams.ctx_len_img
+    steps = row_length(length)
+    sizes = SEGMENTS.get(backend, 4) if model.attention == "xla" else 1
+    return sorted({steps * math.ceil(length * (i + 1) / sizes / steps) for i in range(sizes)})
 
 
 def filter_logits(logits: jax.Array, settings: TracedSettings) -> jax.Array:
@@ -326,13 +341,16 @@ def _decode_chunk(
     length, start = model.config.hparams.ctx_len_img, len(kept)
     steps = row_length(length)
     waiting = None
+    lengths = cache_lengths(model, mesh.devices.flat[0].platform)
     with _numerics(model):
-        state = start_state(model, mesh, batch_size, prefix.logits, prefix.kept_kv, np.int32(start))
+        room = next(room for room in lengths if room > start)
+        state = start_state(model, mesh, batch_size, room, prefix.logits, prefix.kept_kv, np.int32(start))
     # Of a row the best guess is the row above it.
     above = kept[-steps:] if start else np.full(steps, -1, np.int32)
     codes = jax.device_put(np.tile(above, (len(candidates), 1)), NamedSharding(mesh, P("data")))
-    for _ in range(start, length, steps):
+    for t in range(start, length, steps):
         with _numerics(model):
+            state = make_room(mesh, state, t + steps, lengths)
             state, codes = decode_segment(
                 model, mesh, steps, jacobi, params, prefix.kv, candidates, settings, state, codes
             )
@@ -365,11 +383,14 @@ def prefill(
     return Prefix(*(jax.vmap(network) if prefix_ids.ndim == 2 else network)(prefix_ids))
 
 
-@partial(jax.jit, static_argnames=("model", "mesh", "batch_size"))
+@partial(jax.jit, static_argnames=("model", "mesh", "batch_size", "room"))
 def start_state(
-    model: Transformer, mesh: Mesh, batch_size: int, logits: jax.Array, kept_kv: list[KV], t: jax.Array
+    model: Transformer, mesh: Mesh, batch_size: int, room: int, logits: jax.Array, kept_kv: list[KV], t: jax.Array
 ) -> DecodeState:
-    """The state before position t, the same for every candidate; logits and kept_kv as in Prefix."""
+    """The state before position t, the same for every candidate; logits and kept_kv as in Prefix.
+
+    room: of the cache, in codes; see make_room.
+    """
     lead = logits.shape[:-1]  # () or (2,)
 
     def start(logits: jax.Array, kept_kv: list[KV], t: jax.Array) -> DecodeState:
@@ -378,9 +399,10 @@ def start_state(
             return jnp.broadcast_to(x, (*lead, batch_size, *x.shape[len(lead) + 1 :]))
 
         if kept_kv[0].k.shape[-2]:
-            cache = [model.as_cache(KV(spread(kv.k), spread(kv.v))) for kv in kept_kv]
+            kept = [(kv.k[..., :room, :], kv.v[..., :room, :]) for kv in kept_kv]
+            cache = [model.as_cache(KV(spread(k), spread(v))) for k, v in kept]
         else:
-            cache = jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape), x.dtype), model.new_cache(batch_size))
+            cache = jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape), x.dtype), model.new_cache(batch_size, room))
         return DecodeState(
             t=t,
             logits=spread(logits),
@@ -392,6 +414,24 @@ def start_state(
 
     specs = _state_specs(guided=bool(lead))
     return jax.shard_map(start, mesh=mesh, in_specs=P(), out_specs=specs, check_vma=False)(logits, kept_kv, t)
+
+
+def make_room(mesh: Mesh, state: DecodeState, end: int, lengths: list[int]) -> DecodeState:
+    """The state with a cache for the positions before `end`: as it is, or grown to the next of cache_lengths."""
+    if attention.room(state.cache[0]) < end:
+        length = next(length for length in lengths if length >= end)
+        guided = state.logits.ndim == 3
+        for i in range(len(state.cache)):  # one by one: of two sizes of the whole cache there may be no room
+            state.cache[i] = _lengthen(mesh, guided, length, state.cache[i])
+    return state
+
+
+@partial(jax.jit, static_argnames=("mesh", "guided", "length"))
+def _lengthen(mesh: Mesh, guided: bool, length: int, cache: KV) -> KV:
+    spec = _state_specs(guided).cache
+    return jax.shard_map(
+        partial(attention.lengthen, length=length), mesh=mesh, in_specs=(spec,), out_specs=spec, check_vma=False
+    )(cache)
 
 
 @partial(jax.jit, static_argnames=("model", "mesh", "steps", "jacobi"), donate_argnames="state")

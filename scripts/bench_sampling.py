@@ -10,8 +10,8 @@ The weights of "demo" are those of the model in the package, others random. A st
 --jacobi a pass of the network gives several.
 
 Prints a table, then one JSON line. Compilation is timed apart. GB_per_pass is what a pass has to move at least as this
-code does it: the weights once, the keys and values of the prefix once and of every candidate's whole buffer (with
---attention pallas of what is filled, half of it on average), and the new ones written; its share of the copy bandwidth
+code does it: the weights once, the keys and values of the prefix once and of every candidate's whole cache as it grows
+(with --attention pallas of the rows that are filled), and the new ones written; its share of the copy bandwidth
 measured on the same device in the same run says how near the limit it is.
 """
 
@@ -43,7 +43,17 @@ from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.pictures import decode_pictures
 from mindalle_jax.rerank import encode_pictures
-from mindalle_jax.sampling import Settings, decode_segment, default_batch_size, prefill, row_length, start_state
+from mindalle_jax.sampling import (
+    SEGMENTS,
+    Settings,
+    cache_lengths,
+    decode_segment,
+    default_batch_size,
+    make_room,
+    prefill,
+    row_length,
+    start_state,
+)
 from mindalle_jax.tokenizer import TextTokenizer
 from mindalle_jax.weights import leaf_shapes, load_params, nest
 
@@ -109,10 +119,10 @@ def second_call_s(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def bytes_per_pass(config: Config, batch: int, itemsize: int, quantize: str | None, exact: bool) -> int:
+def bytes_per_pass(config: Config, batch: int, itemsize: int, quantize: str | None, positions: float) -> int:
     """Least bytes that one pass of `batch` candidates moves on a device.
 
-    exact: what lies beyond the position is not read, so half of the image buffer on average.
+    positions: how many of each candidate are read, on average.
     """
     h = config.stage2.hparams
     weights = sum(
@@ -122,7 +132,7 @@ def bytes_per_pass(config: Config, batch: int, itemsize: int, quantize: str | No
     )
     prefix = 1 if config.image_only else h.ctx_len_txt
     vectors, width = 2 * h.n_layers * h.n_heads, h.embed_dim // h.n_heads
-    own = batch * ((h.ctx_len_img / 2 if exact else h.ctx_len_img) + 1)
+    own = batch * (positions + 1)
     cache_bytes = width + itemsize if quantize == "weights+cache" else width * itemsize  # of a vector, with its scale
     weights_bytes = weights if quantize else weights * itemsize
     return int(weights_bytes + vectors * (prefix * width * itemsize + own * cache_bytes))
@@ -161,6 +171,7 @@ def bench(
     settings = Settings.make(vocab_size, seed=0, temperature=1.0, top_k=min(256, vocab_size), top_p=None)
     traced = settings.traced(vocab_size)
     steps = row_length(length)
+    lengths = cache_lengths(model, device.platform)
     chunks = math.ceil(candidates / batch)
 
     def codes_once() -> tuple[float, float, int, list[Any]]:
@@ -171,9 +182,10 @@ def bench(
         middle, parts, passes = time.perf_counter(), [], 0
         for chunk in range(chunks):
             ids = np.arange(chunk * batch, (chunk + 1) * batch, dtype=np.int32)
-            state, parts = start_state(model, mesh, batch, prefix.logits, prefix.kept_kv, 0), []
+            state, parts = start_state(model, mesh, batch, lengths[0], prefix.logits, prefix.kept_kv, 0), []
             part: Any = np.full((batch, steps), -1, np.int32)
-            for _ in range(rows):
+            for row in range(rows):
+                state = make_room(mesh, state, (row + 1) * steps, lengths)
                 state, part = decode_segment(model, mesh, steps, jacobi, params, prefix.kv, ids, traced, state, part)
                 parts.append(part)
             passes += state.passes[0]
@@ -192,8 +204,9 @@ def bench(
     rank_s = second_call_s(lambda: encode_pictures(clip, mesh, clip_params, pictures)) / ranked
     step_s = steps_s / (chunks * rows * steps)
     pass_s = steps_s / passes
-    exact = arguments.attention == "pallas"
-    moved = bytes_per_pass(config, batch, jnp.dtype(dtype).itemsize, mode, exact)
+    ends = np.arange(1, rows + 1) * steps
+    read = ends if arguments.attention == "pallas" else [next(room for room in lengths if room >= end) for end in ends]
+    moved = bytes_per_pass(config, batch, jnp.dtype(dtype).itemsize, mode, float(np.mean(read)))
     bandwidth = copy_bandwidth(device)
     run_s = prefill_s + step_s * length * chunks
     stats = device.memory_stats() or {}
@@ -203,6 +216,7 @@ def bench(
         "batch": batch,
         "jacobi": jacobi,
         "attention": arguments.attention,
+        "cache_lengths": lengths,
         "quantize": mode,
         "compile_s": round(first_s - prefill_s - steps_s, 2),
         "prefill_ms": round(prefill_s * 1e3, 2),
@@ -245,12 +259,16 @@ def main() -> None:
     parser.add_argument("--jacobi", action="store_true", help="draw a row at once, again and again (default: no)")
     names = list(DECODE_ATTENTION)
     parser.add_argument("--attention", choices=names, default="xla", help="backend (default: %(default)s)")
+    text = "sizes that the cache grows through (default: 1 on CPU, else 4)"
+    parser.add_argument("--segments", type=int, metavar="N", help=text)
     parser.add_argument("--quantize", choices=["weights", "weights+cache"], help="as of mindalle sample")
     parser.add_argument("--peer", type=Path, metavar="DIR", help="a clone of the original repository, timed as well")
     arguments = parser.parse_args()
     peer = time_peer(arguments) if arguments.peer else {}  # first: JAX then takes most of a GPU's memory
     config = load_config(PRESETS[arguments.preset])
     device = jax.devices(arguments.device)[0]
+    if arguments.segments:
+        SEGMENTS[device.platform] = arguments.segments
     dtype = arguments.dtype or ("float32" if device.platform == "cpu" else "bfloat16")
     batch = arguments.batch_size or default_batch_size(arguments.candidates, device.platform)
     length = config.stage2.hparams.ctx_len_img

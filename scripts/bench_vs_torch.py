@@ -40,7 +40,7 @@ def jax_worker(config: Any, steps: int) -> Callable[[str, int], float]:
     from bench_sampling import random_params, sampling_shapes
 
     from mindalle_jax.models.transformer import Transformer
-    from mindalle_jax.sampling import Settings, decode_segment, prefill, start_state
+    from mindalle_jax.sampling import Settings, cache_lengths, decode_segment, make_room, prefill, start_state
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     model = Transformer(config.stage2, stacked=False)
@@ -48,12 +48,14 @@ def jax_worker(config: Any, steps: int) -> Callable[[str, int], float]:
     vocab_size = config.stage2.vocab_size_img
     settings = Settings.make(vocab_size, seed=0, temperature=1.0, top_k=min(256, vocab_size), top_p=None)
     prefix = prefill(model, params, np.zeros(config.stage2.hparams.ctx_len_txt, np.int32), np.zeros(0, np.int32), 0)
+    lengths = cache_lengths(model, "cpu")
     states: dict[int, Any] = {}
 
     def run(loop: str, candidates: int) -> float:
         state = states.pop(candidates, None)
         if state is None or int(state.t) + steps > config.stage2.hparams.ctx_len_img:
-            state = start_state(model, mesh, candidates // mesh.size, prefix.logits, prefix.kept_kv, 0)
+            state = start_state(model, mesh, candidates // mesh.size, lengths[0], prefix.logits, prefix.kept_kv, 0)
+        state = make_room(mesh, state, int(state.t) + steps, lengths)
         ids = np.arange(candidates, dtype=np.int32)
         nothing = np.full((candidates, steps), -1, np.int32)
         jax.block_until_ready(state)

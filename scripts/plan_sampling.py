@@ -18,6 +18,7 @@ import json
 import os
 import re
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,10 @@ def main() -> None:
     from mindalle_jax.config import load_config
 
     config = load_config(arguments.config)
-    rows = []
+    pictures = compile_pictures(config, arguments.target, 1 if arguments.target == "cpu" else 16)
+    decoding, rows = pictures.temp_size_in_bytes + pictures.output_size_in_bytes, []
     for batch in BATCHES if arguments.batch_size is None else [arguments.batch_size]:
-        rows.append(plan(config, arguments.target, batch, arguments.quantize, arguments.attention))
+        rows.append(plan(config, arguments.target, batch, arguments.quantize, arguments.attention, decoding))
         print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     fits = {}
     for size in MEMORY_GB:
@@ -53,8 +55,8 @@ def main() -> None:
     print(json.dumps(conditions | {"attention": arguments.attention, "rows": rows, "fits": fits}))
 
 
-def plan(config: Any, target: str, batch: int, quantize: str | None, attention: str) -> dict[str, Any]:
-    """Bytes on a device, in GB."""
+def plan(config: Any, target: str, batch: int, quantize: str | None, attention: str, decoding: int) -> dict[str, Any]:
+    """Bytes on a device, in GB. decoding: those of decoding pictures, which does not depend on the batch."""
     import jax.numpy as jnp
 
     from mindalle_jax.interop.clip import clip_leaf_shapes
@@ -64,13 +66,11 @@ def plan(config: Any, target: str, batch: int, quantize: str | None, attention: 
     layers = config.stage2.hparams.n_layers
     dtype = jnp.dtype("float32" if target == "cpu" else "bfloat16")
     loop = compile_loop(with_layers(config, 2), target, batch, quantize, attention)
-    pictures = compile_pictures(config, target, 1 if target == "cpu" else 16)
     transformer = array_bytes(transformer_params(config, dtype, quantize))
     vqgan = 4 * sum(map(size_of, leaf_shapes(config, "stage1").values()))
     clip = dtype.itemsize * sum(map(size_of, clip_leaf_shapes(ClipConfig()).values()))
     cache = loop.cache_bytes * layers // 2
     weights, drawing = transformer + vqgan + clip, cache + loop.memory.temp_size_in_bytes
-    decoding = pictures.temp_size_in_bytes + pictures.output_size_in_bytes
     figures = {
         "transformer_GB": transformer,
         "vqgan_and_clip_GB": vqgan + clip,
@@ -120,7 +120,8 @@ def compile_loop(config: Any, target: str, batch: int, quantize: str | None, att
 
     params, steps = transformer_params(config, dtype, quantize), row_length(h.ctx_len_img)
     prefix = jax.eval_shape(lambda *a: prefill(model, *a), params, ints(h.ctx_len_txt), ints(0), ints())
-    state = jax.eval_shape(lambda *a: start_state(model, mesh, batch, *a), prefix.logits, prefix.kept_kv, ints())
+    start = partial(start_state, model, mesh, batch, h.ctx_len_img)
+    state = jax.eval_shape(start, prefix.logits, prefix.kept_kv, ints())
     settings = Settings.make(vocab_size, seed=0, temperature=1.0, top_k=min(256, vocab_size), top_p=None)
     traced = jax.tree.map(np.asarray, settings.traced(vocab_size))
     arguments = placed((params, prefix.kv, ints(batch), traced, state, ints(batch, steps)))

@@ -92,8 +92,8 @@ def compare(exact: list[np.ndarray], other: list[np.ndarray]) -> dict[str, float
         divergence.append(np.asarray(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
         same.append(a.argmax(-1) == b.argmax(-1))
     return {
-        "KL, mean": round(float(np.mean(divergence)), 6),
-        "KL, largest": round(float(np.max(divergence)), 4),
+        "KL, mean": float(f"{np.mean(divergence):.2g}"),
+        "KL, largest": float(f"{np.max(divergence):.2g}"),
         "same most probable code": round(float(np.mean(same)), 4),
     }
 

@@ -50,6 +50,36 @@ def same(a, b) -> None:
     assert a.prompts == b.prompts and a.meta == b.meta
 
 
+# ---------------------------------------- a growing cache
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0}, {"jacobi": True}, {"keep_rows": 3}], ids=str)
+@pytest.mark.parametrize("quantize", [None, "weights+cache"])
+def test_a_cache_that_grows_draws_the_same_codes(tiny_model_folder, monkeypatch, quantize, options):
+    """From two rows to all eight, in four sizes; on eight devices too. Likelihoods but for the order of sums."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",)) if options == {} else None
+    model = Dalle.from_pretrained(tiny_model_folder, quantize=quantize, mesh=mesh)
+    shared = {"num_candidates": 3, "batch_size": 1, "seed": 1, "ranker": "likelihood"} | options
+    if "keep_rows" in options:
+        shared["kept_codes"] = np.arange(shared.pop("keep_rows") * WIDTH)
+    whole = model.generate("the cat", **shared)
+    monkeypatch.setitem(sampling_module.SEGMENTS, "cpu", 4)
+    assert sampling_module.cache_lengths(model._transformer, "cpu") == [16, 32, 48, 64]
+    grown = model.generate("the cat", **shared)
+    np.testing.assert_array_equal(grown.codes, whole.codes)
+    np.testing.assert_allclose(grown.scores, whole.scores, rtol=0, atol=1e-3)
+
+
+def test_sizes_of_the_cache(tiny_dalle, monkeypatch):
+    """Whole rows, however many sizes; one for the kernel that reads what is filled."""
+    model = tiny_dalle._transformer
+    for sizes, expected in ((1, [64]), (3, [24, 48, 64]), (8, list(range(8, 65, 8))), (20, list(range(8, 65, 8)))):
+        monkeypatch.setitem(sampling_module.SEGMENTS, "cpu", sizes)
+        assert sampling_module.cache_lengths(model, "cpu") == expected
+    assert sampling_module.cache_lengths(model, "gpu") == [16, 32, 48, 64]
+    assert sampling_module.cache_lengths(model.copy(attention="pallas"), "gpu") == [64]
+
+
 # ---------------------------------------- likelihood
 
 
@@ -239,7 +269,7 @@ def test_jacobi_decoding_takes_fewer_passes_where_codes_can_be_guessed(tiny_dall
     ids, passes = np.arange(BATCH, dtype=np.int32), []
     with jax.threefry_partitionable(True), jax.default_matmul_precision("highest"):
         for guess in (np.full((BATCH, WIDTH), -1, np.int32), plain.codes[:BATCH, :WIDTH]):
-            state = start_state(model, mesh, BATCH, prefix.logits, prefix.kept_kv, np.int32(0))
+            state = start_state(model, mesh, BATCH, LENGTH, prefix.logits, prefix.kept_kv, np.int32(0))
             state, codes = decode_segment(
                 model, mesh, WIDTH, True, params, prefix.kv, ids, settings, state, guess
             )  # fmt: skip

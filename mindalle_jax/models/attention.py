@@ -28,6 +28,25 @@ class KV(NamedTuple):
     v: Any
 
 
+def lengthen(cache: KV, length: int) -> KV:
+    """The cache of a layer with room for `length` positions, at its end."""
+
+    def pad(x: jax.Array, axis: int) -> jax.Array:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = 0, length - x.shape[axis]
+        return jnp.pad(x, widths)
+
+    def longer(x: Any) -> Any:  # [..., t, k], and scales [..., t]
+        return Quantized(pad(x.values, -2), pad(x.scale, -1)) if isinstance(x, Quantized) else pad(x, -2)
+
+    return KV(longer(cache.k), longer(cache.v))
+
+
+def room(cache: KV) -> int:
+    """How many positions the cache of a layer holds."""
+    return jax.tree.leaves(cache)[0].shape[-2]
+
+
 def decode_attention_xla(q: jax.Array, new: KV, prefix: KV, cache: KV, t: jax.Array) -> tuple[jax.Array, KV]:
     """Puts positions t..t+w-1 into the cache; each attends to the prefix and to all positions up to itself.
 
@@ -98,10 +117,12 @@ def _as_in(cache: KV, new: KV) -> KV:
 
 def _values(own: Any, q: jax.Array) -> jax.Array:
     """[b, h, t, k] in the dtype of q, but for the scales of int8."""
-    if not isinstance(own, Quantized):
-        return own
-    # For int8 XLA would choose another order of the axes, and hold each layer's cache twice to get there and back.
-    return with_layout_constraint(own.values, Layout(tuple(range(own.values.ndim)))).astype(q.dtype)
+    values = own.values if isinstance(own, Quantized) else own
+    # XLA may choose another order of axes for the loop, and on a GPU hold the cache twice to get there and back.
+    order = Layout(tuple(range(values.ndim)))
+    return jax.lax.platform_dependent(
+        values, cuda=lambda values: with_layout_constraint(values, order), default=lambda values: values
+    ).astype(q.dtype)
 
 
 def _scaled(x: jax.Array, own: Any) -> jax.Array:

@@ -135,10 +135,10 @@ class Transformer(nn.Module):
             filled.append(own)
         return self.image_head(self.ln_f(x)), filled
 
-    def new_cache(self, batch: int) -> list[KV]:
-        """An empty cache for `batch` candidates, one KV a layer."""
+    def new_cache(self, batch: int, length: int | None = None) -> list[KV]:
+        """An empty cache for `length` codes (None: of a whole picture) of `batch` candidates, one KV a layer."""
         h = self.config.hparams
-        kv = jnp.zeros((batch, h.n_heads, h.ctx_len_img, h.embed_dim // h.n_heads), self.dtype)
+        kv = jnp.zeros((batch, h.n_heads, length or h.ctx_len_img, h.embed_dim // h.n_heads), self.dtype)
         return [self.as_cache(KV(kv, kv)) for _ in range(h.n_layers)]
 
     def as_cache(self, kv: KV) -> KV:
