@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--warmup",
         action="store_true",
-        help="write nothing and need no prompt or --out: compile what the other options take, into the cache on disk",
+        help="draw once and keep nothing, to compile what the other options take; needs no prompt and no --out",
     )
     output.add_argument(
         "--ranker",
@@ -389,12 +389,14 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 
 def _warm_up(model: Any, subject: Any, options: dict[str, Any]) -> None:
-    """Draws one row of codes, decodes the pictures and ranks them, all of which compiles, and throws them away."""
-    start, ranker = time.perf_counter(), options["ranker"]
-    begun = model.generate(subject, **options | {"callback": lambda _: True, "progress": False})
-    if hasattr(ranker, "scores"):
-        ranker.scores(subject, begun.images)  # pictures that are not complete are not ranked by generate
-    print(f"compiled for {options['num_candidates']} candidates, or loaded, in {time.perf_counter() - start:.1f} s")
+    """Draws what is drawn at once, which compiles everything, and throws it away."""
+    from mindalle_jax.sampling import default_batch_size
+
+    start = time.perf_counter()
+    at_once = options["batch_size"] or default_batch_size(options["num_candidates"], model.backend)
+    count = min(options["num_candidates"], at_once)
+    model.generate(subject, **options | {"num_candidates": count, "batch_size": at_once})
+    print(f"compiled, or loaded, what draws {at_once} candidates at once: {time.perf_counter() - start:.1f} s")
 
 
 def _ranker(name: str) -> Any:

@@ -27,33 +27,11 @@ from plan_training import compile_update
 
 from mindalle_jax.config import load_config
 from mindalle_jax.files import DEMO
-from mindalle_jax.weights import leaf_shapes
+from mindalle_jax.training.monitor import PEAK_FLOPS, flops_per_sequence
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PRESETS = {"1.3b": CONFIGS / "finetune-captions.yaml", "demo": CONFIGS / "scenes" / "captions.yaml"}
 MODELS = {"1.3b": None, "demo": load_config(DEMO / "config.yaml")}
-# Dense bfloat16 FLOP/s by data sheet, of what jax calls the device.
-PEAKS = {
-    "NVIDIA H100 80GB HBM3": 989.4e12,
-    "NVIDIA H200": 989.4e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "TPU v5 lite": 197e12,
-    "TPU v4": 275e12,
-    "TPU v6 lite": 918e12,
-}
-
-
-def flops_per_sequence(config: Any) -> float:
-    """Of the forward and backward pass over one sequence."""
-    h = config.stage2.hparams
-    text = 1 if config.image_only else h.ctx_len_txt
-    length = text + h.ctx_len_img
-    shapes = leaf_shapes(config.model_config(), "stage2")
-    blocks = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("blocks/") and len(shape) > 2)
-    heads = h.embed_dim * (config.stage2.vocab_size_img * h.ctx_len_img)
-    heads += 0 if config.image_only else h.embed_dim * config.stage2.vocab_size_txt * text
-    attention = 12 * h.n_layers * h.embed_dim * length**2 / 2
-    return 6 * (blocks * length + heads) + attention
 
 
 def matmul_flops(device: Any, dtype: Any) -> float:
@@ -112,8 +90,9 @@ def main() -> None:
         seconds.append(time.perf_counter() - begin)
     update_s = float(np.median(seconds[2:]))
     device, dtype = jax.devices()[0], jnp.bfloat16 if config.experiment.use_amp else jnp.float32
-    flops = flops_per_sequence(config) * sequences / mesh.size
-    peak, measured = PEAKS.get(device.device_kind), matmul_flops(device, dtype)
+    each = flops_per_sequence(config.model_config())
+    flops = each * sequences / mesh.size
+    peak, measured = PEAK_FLOPS.get(device.device_kind), matmul_flops(device, dtype)
     stats = device.memory_stats() or {}
     memory = stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     results = {
@@ -129,7 +108,7 @@ def main() -> None:
         "compile_s": round(compile_s, 1),
         "ms_an_update": round(update_s * 1e3, 2),
         "sequences_per_s": round(sequences / update_s, 2),
-        "TFLOP_a_sequence": round(flops_per_sequence(config) / 1e12, 4),
+        "TFLOP_a_sequence": round(each / 1e12, 4),
         "TFLOP_per_s_a_device": round(flops / update_s / 1e12, 3),
         "MFU": None if peak is None else round(flops / update_s / peak, 4),
         "matmul_TFLOP_per_s": round(measured / 1e12, 3),

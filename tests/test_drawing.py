@@ -53,11 +53,19 @@ def same(a, b) -> None:
 # ---------------------------------------- a growing cache
 
 
-@pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0}, {"jacobi": True}, {"keep_rows": 3}], ids=str)
-@pytest.mark.parametrize("quantize", [None, "weights+cache"])
+@pytest.mark.parametrize(
+    ("quantize", "options"),
+    [
+        (None, {}),
+        ("weights+cache", {"guidance_scale": 2.0}),
+        (None, {"jacobi": True}),
+        (None, {"keep_rows": 3}),
+    ],
+    ids=str,
+)
 def test_a_cache_that_grows_draws_the_same_codes(tiny_model_folder, monkeypatch, quantize, options):
-    """From two rows to all eight, in four sizes; on eight devices too. Likelihoods but for the order of sums."""
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",)) if options == {} else None
+    """From two rows to all eight, in four sizes; on two devices too. Likelihoods but for the order of sums."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",)) if options == {} else None
     model = Dalle.from_pretrained(tiny_model_folder, quantize=quantize, mesh=mesh)
     shared = {"num_candidates": 3, "batch_size": 1, "seed": 1, "ranker": "likelihood"} | options
     if "keep_rows" in options:

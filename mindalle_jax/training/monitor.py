@@ -1,8 +1,4 @@
-"""What is seen of a run: a progress bar, metrics.jsonl, TensorBoard, and its memory.
-
-FLOPs of a sequence are counted as 6 a parameter and position, and 12 layers * width * positions^2 for attention, half
-of which a causal mask saves: the usual count for MFU, without what is computed again to save memory.
-"""
+"""What is seen of a run: a progress bar, metrics.jsonl, TensorBoard, and its memory."""
 
 import json
 import math
@@ -16,7 +12,7 @@ import jax
 from tqdm import tqdm
 
 from mindalle_jax.config import Config
-from mindalle_jax.weights import count_parameters
+from mindalle_jax.weights import leaf_shapes
 
 # Dense bfloat16 FLOP/s by the makers' data sheets, by jax's device_kind.
 PEAK_FLOPS = {
@@ -32,11 +28,19 @@ PEAK_FLOPS = {
 
 
 def flops_per_sequence(config: Config) -> float:
-    """Of a forward and a backward pass."""
-    h = config.stage2.hparams
-    positions = h.ctx_len_img + (1 if config.image_only else h.ctx_len_txt)
-    attention = 12 * h.n_layers * h.embed_dim * positions**2 / 2
-    return 6 * count_parameters(config, "stage2") * positions + attention
+    """Of a forward and a backward pass: 6 a matrix weight and position, and 12 a layer, width and pair of positions.
+
+    Half of the pairs are masked; tables are looked up, and each head has its own positions. What is computed again to
+    save memory does not count. Chowdhery et al., "PaLM",
+    2022, arXiv:2204.02311, appendix B.
+    """
+    c, h = config.stage2, config.stage2.hparams
+    text = 1 if config.image_only else h.ctx_len_txt
+    positions = text + h.ctx_len_img
+    shapes = leaf_shapes(config, "stage2").items()
+    blocks = sum(math.prod(shape) for name, shape in shapes if name.startswith("blocks/") and name.endswith("/weight"))
+    heads = h.embed_dim * (c.vocab_size_img * h.ctx_len_img + (0 if config.image_only else c.vocab_size_txt * text))
+    return 6 * (blocks * positions + heads) + 12 * h.n_layers * h.embed_dim * positions**2 / 2
 
 
 class Monitor:
