@@ -94,7 +94,7 @@ def compare(exact: list[np.ndarray], other: list[np.ndarray]) -> dict[str, float
     return {
         "KL, mean": float(f"{np.mean(divergence):.2g}"),
         "KL, largest": float(f"{np.max(divergence):.2g}"),
-        "same most probable code": round(float(np.mean(same)), 4),
+        "same most probable code": round(float(np.mean(same)), 6),
     }
 
 
