@@ -2,7 +2,7 @@
 # make test               lint, types and tests
 # make test-structure     what compiled programs look like on an H100 and a TPU, neither of which need be there (4 GB)
 #
-# Each makes its own virtual environment. Another Python: make test PYTHON=python3.12 (gets its own environment).
+# Each makes its own virtual environment. Another Python: make test PYTHON=python3.12 (gets its own).
 
 PYTHON ?= python3
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
@@ -24,8 +24,8 @@ test: $(VENV)/installed-test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-structure: .venv-structure/installed
-	.venv-structure/bin/python -m pytest -ra tests/test_structure_devices.py
+test-structure: $(VENV)-structure/installed
+	$(VENV)-structure/bin/python -m pytest -ra tests/test_structure_devices.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -38,7 +38,7 @@ $(VENV)/installed-test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@
 
-.venv-structure/installed: pyproject.toml
-	$(PYTHON) -m venv .venv-structure
-	.venv-structure/bin/python -m pip install --quiet --editable '.[structure]'
+$(VENV)-structure/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-structure
+	$(VENV)-structure/bin/python -m pip install --quiet --editable '.[structure]'
 	@touch $@

@@ -15,6 +15,7 @@ XLA_PYTHON_CLIENT_MEM_FRACTION says more; the table asks for nine tenths. Prints
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 import tempfile
@@ -67,8 +68,8 @@ def plan(config: Any, target: str, batch: int, quantize: str | None, attention: 
     dtype = jnp.dtype("float32" if target == "cpu" else "bfloat16")
     loop = compile_loop(with_layers(config, 2), target, batch, quantize, attention)
     transformer = array_bytes(transformer_params(config, dtype, quantize))
-    vqgan = 4 * sum(map(size_of, leaf_shapes(config, "stage1").values()))
-    clip = dtype.itemsize * sum(map(size_of, clip_leaf_shapes(ClipConfig()).values()))
+    vqgan = 4 * sum(map(math.prod, leaf_shapes(config, "stage1").values()))
+    clip = dtype.itemsize * sum(map(math.prod, clip_leaf_shapes(ClipConfig()).values()))
     cache = loop.cache_bytes * layers // 2
     weights, drawing = transformer + vqgan + clip, cache + loop.memory.temp_size_in_bytes
     figures = {
@@ -221,13 +222,6 @@ def array_bytes(tree: Any) -> int:
     import jax
 
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def size_of(shape: tuple[int, ...]) -> int:
-    """Elements."""
-    import math
-
-    return math.prod(shape)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,7 @@ def flops_per_sequence(config: Config) -> float:
     """Of a forward and a backward pass: 6 a matrix weight and position, and 12 a layer, width and pair of positions.
 
     Half of the pairs are masked; tables are looked up, and each head has its own positions. What is computed again to
-    save memory does not count. Chowdhery et al., "PaLM",
-    2022, arXiv:2204.02311, appendix B.
+    save memory does not count. Chowdhery et al., "PaLM", 2022, arXiv:2204.02311, appendix B.
     """
     c, h = config.stage2, config.stage2.hparams
     text = 1 if config.image_only else h.ctx_len_txt
