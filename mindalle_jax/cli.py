@@ -390,13 +390,11 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 def _warm_up(model: Any, subject: Any, options: dict[str, Any]) -> None:
     """Draws what is drawn at once, which compiles everything, and throws it away."""
-    from mindalle_jax.sampling import default_batch_size
-
     start = time.perf_counter()
-    at_once = options["batch_size"] or default_batch_size(options["num_candidates"], model.backend)
-    count = min(options["num_candidates"], at_once)
+    at_once = options["batch_size"] or model.default_batch_size(options["num_candidates"])
+    count = min(options["num_candidates"], at_once * model.mesh.size)
     model.generate(subject, **options | {"num_candidates": count, "batch_size": at_once})
-    print(f"compiled, or loaded, what draws {at_once} candidates at once: {time.perf_counter() - start:.1f} s")
+    print(f"compiled, or loaded, what draws {count} candidates at once: {time.perf_counter() - start:.1f} s")
 
 
 def _ranker(name: str) -> Any:

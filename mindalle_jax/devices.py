@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mindalle_jax.errors import DeviceMemoryError, UsageError, one_line
 from mindalle_jax.interop.download import cache_dir
@@ -16,19 +16,52 @@ from mindalle_jax.interop.download import cache_dir
 DType = Literal["bfloat16", "float32"]
 
 
-def choose_devices(mesh: Mesh | None, dtype: DType | None) -> tuple[Mesh, DType]:
+CPU_DEVICES = min(8, os.cpu_count() or 1)
+"""Devices that the cores of a CPU make. Products of a small network do not keep two cores busy, nor does attention,
+which XLA computes on one: on two cores, two devices take two thirds of the time of one. docs/log.md has more."""
+
+
+def choose_devices(mesh: Mesh | None, dtype: DType | None, *, small: bool = False) -> tuple[Mesh, DType]:
     """The mesh and the compute dtype: by default the first device, float32 on CPU and bfloat16 elsewhere.
 
+    small: of a network that is: on CPU all devices, see CPU_DEVICES.
     Raises UsageError for a mesh with other axes than "data", and for another dtype.
     """
     if mesh is not None and mesh.axis_names != ("data",):
         raise UsageError(f"mesh must have the one axis 'data', not {mesh.axis_names}")
     if dtype not in ("float32", "bfloat16", None):
         raise UsageError(f"dtype must be 'bfloat16', 'float32' or None, not {dtype!r}")
+    if mesh is None:
+        _divide_cpu()
+        devices = jax.devices()
+        devices = devices[: CPU_DEVICES if small and devices[0].platform == "cpu" else 1]
+    else:
+        devices = mesh.devices
     # Mesh and not make_mesh, whose axes are of the explicit kind by default.
-    mesh = Mesh(np.array(jax.devices()[:1]) if mesh is None else mesh.devices, ("data",))
+    mesh = Mesh(np.array(devices), ("data",))
     # XLA on CPU has fast float32 matrix products only.
     return mesh, dtype or ("float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
+
+
+def first_devices(mesh: Mesh, count: int, replicated: Any) -> tuple[Mesh, Any]:
+    """The mesh of the first `count` devices, and arrays that are replicated over the mesh as they lie there."""
+    devices = mesh.devices.flat[:count]
+    fewer = Mesh(devices, mesh.axis_names)
+    sharding = NamedSharding(fewer, PartitionSpec())
+
+    def narrow(x: jax.Array) -> jax.Array:
+        lies = {shard.device: shard.data for shard in x.addressable_shards}
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, [lies[device] for device in devices])
+
+    return fewer, jax.tree.map(narrow, replicated)
+
+
+def _divide_cpu() -> None:
+    """Lets JAX see CPU_DEVICES, unless somebody said how many there are, or it has looked already."""
+    told = jax.config.values["jax_num_cpu_devices"] >= 0
+    if not told and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
 
 
 def matmul_precision(dtype: Any) -> Any:

@@ -33,7 +33,7 @@ from mindalle_jax.sampling import (
     default_batch_size,
     sample_codes,
 )
-from mindalle_jax.weights import MANIFEST, DiskDType, load_params, read_manifest
+from mindalle_jax.weights import MANIFEST, DiskDType, count_parameters, load_params, read_manifest
 
 Callback = Callable[[Progress], bool | None]
 """Called after each row of codes; drawing stops if it returns True."""
@@ -49,6 +49,9 @@ class Scorer(Protocol):
 
 Ranker = Literal["likelihood"] | Scorer | None
 Quantize = Literal["weights", "weights+cache"]
+
+SMALL = 8 << 20
+"""Parameters of the largest transformer that counts as small; what that is for: devices.CPU_DEVICES."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +86,8 @@ class Model:
         self.config = load_config(folder / "config.yaml")
         if "stage2" not in read_manifest(folder)["tensors"]:
             raise CheckpointError(f"{folder}: holds a VQGAN only, nothing that draws codes")
-        self.mesh, self.dtype = choose_devices(mesh, dtype)
+        self._small = count_parameters(self.config, "stage2") <= SMALL
+        self.mesh, self.dtype = choose_devices(mesh, dtype, small=self._small)
         self.backend = self.mesh.devices.flat[0].platform
         use_compilation_cache()
         compute = jnp.dtype(self.dtype)
@@ -113,7 +117,8 @@ class Model:
         into the cache, about 5 GB each); or "OWNER/NAME", a repository of the Hugging Face hub that holds either format
         (downloaded into the cache of the hub).
         dtype: compute dtype; None is float32 on CPU and bfloat16 elsewhere.
-        mesh: a jax Mesh with the one axis "data": candidates are spread over its devices. None: the first device.
+        mesh: a jax Mesh with the one axis "data": candidates are spread over its devices. None: the first device; for
+        a small network on CPU one a core, up to 8, which JAX finds there if it has not been used before.
         quantize: "weights" holds the transformer's matrices as int8 with a scale for each output, half the memory of
         bfloat16; "weights+cache" the keys and values of the pictures being drawn too. Pictures are others, hardly less
         right: docs/log.md. None: neither.
@@ -173,6 +178,10 @@ class Model:
             codes = self._codec.check_codes(np.asarray(picture)[None])
         return codes[0, :keep_rows].reshape(-1)
 
+    def default_batch_size(self, num_candidates: int) -> int:
+        """The batch_size of generate where none is given."""
+        return default_batch_size(num_candidates, self.backend, small=self._small)
+
     def _job(
         self,
         prompts: list[str],
@@ -206,7 +215,7 @@ class Model:
             single=single,
             num_candidates=num_candidates,
             settings=settings,
-            batch_size=options["batch_size"] or default_batch_size(num_candidates, self.backend),
+            batch_size=options["batch_size"] or self.default_batch_size(num_candidates),
             jacobi=options["jacobi"],
             kept_codes=kept.astype(np.int32),
             every=every,

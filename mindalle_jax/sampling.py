@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mindalle_jax.devices import matmul_precision
+from mindalle_jax.devices import first_devices, matmul_precision
 from mindalle_jax.errors import NonFiniteError, UsageError
 from mindalle_jax.models import attention
 from mindalle_jax.models.attention import KV
@@ -129,15 +129,17 @@ def check_num_candidates(num_candidates: int) -> int:
     return int(num_candidates)
 
 
-def default_batch_size(num_candidates: int, backend: str) -> int:
-    """Candidates per device per compiled call: a function of these two alone, so that pictures do not depend on more.
+def default_batch_size(num_candidates: int, backend: str, *, small: bool) -> int:
+    """Candidates per device per compiled call: a function of these three alone, so that pictures do not depend on more.
 
-    A power of two up to 16 on CPU; elsewhere up to 32, and from there the multiple of 32 up to 128 that fits, because
-    each call reads all weights once and padding up to 128 would waste a quarter of the usual 96.
+    A power of two up to 16 on CPU; half of that for a small network, which has a device a core there. Elsewhere a power
+    of two up to 32, and from there the multiple of 32 up to 128 that fits, because each call reads all weights once and
+    padding up to 128 would waste a quarter of the usual 96.
     """
     power = 1 << (num_candidates - 1).bit_length()
     if backend == "cpu":
-        return min(16, power)
+        at_most_16 = min(16, power)
+        return max(1, at_most_16 // 2) if small else at_most_16
     return power if power <= 32 else min(128, 32 * math.ceil(num_candidates / 32))
 
 
@@ -306,6 +308,8 @@ def sample_codes(
     # One compiled program for any number of kept codes: those still to be drawn are zeros, which nothing looks at.
     given = np.zeros(length if start else 0, np.int32)
     given[:start] = kept
+    # Devices for which no candidate is left would draw padding.
+    mesh, params = first_devices(mesh, min(mesh.size, math.ceil(num_candidates / batch_size)), params)
     rows = batch_size * mesh.size
     traced = settings.traced(vocab_size)
     with _numerics(model):

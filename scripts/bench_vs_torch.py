@@ -1,18 +1,21 @@
 """Times one decoding step on CPU against PyTorch: random weights, the same network, two processes taking turns.
 
     python scripts/bench_vs_torch.py --preset 1.3b --candidates 1 8 --rounds 3
+    python scripts/bench_vs_torch.py --preset demo --candidates 1 8 16
 
 Compares three loops, each step being the network and the draw (top-k 256):
-  jax       mindalle_jax.sampling, which always reads its whole buffer of keys and values
+  jax       mindalle_jax.sampling, which always reads its whole buffer of keys and values, on the devices that
+            mindalle sample would take
   concat    a PyTorch loop that concatenates its cache, as the original implementation does
   prealloc  a PyTorch loop over preallocated buffers, reading the filled part only
-The PyTorch loops are timed in the middle of the picture, where their cost is the average of a whole one. Needs the test
-extra (PyTorch, and tests/torch_oracle.py of this checkout). Prints a table and one JSON line; at full size each process
-holds 5 GB.
+They take turns of whole pictures, or of some rows: PyTorch then in the middle, where its cost is the average. Needs the
+test extra (PyTorch, and tests/torch_oracle.py of this checkout). Prints a table and one JSON line; at full size each
+process holds 5 GB.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -22,6 +25,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from mindalle_jax.config import load_config
+from mindalle_jax.devices import CPU_DEVICES
 
 ROOT = Path(__file__).parent.parent
 PRESETS = {
@@ -39,30 +45,45 @@ def jax_worker(config: Any, steps: int) -> Callable[[str, int], float]:
     import numpy as np
     from bench_sampling import random_params, sampling_shapes
 
+    from mindalle_jax.devices import first_devices
     from mindalle_jax.models.transformer import Transformer
-    from mindalle_jax.sampling import Settings, cache_lengths, decode_segment, make_room, prefill, start_state
+    from mindalle_jax.sampling import (
+        Settings,
+        cache_lengths,
+        decode_segment,
+        default_batch_size,
+        make_room,
+        prefill,
+        row_length,
+        start_state,
+    )
 
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    all_devices = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     model = Transformer(config.stage2, stacked=False)
-    params = random_params(sampling_shapes(config), model.dtype, mesh)
-    vocab_size = config.stage2.vocab_size_img
+    all_params = random_params(sampling_shapes(config), model.dtype, all_devices)
+    vocab_size, lengths = config.stage2.vocab_size_img, cache_lengths(model, "cpu")
     settings = Settings.make(vocab_size, seed=0, temperature=1.0, top_k=min(256, vocab_size), top_p=None)
-    prefix = prefill(model, params, np.zeros(config.stage2.hparams.ctx_len_txt, np.int32), np.zeros(0, np.int32), 0)
-    lengths = cache_lengths(model, "cpu")
     states: dict[int, Any] = {}
 
     def run(loop: str, candidates: int) -> float:
+        small = all_devices.size > 1
+        devices = math.ceil(candidates / default_batch_size(candidates, "cpu", small=small))
+        mesh, params = first_devices(all_devices, min(devices, all_devices.size), all_params)
+        batch = math.ceil(candidates / mesh.size)
+        prefix = prefill(model, params, np.zeros(config.stage2.hparams.ctx_len_txt, np.int32), np.zeros(0, np.int32), 0)
         state = states.pop(candidates, None)
         if state is None or int(state.t) + steps > config.stage2.hparams.ctx_len_img:
-            state = start_state(model, mesh, candidates // mesh.size, lengths[0], prefix.logits, prefix.kept_kv, 0)
-        state = make_room(mesh, state, int(state.t) + steps, lengths)
-        ids = np.arange(candidates, dtype=np.int32)
-        nothing = np.full((candidates, steps), -1, np.int32)
-        jax.block_until_ready(state)
+            state = start_state(model, mesh, batch, lengths[0], prefix.logits, prefix.kept_kv, 0)
+        ids = np.arange(batch * mesh.size, dtype=np.int32)
+        row = row_length(config.stage2.hparams.ctx_len_img)
+        part: Any = np.full((len(ids), row), -1, np.int32)
+        jax.block_until_ready((prefix, state))
         start = time.perf_counter()
         traced = settings.traced(vocab_size)
-        state, codes = decode_segment(model, mesh, steps, False, params, prefix.kv, ids, traced, state, nothing)
-        codes.block_until_ready()
+        for _ in range(steps // row):
+            state = make_room(mesh, state, int(state.t) + row, lengths)
+            state, part = decode_segment(model, mesh, row, False, params, prefix.kv, ids, traced, state, part)
+        jax.block_until_ready(part)
         seconds = time.perf_counter() - start
         states[candidates] = state
         return seconds / steps
@@ -119,11 +140,9 @@ def torch_worker(config: Any, steps: int) -> Callable[[str, int], float]:
     return run
 
 
-def work(kind: str, config_path: str, steps: int) -> None:
+def work(kind: str, config: Any, rows: int) -> None:
     """Answers lines `LOOP CANDIDATES` on stdin with seconds a step on stdout."""
-    from mindalle_jax.config import load_config
-
-    config = load_config(config_path)
+    steps = rows * math.isqrt(config.stage2.hparams.ctx_len_img)
     run = (jax_worker if kind == "jax" else torch_worker)(config, steps)
     print("ready", flush=True)
     for line in sys.stdin:
@@ -137,22 +156,22 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="1.3b", help="which network (default: %(default)s)")
     parser.add_argument("--candidates", type=int, nargs="+", default=[1, 8], help="batches (default: 1 8)")
     parser.add_argument("--rounds", type=int, default=3, help="counted turns of each loop (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=8, help="decoding steps a turn (default: %(default)s)")
-    text = "virtual devices of this, each with a part of the candidates (default: %(default)s)"
-    parser.add_argument("--devices", type=int, default=1, help=text)
+    text = "rows of codes a turn (default: one of 1.3b, else a whole picture)"
+    parser.add_argument("--rows", type=int, help=text)
+    text = "devices that the CPU makes, each with a part of the candidates (default: as mindalle sample)"
+    parser.add_argument("--devices", type=int, help=text)
     parser.add_argument("--worker", choices=["jax", "torch"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    config = ROOT / PRESETS[arguments.preset]
+    config = load_config(ROOT / PRESETS[arguments.preset])
     if arguments.worker:
-        work(arguments.worker, str(config), arguments.steps)
+        work(arguments.worker, config, arguments.rows)
         return
-    if any(candidates % arguments.devices for candidates in arguments.candidates):
-        parser.error("--candidates must be multiples of --devices")
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    environment["JAX_NUM_CPU_DEVICES"] = str(arguments.devices)
+    rows = arguments.rows or (1 if arguments.preset == "1.3b" else math.isqrt(config.stage2.hparams.ctx_len_img))
+    devices = arguments.devices or (1 if arguments.preset == "1.3b" else CPU_DEVICES)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices)}
     workers: dict[str, subprocess.Popen[str]] = {}
     for kind in ("jax", "torch"):
-        command = [sys.executable, __file__, "--preset", arguments.preset, "--steps", str(arguments.steps)]
+        command = [sys.executable, __file__, "--preset", arguments.preset, "--rows", str(rows)]
         workers[kind] = subprocess.Popen(
             [*command, "--worker", kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -196,9 +215,9 @@ def main() -> None:
         "preset": arguments.preset,
         "device": f"cpu, {os.cpu_count()} cores",
         "dtype": "float32",
-        "jax_devices": arguments.devices,
+        "jax_devices": devices,
         "rounds": arguments.rounds,
-        "steps": arguments.steps,
+        "rows": rows,
         "jax": version("jax"),
         "torch": version("torch"),
         "python": platform.python_version(),

@@ -199,7 +199,7 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Pat
 @pytest.fixture(scope="session")
 def tiny_dalle(tiny_model_folder: Path) -> Dalle:
     """The tiny model loaded, float32, on one device."""
-    return Dalle.from_pretrained(tiny_model_folder)
+    return Dalle.from_pretrained(tiny_model_folder, mesh=jax.sharding.Mesh(jax.devices()[:1], ("data",)))
 
 
 @pytest.fixture(scope="session")

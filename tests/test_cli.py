@@ -109,7 +109,7 @@ def test_meta_json_is_enough_to_draw_again(sample, out, tiny_dalle, tiny_model_f
     assert sample("a cat", "--seed", 3, "--top-k", 20, "--top-p", 0.9, "--temperature", 0.8)[0] == 0
     m = meta(out)
     assert (m["seed"], m["top_k"], m["top_p"], m["temperature"]) == (3, 20, 0.9, 0.8)
-    assert (m["num_candidates"], m["batch_size"], m["dtype"], m["prompts"]) == (2, 2, "float32", ["a cat"])
+    assert (m["num_candidates"], m["batch_size"], m["dtype"], m["prompts"]) == (2, 1, "float32", ["a cat"])
     assert m["model"] == str(tiny_model_folder) and set(m["versions"]) == {"mindalle-jax", "jax", "python"}
     assert [(p["file"], p["prompt"], p["seed"], p["candidate"]) for p in m["pictures"]] == [
         (f"seed3_candidate00{i}.png", "a cat", 3, i) for i in range(2)
@@ -418,7 +418,7 @@ def test_out_of_memory_is_exit_code_8(sample, monkeypatch, tmp_path):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 68719476736 bytes.")
 
     monkeypatch.setattr(sampling, "start_state", exhausted)
-    code, stdout, err = sample("a cat")
+    code, stdout, err = sample("a cat", "--batch-size", 2)
     assert (code, stdout) == (8, "") and "try batch_size 1 " in err.splitlines()[-1]
     assert tree(tmp_path) == []
 

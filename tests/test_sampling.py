@@ -492,8 +492,10 @@ def test_num_candidates_at_the_limits():
 
 
 def test_default_batch_size():
-    """A function of the count and the backend alone: powers of two, then what wastes least of the usual 96."""
-    assert [default_batch_size(n, "cpu") for n in (1, 2, 3, 5, 8, 9, 1000)] == [1, 2, 4, 8, 8, 16, 16]
+    """A function of count, backend and size alone: powers of two, then what wastes least of the usual 96."""
+    assert [default_batch_size(n, "cpu", small=False) for n in (1, 2, 3, 5, 8, 9, 1000)] == [1, 2, 4, 8, 8, 16, 16]
+    assert [default_batch_size(n, "cpu", small=True) for n in (1, 2, 3, 5, 8, 9, 1000)] == [1, 1, 2, 4, 4, 8, 8]
     expected = {1: 1, 3: 4, 16: 16, 17: 32, 32: 32, 33: 64, 64: 64, 65: 96, 96: 96, 97: 128, 128: 128, 1000: 128}
     for backend in ("gpu", "tpu"):
-        assert {n: default_batch_size(n, backend) for n in expected} == expected
+        for small in (False, True):
+            assert {n: default_batch_size(n, backend, small=small) for n in expected} == expected
