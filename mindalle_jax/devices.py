@@ -45,6 +45,8 @@ def choose_devices(mesh: Mesh | None, dtype: DType | None, *, small: bool = Fals
 
 def first_devices(mesh: Mesh, count: int, replicated: Any) -> tuple[Mesh, Any]:
     """The mesh of the first `count` devices, and arrays that are replicated over the mesh as they lie there."""
+    if count == mesh.size:
+        return mesh, replicated
     devices = mesh.devices.flat[:count]
     fewer = Mesh(devices, mesh.axis_names)
     sharding = NamedSharding(fewer, PartitionSpec())

@@ -21,7 +21,14 @@ from tqdm import tqdm
 
 import mindalle_jax
 from mindalle_jax.config import Stage1Config, load_config
-from mindalle_jax.devices import DType, choose_devices, device_memory, matmul_precision, use_compilation_cache
+from mindalle_jax.devices import (
+    DType,
+    choose_devices,
+    device_memory,
+    first_devices,
+    matmul_precision,
+    use_compilation_cache,
+)
 from mindalle_jax.errors import CheckpointError, UsageError
 from mindalle_jax.generation import Generation, Progress
 from mindalle_jax.interop.mindalle import copy_model, find_model
@@ -355,8 +362,10 @@ class Model:
     def _forward(self, prefix_ids: np.ndarray, codes: np.ndarray) -> tuple[jax.Array, jax.Array | None]:
         if len(prefix_ids) != len(codes):
             raise UsageError(f"{len(prefix_ids)} prefixes do not go with {len(codes)} rows of codes")
+        # On one device, so that the logits go with whatever else is computed there.
+        _, params = first_devices(self.mesh, 1, self._stage2)
         with matmul_precision(self.dtype):
-            return _forward(self._transformer, self._stage2, prefix_ids, codes)
+            return _forward(self._transformer, params, prefix_ids, codes)
 
 
 def check_every(every: int | None, config: Stage1Config) -> None:

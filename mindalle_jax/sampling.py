@@ -1,4 +1,4 @@
-"""Drawing codes: filters, and decoding by one compiled loop. The only place that draws codes.
+"""Drawing codes: settings, and decoding by one compiled loop. The only place that draws codes, by filters.py.
 
 A picture is a function of (seed, candidate index, prompt, settings) and the compiled batch size alone. The noise of
 candidate i at position t has the key fold_in(fold_in(key(seed), i), t); candidates run in chunks of one compiled size,
@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from mindalle_jax.devices import first_devices, matmul_precision
 from mindalle_jax.errors import NonFiniteError, UsageError
+from mindalle_jax.filters import TracedSettings, draw, gumbel_noise
 from mindalle_jax.models import attention
 from mindalle_jax.models.attention import KV
 from mindalle_jax.models.transformer import Transformer
@@ -112,16 +113,6 @@ class Settings:
         )
 
 
-class TracedSettings(NamedTuple):
-    """Scalars of the compiled loop. Off is top_k = v and top_p = 1."""
-
-    seed: Any
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    guidance_scale: Any
-
-
 def check_num_candidates(num_candidates: int) -> int:
     """Raises UsageError unless it is an integer in [1, 1000]."""
     if not _is(num_candidates, numbers.Integral) or not 1 <= num_candidates <= MAX_CANDIDATES:
@@ -160,91 +151,13 @@ def cache_lengths(model: Transformer, backend: str) -> list[int]:
     return sorted({steps * math.ceil(length * (i + 1) / sizes / steps) for i in range(sizes)})
 
 
-def filter_logits(logits: jax.Array, settings: TracedSettings) -> jax.Array:
-    """Temperature, then top-k, then top-p: logits [b, v] -> f32[b, v] with -inf for what is not to be drawn."""
-    temperature = jnp.where(settings.temperature == 0, 1.0, settings.temperature)
-    logits = logits.astype(jnp.float32) / temperature
-    logits = jnp.where(logits >= kth_largest(logits, settings.top_k), logits, -jnp.inf)
-    return jax.lax.cond(settings.top_p < 1, _top_p, lambda x, _: x, logits, settings.top_p)
-
-
-def kth_largest(x: jax.Array, k: jax.Array) -> jax.Array:
-    """The k-th largest of each row of f32[b, v], [b, 1]; k is traced, 1 <= k <= v.
-
-    Found digit by digit in base 2**n of its bits, exact: counts, where a sort of 16,384 takes many times as long on
-    CPU and as many launches on GPU. On CPU digits are bits, in a loop; elsewhere a loop would be launched trip by trip
-    outside of the graph of a step, and 8 digits of 4 bits take fewer launches.
-    """
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    # Unsigned integers in the order of the floats: negative ones are mirrored, and all below the positive ones.
-    ordered = jnp.where(bits >= sign, ~bits, bits | sign)
-    found = jax.lax.platform_dependent(ordered, k, cpu=_bit_by_bit, default=_digit_by_digit)
-    return jax.lax.bitcast_convert_type(jnp.where(found >= sign, found ^ sign, ~found), jnp.float32)
-
-
-def _bit_by_bit(ordered: jax.Array, k: jax.Array) -> jax.Array:
-    """The k-th largest of each row of uint32[b, v], [b, 1]: 32 counts in a loop."""
-
-    def refine(i: jax.Array, found: jax.Array) -> jax.Array:
-        trial = found | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        at_least = jnp.sum(ordered >= trial, axis=-1, keepdims=True, dtype=jnp.int32)
-        return jnp.where(at_least >= k, trial, found)
-
-    return jax.lax.fori_loop(0, 32, refine, jnp.zeros((ordered.shape[0], 1), jnp.uint32))
-
-
-def _digit_by_digit(ordered: jax.Array, k: jax.Array) -> jax.Array:
-    """The same without a loop: 8 times 15 counts, of which XLA makes one kernel each time."""
-    found = jnp.zeros((ordered.shape[0], 1), jnp.uint32)
-    for shift in range(28, -1, -4):
-        trials = [found | jnp.uint32(digit << shift) for digit in range(1, 16)]
-        enough = [jnp.sum(ordered >= trial, axis=-1, keepdims=True, dtype=jnp.int32) >= k for trial in trials]
-        digits = jnp.sum(jnp.stack(enough), axis=0, dtype=jnp.uint32)
-        # A barrier: XLA would put each count into all that follow, and not come to an end.
-        found = jax.lax.optimization_barrier(found | digits << jnp.uint32(shift))
-    return found
-
-
-def _top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
-    """Keeps a code iff the probability of those before it, in descending order, is below p.
-
-    p = 0.6, probabilities .2 .5 .1 .2: sorted .5 .2 .2 .1, before each 0 .5 .7 .9, so the ids 1 and 0 stay; of the two
-    with .2 the lower id comes first.
-    """
-    probs = jax.nn.softmax(logits, axis=-1)
-    order = jnp.argsort(probs, axis=-1, stable=True, descending=True)
-    mass = jnp.cumsum(jnp.take_along_axis(probs, order, axis=-1), axis=-1)
-    before = jnp.pad(mass[:, :-1], ((0, 0), (1, 0)))
-    keep = jnp.put_along_axis(jnp.zeros_like(before, bool), order, before < p, axis=-1, inplace=False)
-    return jnp.where(keep, logits, -jnp.inf)
-
-
-def gumbel_noise(candidates: jax.Array, positions: jax.Array, vocab_size: int, settings: TracedSettings) -> jax.Array:
-    """Of each candidate int32[b] at each position int32[w]: f32[b, w, v], or zeros where the draw is greedy."""
-    key = jax.random.key(settings.seed, impl="threefry2x32")
-
-    def noise(candidate: jax.Array, t: jax.Array) -> jax.Array:
-        own = jax.random.fold_in(jax.random.fold_in(key, candidate), t)
-        return jax.random.gumbel(own, (vocab_size,), jnp.float32)
-
-    each = jax.vmap(jax.vmap(noise, (None, 0)), (0, None))
-    return jnp.where(settings.temperature == 0, 0.0, each(candidates, positions))
-
-
-def draw(logits: jax.Array, noise: jax.Array, settings: TracedSettings) -> jax.Array:
-    """Codes int32[b, w] from logits and gumbel_noise f32[b, w, v]: Gumbel-max over what the filters keep."""
-    flat = logits.reshape(-1, logits.shape[-1])
-    return jnp.argmax(filter_logits(flat, settings).reshape(logits.shape) + noise, axis=-1).astype(jnp.int32)
-
-
 class Prefix(NamedTuple):
     """What all candidates of a prompt share. With guidance every array has the leading axis of 2."""
 
     logits: jax.Array
     """f32[v]: of the first code that is drawn"""
     kv: list[KV]
-    """keys and values of the prompt, one a layer, [h, p, k] each"""
+    """keys and values of the prompt, one KV a layer, [h, p, k] each"""
     kept_kv: list[KV]
     """those of the positions of the picture, [h, t, k] each, of which those of kept codes count; [h, 0, k] without"""
 
@@ -348,7 +261,7 @@ def _decode_chunk(
     lengths = cache_lengths(model, mesh.devices.flat[0].platform)
     with _numerics(model):
         room = next(room for room in lengths if room > start)
-        state = start_state(model, mesh, batch_size, room, prefix.logits, prefix.kept_kv, np.int32(start))
+        state = start_state(model, mesh, batch_size, room, prefix, np.int32(start))
     # Of a row the best guess is the row above it.
     above = kept[-steps:] if start else np.full(steps, -1, np.int32)
     codes = jax.device_put(np.tile(above, (len(candidates), 1)), NamedSharding(mesh, P("data")))
@@ -389,40 +302,33 @@ def prefill(
 
 @partial(jax.jit, static_argnames=("model", "mesh", "batch_size", "room"))
 def start_state(
-    model: Transformer, mesh: Mesh, batch_size: int, room: int, logits: jax.Array, kept_kv: list[KV], t: jax.Array
+    model: Transformer, mesh: Mesh, batch_size: int, room: int, prefix: Prefix, t: jax.Array
 ) -> DecodeState:
-    """The state before position t, the same for every candidate; logits and kept_kv as in Prefix.
+    """The state before position t, the same for every candidate.
 
     room: of the cache, in codes; see make_room.
     """
-    lead = logits.shape[:-1]  # () or (2,)
+    guided = prefix.logits.ndim == 2
 
-    def start(logits: jax.Array, kept_kv: list[KV], t: jax.Array) -> DecodeState:
-        def spread(x: jax.Array) -> jax.Array:  # [..., x] -> [..., b, x]
-            x = jnp.expand_dims(x, len(lead))
-            return jnp.broadcast_to(x, (*lead, batch_size, *x.shape[len(lead) + 1 :]))
+    def start(prefix: Prefix, t: jax.Array) -> DecodeState:
+        def cache(shared: list[KV], kept: list[KV]) -> list[KV]:
+            return model.new_cache(batch_size, room, shared, kept)
 
-        if kept_kv[0].k.shape[-2]:
-            kept = [(kv.k[..., :room, :], kv.v[..., :room, :]) for kv in kept_kv]
-            cache = [model.as_cache(KV(spread(k), spread(v))) for k, v in kept]
-        else:
-            cache = jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape), x.dtype), model.new_cache(batch_size, room))
         return DecodeState(
             t=t,
-            logits=spread(logits),
-            cache=cache,
+            logits=jnp.repeat(prefix.logits[..., None, :], batch_size, axis=-2),
+            cache=(jax.vmap(cache) if guided else cache)(prefix.kv, prefix.kept_kv),
             bad_position=jnp.full(batch_size, -1, jnp.int32),
             log_likelihood=jnp.zeros(batch_size, jnp.float32),
             passes=jnp.zeros(batch_size, jnp.int32),
         )
 
-    specs = _state_specs(guided=bool(lead))
-    return jax.shard_map(start, mesh=mesh, in_specs=P(), out_specs=specs, check_vma=False)(logits, kept_kv, t)
+    return jax.shard_map(start, mesh=mesh, in_specs=P(), out_specs=_state_specs(guided), check_vma=False)(prefix, t)
 
 
 def make_room(mesh: Mesh, state: DecodeState, end: int, lengths: list[int]) -> DecodeState:
     """The state with a cache for the positions before `end`: as it is, or grown to the next of cache_lengths."""
-    if attention.room(state.cache[0]) < end:
+    if len(lengths) > 1 and attention.room(state.cache[0]) < end:
         length = next(length for length in lengths if length >= end)
         guided = state.logits.ndim == 3
         for i in range(len(state.cache)):  # one by one: of two sizes of the whole cache there may be no room

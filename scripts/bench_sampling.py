@@ -182,7 +182,7 @@ def bench(
         middle, parts, passes = time.perf_counter(), [], 0
         for chunk in range(chunks):
             ids = np.arange(chunk * batch, (chunk + 1) * batch, dtype=np.int32)
-            state, parts = start_state(model, mesh, batch, lengths[0], prefix.logits, prefix.kept_kv, 0), []
+            state, parts = start_state(model, mesh, batch, lengths[0], prefix, 0), []
             part: Any = np.full((batch, steps), -1, np.int32)
             for row in range(rows):
                 state = make_room(mesh, state, (row + 1) * steps, lengths)

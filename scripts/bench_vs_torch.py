@@ -73,7 +73,7 @@ def jax_worker(config: Any, steps: int) -> Callable[[str, int], float]:
         prefix = prefill(model, params, np.zeros(config.stage2.hparams.ctx_len_txt, np.int32), np.zeros(0, np.int32), 0)
         state = states.pop(candidates, None)
         if state is None or int(state.t) + steps > config.stage2.hparams.ctx_len_img:
-            state = start_state(model, mesh, batch, lengths[0], prefix.logits, prefix.kept_kv, 0)
+            state = start_state(model, mesh, batch, lengths[0], prefix, 0)
         ids = np.arange(batch * mesh.size, dtype=np.int32)
         row = row_length(config.stage2.hparams.ctx_len_img)
         part: Any = np.full((len(ids), row), -1, np.int32)

@@ -122,7 +122,7 @@ def compile_loop(config: Any, target: str, batch: int, quantize: str | None, att
     params, steps = transformer_params(config, dtype, quantize), row_length(h.ctx_len_img)
     prefix = jax.eval_shape(lambda *a: prefill(model, *a), params, ints(h.ctx_len_txt), ints(0), ints())
     start = partial(start_state, model, mesh, batch, h.ctx_len_img)
-    state = jax.eval_shape(start, prefix.logits, prefix.kept_kv, ints())
+    state = jax.eval_shape(start, prefix, ints())
     settings = Settings.make(vocab_size, seed=0, temperature=1.0, top_k=min(256, vocab_size), top_p=None)
     traced = jax.tree.map(np.asarray, settings.traced(vocab_size))
     arguments = placed((params, prefix.kv, ints(batch), traced, state, ints(batch, steps)))

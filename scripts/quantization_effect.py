@@ -34,7 +34,8 @@ MODES: Any = (None, "weights", "weights+cache")
 def logits_of_rows(model: Transformer, steps: int, params: Any, text_ids: jax.Array, codes: jax.Array) -> jax.Array:
     """f32[n, h * w, v]: of each code int32[n, h * w] given those before it and text int32[p], by way of the cache."""
     prefix = prefill(model, params, text_ids, jnp.zeros(0, jnp.int32), jnp.int32(0))
-    cache, parts = model.new_cache(len(codes)), [jnp.broadcast_to(prefix.logits, (len(codes), 1, len(prefix.logits)))]
+    cache = model.new_cache(len(codes), prefix=prefix.kv)
+    parts = [jnp.broadcast_to(prefix.logits, (len(codes), 1, len(prefix.logits)))]
     for t in range(0, codes.shape[1], steps):
         row = codes[:, t : t + steps]
         logits, cache = model.apply({"params": params}, row, t, prefix.kv, cache, method="step")  # type: ignore[misc]

@@ -1,8 +1,10 @@
 """Everything around drawing: guidance, completion, likelihood, previews, stopping, rankers, memory."""
 
+import copy
 import dataclasses
 import gc
 import json
+from functools import partial
 
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ from mindalle_jax import Dalle, ImageGPT
 from mindalle_jax import drawing as drawing_module
 from mindalle_jax import sampling as sampling_module
 from mindalle_jax.errors import DeviceMemoryError, UsageError
+from mindalle_jax.models.attention import DECODE_ATTENTION, PRIVATE_PREFIX, decode_attention_cudnn
 from mindalle_jax.sampling import Settings, decode_segment, prefill, start_state
 
 BATCH = 4  # one compiled size for all tests
@@ -78,6 +81,22 @@ def test_a_cache_that_grows_draws_the_same_codes(tiny_model_folder, monkeypatch,
     np.testing.assert_allclose(grown.scores, whole.scores, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("attention", [*PRIVATE_PREFIX, "pallas", "reference"])
+@pytest.mark.parametrize("options", [{"guidance_scale": 2.0}, {"keep_rows": 3}], ids=str)
+def test_every_backend_of_attention_draws_the_same_codes(tiny_dalle, monkeypatch, attention, options):
+    """After one prefix and after two, and below rows that are given."""
+    monkeypatch.setitem(DECODE_ATTENTION, "cudnn", partial(decode_attention_cudnn, implementation="xla"))
+    shared = {"num_candidates": 3, "batch_size": BATCH, "seed": 1, "ranker": "likelihood"} | options
+    if "keep_rows" in options:
+        shared["kept_codes"] = np.arange(shared.pop("keep_rows") * WIDTH)
+    expected = tiny_dalle.generate("the cat", **shared)
+    other = copy.copy(tiny_dalle)
+    other._transformer = tiny_dalle._transformer.copy(attention=attention)
+    drawn = other.generate("the cat", **shared)
+    np.testing.assert_array_equal(drawn.codes, expected.codes)
+    np.testing.assert_allclose(drawn.scores, expected.scores, rtol=0, atol=1e-3)
+
+
 def test_sizes_of_the_cache(tiny_dalle, monkeypatch):
     """Whole rows, however many sizes; one for the kernel that reads what is filled."""
     model = tiny_dalle._transformer
@@ -85,7 +104,8 @@ def test_sizes_of_the_cache(tiny_dalle, monkeypatch):
         monkeypatch.setitem(sampling_module.SEGMENTS, "cpu", sizes)
         assert sampling_module.cache_lengths(model, "cpu") == expected
     assert sampling_module.cache_lengths(model, "gpu") == [16, 32, 48, 64]
-    assert sampling_module.cache_lengths(model.copy(attention="pallas"), "gpu") == [64]
+    for attention in ("pallas", *PRIVATE_PREFIX):
+        assert sampling_module.cache_lengths(model.copy(attention=attention), "gpu") == [64]
 
 
 # ---------------------------------------- likelihood
@@ -277,7 +297,7 @@ def test_jacobi_decoding_takes_fewer_passes_where_codes_can_be_guessed(tiny_dall
     ids, passes = np.arange(BATCH, dtype=np.int32), []
     with jax.threefry_partitionable(True), jax.default_matmul_precision("highest"):
         for guess in (np.full((BATCH, WIDTH), -1, np.int32), plain.codes[:BATCH, :WIDTH]):
-            state = start_state(model, mesh, BATCH, LENGTH, prefix.logits, prefix.kept_kv, np.int32(0))
+            state = start_state(model, mesh, BATCH, LENGTH, prefix, np.int32(0))
             state, codes = decode_segment(
                 model, mesh, WIDTH, True, params, prefix.kv, ids, settings, state, guess
             )  # fmt: skip
@@ -533,7 +553,7 @@ def test_memory_is_that_of_a_chunk(tiny_model_folder):
     def live_bytes() -> int:
         return sum(array.nbytes for array in jax.live_arrays())
 
-    dalle = Dalle.from_pretrained(tiny_model_folder)
+    dalle = Dalle.from_pretrained(tiny_model_folder, mesh=jax.sharding.Mesh(jax.devices()[:1], ("data",)))
     gc.collect()
     base = live_bytes()
 

@@ -8,20 +8,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mindalle_jax import Dalle
-from mindalle_jax import sampling as sampling_module
+from mindalle_jax import Dalle, filters
 from mindalle_jax.errors import NonFiniteError, UsageError
-from mindalle_jax.sampling import (
-    DEFAULT_TOP_K,
-    Settings,
-    check_num_candidates,
-    default_batch_size,
-    draw,
-    filter_logits,
-    gumbel_noise,
-    kth_largest,
-    sample_codes,
-)
+from mindalle_jax.filters import draw, filter_logits, gumbel_noise, kth_largest
+from mindalle_jax.sampling import DEFAULT_TOP_K, Settings, check_num_candidates, default_batch_size, sample_codes
 
 
 def settings_of(vocab_size=80, *, seed=0, temperature=1.0, top_k=None, top_p=None) -> Settings:
@@ -160,7 +150,7 @@ def test_kth_largest_is_exact(digits, monkeypatch):
     x[10] = x[10, 0]
     x[11] = np.where(rng.integers(2, size=33), x[11], np.round(x[11]))
     if digits:
-        monkeypatch.setattr(sampling_module, "_bit_by_bit", sampling_module._digit_by_digit)
+        monkeypatch.setattr(filters, "_bit_by_bit", filters._digit_by_digit)
     found = np.asarray(
         jax.jit(jax.vmap(lambda x, k: kth_largest(x, k), in_axes=(None, 0)))(x, np.arange(1, 34, dtype=np.int32))
     )
@@ -170,7 +160,7 @@ def test_kth_largest_is_exact(digits, monkeypatch):
 def test_digits_compile_for_many_rows_of_few_codes():
     """A compiler that puts each count into all that follow does not come to an end."""
     ordered = np.random.default_rng(0).integers(0, 2**32, (4096, 8), dtype=np.uint32)
-    found = jax.jit(sampling_module._digit_by_digit)(ordered, np.int32(3))
+    found = jax.jit(filters._digit_by_digit)(ordered, np.int32(3))
     np.testing.assert_array_equal(found[:, 0], np.sort(ordered, axis=-1)[:, -3])
 
 

@@ -29,7 +29,7 @@ def loop(request):
     rows = 2 if request.param else 1
     prefix_ids = np.zeros((rows, h.ctx_len_txt) if request.param else h.ctx_len_txt, np.int32)
     prefix = prefill(model, params, prefix_ids, np.zeros(0, np.int32), 0)
-    state = start_state(model, mesh, BATCH, h.ctx_len_img, prefix.logits, prefix.kept_kv, 0)
+    state = start_state(model, mesh, BATCH, h.ctx_len_img, prefix, 0)
     traced = Settings.make(64, seed=0, temperature=1.0, top_k=16, top_p=None, guidance_scale=rows).traced(64)
     steps = row_length(h.ctx_len_img)
     guess = np.zeros((BATCH, steps), np.int32)

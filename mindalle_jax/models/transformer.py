@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mindalle_jax.config import Stage2Config, Stage2Hparams
-from mindalle_jax.models.attention import DECODE_ATTENTION, KV
+from mindalle_jax.models.attention import DECODE_ATTENTION, KV, new_cache
 from mindalle_jax.models.quantization import quantize
 
 Remat = Literal["none", "dots", "full"]
@@ -135,15 +135,21 @@ class Transformer(nn.Module):
             filled.append(own)
         return self.image_head(self.ln_f(x)), filled
 
-    def new_cache(self, batch: int, length: int | None = None) -> list[KV]:
-        """An empty cache for `length` codes (None: of a whole picture) of `batch` candidates, one KV a layer."""
-        h = self.config.hparams
-        kv = jnp.zeros((batch, h.n_heads, length or h.ctx_len_img, h.embed_dim // h.n_heads), self.dtype)
-        return [self.as_cache(KV(kv, kv)) for _ in range(h.n_layers)]
+    def new_cache(
+        self, batch: int, length: int | None = None, prefix: list[KV] | None = None, kept: list[KV] | None = None
+    ) -> list[KV]:
+        """The cache for `length` codes (None: of a whole picture) of `batch` candidates, one KV a layer.
 
-    def as_cache(self, kv: KV) -> KV:
-        """Keys and values [..., k] as a cache holds them."""
-        return KV(*(quantize(x, self.dtype) for x in kv)) if self.int8_cache else kv
+        prefix, kept: as prefill gives them; None is an empty one. The first `length` of kept are put into it.
+        """
+        h = self.config.hparams
+        empty = jnp.zeros((h.n_heads, 0, h.embed_dim // h.n_heads), self.dtype)
+        nothing = [KV(empty, empty)] * h.n_layers
+        room, caches = length or h.ctx_len_img, []
+        for shared, own in zip(prefix or nothing, kept or nothing, strict=True):
+            kv = new_cache(self.attention, batch, shared, own, room)
+            caches.append(KV(*(quantize(x, self.dtype) for x in kv)) if self.int8_cache else kv)
+        return caches
 
     def embed_prefix(self, prefix_ids: jax.Array) -> jax.Array:
         """[b, p] -> [b, p, d]. The start vector of the image-only model has no positional embedding."""

@@ -7,6 +7,7 @@ import pytest
 
 from mindalle_jax import Dalle
 from mindalle_jax.errors import NonFiniteError, UsageError
+from mindalle_jax.models.attention import DECODE_ATTENTION
 from mindalle_jax.models.quantization import Quantized, quantize
 from mindalle_jax.models.transformer import Transformer, unstack_blocks
 from mindalle_jax.weights import leaf_shapes
@@ -86,13 +87,18 @@ def test_an_int8_cache_is_what_its_values_say(tiny_config, random_params, width)
     codes = np.random.default_rng(1).integers(0, 80, (2, 64)).astype(np.int32)
     text = np.full(tiny_config.stage2.hparams.ctx_len_txt, 3, np.int32)
     logits = {}
-    for attention, int8 in (("xla", True), ("reference", True), ("pallas", True), ("xla", False)):
+    for attention, int8 in (
+        *((attention, True) for attention in DECODE_ATTENTION if attention != "cudnn"),
+        ("xla", False),
+    ):
         model = Transformer(tiny_config.stage2, stacked=False, attention=attention, int8_cache=int8)
         assert isinstance(model.new_cache(1)[0].k, Quantized) == int8
         with jax.default_matmul_precision("highest"):
             logits[attention, int8] = decode(model, params, text, codes, width)
     for attention in ("xla", "pallas"):
         np.testing.assert_allclose(logits[attention, True], logits["reference", True], rtol=0, atol=2e-5)
+    # Which has the prefix in int8 as well.
+    np.testing.assert_allclose(logits["xla-private", True], logits["reference", True], rtol=0, atol=0.05)
     error = np.abs(logits["xla", True] - logits["xla", False])
     assert 1e-5 < error.max() < 0.05, error.max()
 
@@ -104,7 +110,7 @@ def decode(model, params, text, codes, width):
         lambda row, t, cache: model.apply({"params": params}, row, t, prefix, cache, method="step"),
         compiler_options={"xla_backend_optimization_level": "0"},
     )
-    cache, parts = model.new_cache(len(codes)), []
+    cache, parts = model.new_cache(len(codes), prefix=prefix), []
     for t in range(0, codes.shape[1], width):
         logits, cache = step(codes[:, t : t + width], t, cache)
         parts.append(logits)

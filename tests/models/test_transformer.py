@@ -9,9 +9,18 @@ import numpy as np
 import pytest
 
 from mindalle_jax.config import Config, Stage2Config, Stage2Hparams
-from mindalle_jax.models.attention import DECODE_ATTENTION
+from mindalle_jax.models.attention import DECODE_ATTENTION, decode_attention_cudnn
 from mindalle_jax.models.transformer import Transformer, unstack_blocks
 from mindalle_jax.weights import count_parameters
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_need_of_cudnn():
+    """Its backend with XLA in the place of cuDNN, which has the same arguments and is not on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DECODE_ATTENTION, "cudnn", partial(decode_attention_cudnn, implementation="xla"))
+        yield
+
 
 KINDS = ("text", "class", "free")
 
@@ -82,7 +91,7 @@ def _decode(model, params, prefix_ids, codes, width):
         return cache, logits
 
     windows = codes.reshape(b, t // width, width).swapaxes(0, 1)
-    _, rest = jax.lax.scan(step, model.new_cache(b), (windows, jnp.arange(0, t, width)))
+    _, rest = jax.lax.scan(step, model.new_cache(b, prefix=prefix), (windows, jnp.arange(0, t, width)))
     rest = rest.swapaxes(0, 1).reshape(b, t, -1)[:, :-1]
     return jnp.concatenate([jnp.broadcast_to(logits, (b, 1, len(logits))), rest], axis=1)
 
@@ -149,6 +158,19 @@ def test_decoding_agrees_with_the_forward_pass_at_all_256_positions(random_param
     worst = np.abs(actual - expected).max(axis=(0, 2))  # at each position
     assert worst.shape == (256,)
     assert worst.max() < 2e-5, f"from position {np.argmax(worst >= 2e-5)} on"
+
+
+@pytest.mark.parametrize("attention", DECODE_ATTENTION)
+def test_a_candidate_does_not_depend_on_its_neighbours(random_params, attention):
+    """Bit for bit, whatever the others of its chunk are fed."""
+    config = small("text")
+    params = unstack_blocks(random_params(config, "stage2"))
+    prefix_ids, codes = random_inputs(config, 4)
+    model = Transformer(config.stage2, stacked=False, attention=attention)
+    others = np.concatenate([codes[:1], (codes[1:] + 1) % config.stage2.vocab_size_img])
+    first, second = (decode(model, params, prefix_ids[0], fed) for fed in (codes, others))
+    np.testing.assert_array_equal(first[0], second[0])
+    assert (first[1:, 1:] != second[1:, 1:]).any(axis=(1, 2)).all()
 
 
 @pytest.mark.parametrize("int8_cache", [False, True])
