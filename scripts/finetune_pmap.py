@@ -161,7 +161,12 @@ def finetune(
     step_fn = jax.pmap(
         partial(
             train_step,
-            Transformer(config.stage2, dtype=dtype, remat=config.training.remat),
+            Transformer(
+                config.stage2,
+                dtype=dtype,
+                remat=config.training.remat,
+                flash_attention=config.training.flash_attention,
+            ),
             VQGAN(config.stage1),
             optimizer,
             None if tokenizer is None else tokenizer.pad_id,

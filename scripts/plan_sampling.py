@@ -34,7 +34,8 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path(__file__).parent.parent / "configs/mindalle-1.3b.yaml")
     parser.add_argument("--target", choices=TARGETS, default="h100", help="default: %(default)s")
     parser.add_argument("--quantize", choices=["weights", "weights+cache"], help="as of mindalle sample")
-    parser.add_argument("--attention", choices=["xla", "pallas"], default="xla", help="default: %(default)s")
+    backends = ["xla", "xla-private", "cudnn", "pallas"]
+    parser.add_argument("--attention", choices=backends, default="xla", help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, help="this one alone (default: a table)")
     arguments = parser.parse_args()
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # before jax is imported; nothing is looked for

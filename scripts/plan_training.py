@@ -91,7 +91,13 @@ def compile_update(
     dtype = jnp.dtype("bfloat16" if config.experiment.use_amp else "float32")
     schedule = learning_rate(config.optimizer, 0, 1_000)
     task = Task(
-        model=Transformer(config.stage2, dtype=dtype, remat=training.remat, constrain=SplitByBatch(mesh)),
+        model=Transformer(
+            config.stage2,
+            dtype=dtype,
+            remat=training.remat,
+            flash_attention=training.flash_attention,
+            constrain=SplitByBatch(mesh),
+        ),
         optimizer=make_optimizer(config.optimizer, schedule, training.decay, trained),
         schedule=schedule,
         pad_id=None if config.image_only else 1,

@@ -35,6 +35,7 @@ class Transformer(nn.Module):
 
     remat: what the backward pass computes again instead of keeping it (stacked=True): "none"; "dots", all but the
     results of matrix products with weights; or "full", everything within a block.
+    flash_attention: that of the forward pass by cuDNN, which writes no weights [b, h, s, s]; NVIDIA GPUs, bfloat16.
     constrain: called on hidden states [b, s, d] during the forward pass, where a sharding can be pinned.
     """
 
@@ -46,6 +47,7 @@ class Transformer(nn.Module):
     int8_cache: bool = False
     """Keys and values of the picture drawn so far are Quantized."""
     remat: Remat = "none"
+    flash_attention: bool = False
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x
 
     def setup(self) -> None:
@@ -78,9 +80,11 @@ class Transformer(nn.Module):
                 in_axes=nn.broadcast,  # type: ignore[arg-type]
                 length=h.n_layers,
             )
-            self.blocks: Any = scanned(h, self.dtype, self.attention, self.constrain)
+            self.blocks: Any = scanned(h, self.dtype, self.attention, self.flash_attention, self.constrain)
         else:
-            self.blocks = [Block(h, self.dtype, self.attention, self.constrain) for _ in range(h.n_layers)]
+            self.blocks = [
+                Block(h, self.dtype, self.attention, self.flash_attention, self.constrain) for _ in range(h.n_layers)
+            ]
         self.ln_f = _layer_norm(self.dtype)
         self.dropout = nn.Dropout(h.embd_pdrop)
 
@@ -97,14 +101,17 @@ class Transformer(nn.Module):
         # The last position before a code predicts it, so the last code is not fed:
         # prefix a b, codes x y z:   input  a b x y
         #                            output . x y z   (and b at the first, from the text head)
-        inputs = codes[:, :-1]
+        last, length = prefix_ids.shape[1] - 1, codes.shape[1]
+        # cuDNN's backward pass takes no odd lengths: there the last code is fed too, which nothing before it sees.
+        odd = (last + length) % 2 == 1
+        inputs = codes if self.flash_attention and odd else codes[:, :-1]
         x = jnp.concatenate(
             [self.embed_prefix(prefix_ids), self.tok_emb_img(inputs) + self.pos_emb_img(jnp.arange(inputs.shape[1]))],
             axis=1,
         )
         x = self.dropout(self.constrain(x), deterministic=not train)
         x, _ = self._trunk(x, train)
-        last = prefix_ids.shape[1] - 1
+        x = x[:, : last + length]
         text_logits = None if self.config.type == "igpt" else self.head_txt(x[:, :last])
         return self.image_head(x[:, last:]), text_logits
 
@@ -179,6 +186,7 @@ class Block(nn.Module):
     hparams: Stage2Hparams
     dtype: Any
     attention: str
+    flash_attention: bool
     constrain: Callable[[jax.Array], jax.Array]
 
     def setup(self) -> None:
@@ -196,7 +204,8 @@ class Block(nn.Module):
         if train and self.hparams.attn_pdrop > 0:
             attended = self._attention_with_dropout(q, k, v)
         else:
-            attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            implementation = "cudnn" if self.flash_attention else "xla"
+            attended = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
         return self.constrain(self._rest(x, attended, train)), KV(k, v)
 
     def _attention_with_dropout(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

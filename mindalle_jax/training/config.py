@@ -142,6 +142,8 @@ class TrainingConfig(LoopConfig):
     """Patterns of parameters that stay as they are; a whole path must match: `blocks/.*`, `tok_emb_img/embedding`."""
     remat: Remat = "dots"
     """What the backward pass computes again to save memory: none, dots (little) or full (more, a third slower)."""
+    flash_attention: bool = False
+    """Attention by cuDNN, which keeps no weights of it: NVIDIA GPUs since Ampere, bfloat16, no dropout of attention."""
     lora: LoraConfig = LoraConfig()
     sample_prompts: tuple[str, ...] = ()
     """Prompts, or numbers of classes, to draw every sample_every_steps."""
@@ -187,6 +189,10 @@ class FinetuneConfig(RunConfig):
         if not 0 <= t.text_loss_weight < math.inf:
             raise ConfigError(
                 f"training.text_loss_weight must be a finite number of at least 0, not {t.text_loss_weight}"
+            )
+        if t.flash_attention and (not self.experiment.use_amp or self.stage2.hparams.attn_pdrop):
+            raise ConfigError(
+                "training.flash_attention goes with experiment.use_amp=true and stage2.hparams.attn_pdrop=0"
             )
         if t.lora.rank < 0:
             raise ConfigError(f"training.lora.rank must be at least 0, not {t.lora.rank}")

@@ -76,9 +76,16 @@ class FinetuneRun(Run):
                 f"training.freeze {list(training.freeze)} matches every parameter: nothing is left to train"
             )
         self.trained_shapes = trained
-        constrain = SplitByBatch(self.mesh)
+        if training.flash_attention and jax.default_backend() != "gpu":
+            raise ConfigError(f"training.flash_attention needs an NVIDIA GPU; JAX uses {jax.default_backend()}")
         self.step_task = Task(
-            model=Transformer(config.stage2, dtype=self.dtype, remat=training.remat, constrain=constrain),
+            model=Transformer(
+                config.stage2,
+                dtype=self.dtype,
+                remat=training.remat,
+                flash_attention=training.flash_attention,
+                constrain=SplitByBatch(self.mesh),
+            ),
             optimizer=make_optimizer(config.optimizer, self.schedule, training.decay, trained),
             schedule=self.schedule,
             pad_id=None if self.tokenizer is None else self.tokenizer.pad_id,

@@ -22,7 +22,7 @@ FREE_FIELDS = (
     "data.threads", "experiment.local_batch_size", "experiment.valid_batch_size", "experiment.save_ckpt_freq",
     "experiment.test_freq", "training.keep_checkpoints", "training.checkpoint_every_steps",
     "training.validate_every_steps", "training.sample_every_steps", "training.sample_prompts", "training.remat",
-    "sharding",
+    "training.flash_attention", "sharding",
 )  # fmt: skip
 
 

@@ -292,6 +292,26 @@ def test_bfloat16_decoding_is_near_the_forward_pass(random_params, attention):
     assert np.abs(decode(model, params, prefix_ids[0], codes) - expected).max() < 0.1
 
 
+@pytest.mark.parametrize("length", [15, 16])
+def test_flash_attention_is_fed_an_even_number_of_positions(random_params, monkeypatch, length):
+    """Which its backward pass needs; logits are those of the same positions. XLA is in the place of cuDNN."""
+    config, lengths, attend = small("text"), [], jax.nn.dot_product_attention
+
+    def watch(q, k, v, *, is_causal, implementation):
+        lengths.append((implementation, q.shape[1]))
+        return attend(q, k, v, is_causal=is_causal)
+
+    params = random_params(config, "stage2")
+    prefix_ids, codes = random_inputs(config, 2, length)
+    expected = forward(Transformer(config.stage2), params, prefix_ids, codes)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", watch)
+    found = forward(Transformer(config.stage2, flash_attention=True), params, prefix_ids, codes)
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    assert set(lengths) == {("cudnn", 20)}  # of 5 + 15 - 1 = 19 and 5 + 16 - 1 = 20
+
+
 def test_parameter_counts_are_the_published_ones():
     """Both were counted on the original; shapes only, nothing of the 5.5 GB is allocated."""
     assert count_parameters(Config(), "stage2") == 1_291_081_728

@@ -120,6 +120,10 @@ WRONG = {
     "alpha": (["training.lora.alpha=.nan"], 3, "training.lora.alpha must be a finite number over 0, not nan"),
     "no checkpoints": (["training.keep_checkpoints=0"], 3, "training.keep_checkpoints must be at least 1"),
     "threads": (["data.threads=0"], 3, "data.threads must be at least 1, not 0"),
+    "flash attention without a GPU": (["training.flash_attention=true", "experiment.use_amp=true"], 3, "JAX uses cpu"),
+    "flash attention in float32": (
+        ["training.flash_attention=true", "experiment.use_amp=false"], 3, "goes with experiment.use_amp=true",
+    ),
     "rank": (["training.lora.rank=-4"], 3, "training.lora.rank must be at least 0, not -4"),
     "bad pattern": (["training.freeze=['blocks/(']"], 3, "'blocks/(' is not a pattern"),
     "all frozen": (["training.freeze=['.*']"], 3, "training.freeze ['.*'] matches every parameter"),
