@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, get_args
@@ -240,12 +240,16 @@ class Model:
         """Draws, decodes and ranks. Yields what there is after every `every` codes, and in the end the result."""
         codes, log_likelihood = self._blank(job)
         previews: Any = self._paint(codes, job, progress=False) if job.every else None
+        complete, begun = [], []  # rows of all prompts together: all their codes are there; (rows, their pictures)
         for done in self._draw(job, codes, log_likelihood):
+            if self._codec.decode_ahead and done.codes == codes.shape[-1]:
+                complete += [done.prompt * job.num_candidates + i for i in done.candidates]
+                begun += self._begin(codes, complete)
             if job.every and done.codes % job.every == 0 and codes.min() < 0:
                 at = done.prompt, slice(done.candidates.start, done.candidates.stop)
                 previews[at] = self._paint(codes[at], job, progress=False)
                 yield self._generation(job, previews.copy(), codes.copy(), None)
-        images = self._paint(codes, job, job.progress)
+        images = self._paint(codes, job, job.progress, begun)
         yield self._generation(job, images, codes, self._scores(job, images, codes, log_likelihood))
 
     def _blank(self, job: Job) -> tuple[np.ndarray, np.ndarray]:
@@ -285,18 +289,34 @@ class Model:
                         return
                     yield done
 
-    def _paint(self, codes: np.ndarray, job: Job, progress: bool) -> np.ndarray:
-        """Pictures uint8[..., H, W, 3] of codes [..., h * w]; those not begun look alike, and are decoded once."""
+    def _begin(self, codes: np.ndarray, complete: list[int]) -> Iterator[tuple[list[int], jax.Array]]:
+        """Starts to decode as many complete pictures as are decoded at once, and takes them from the list."""
+        flat, count = codes.reshape(-1, self._codec.side, self._codec.side), self._codec.decode_rows
+        while len(complete) >= count:
+            rows, complete[:count] = complete[:count], []
+            with device_memory(_no_room(self._device_name)):
+                yield rows, self._codec.begin(flat[rows])
+
+    def _paint(
+        self, codes: np.ndarray, job: Job, progress: bool, begun: Sequence[tuple[list[int], jax.Array]] = ()
+    ) -> np.ndarray:
+        """Pictures uint8[..., H, W, 3] of codes [..., h * w]; those not drawn at all look alike, and are decoded once.
+
+        begun: what is being decoded already, see _begin.
+        """
         flat = codes.reshape(-1, self._codec.side, self._codec.side)
-        begun = (codes[..., len(job.kept_codes) :] >= 0).any(axis=-1).reshape(-1)
+        drawn = (codes[..., len(job.kept_codes) :] >= 0).any(axis=-1).reshape(-1)
         images = np.empty((len(flat), self.image_size, self.image_size, 3), np.uint8)
-        todo = np.flatnonzero(begun)
+        todo = np.setdiff1d(np.flatnonzero(drawn), [row for rows, _ in begun for row in rows])
         with (
-            tqdm(total=len(todo), desc="pictures", unit="picture", disable=not progress) as bar,
-            device_memory(f"no room to decode pictures in the memory of {self._device_name}; use a larger device"),
+            tqdm(total=int(drawn.sum()), desc="pictures", unit="picture", disable=not progress) as bar,
+            device_memory(_no_room(self._device_name)),
         ):
-            if not begun.all():
-                images[~begun] = next(self._codec.decode(flat[~begun][:1]))
+            for rows, pictures in begun:
+                images[rows] = pictures
+                bar.update(len(rows))
+            if not drawn.all():
+                images[~drawn] = next(self._codec.decode(flat[~drawn][:1]))
             for chunk in self._codec.decode(flat[todo]):
                 images[todo[: len(chunk)]], todo = chunk, todo[len(chunk) :]
                 bar.update(len(chunk))
@@ -392,6 +412,10 @@ def check_batch_size(batch_size: int | None) -> None:
 @partial(jax.jit, static_argnames="model")
 def _forward(model: Transformer, params: dict[str, Any], prefix_ids: jax.Array, codes: jax.Array) -> Any:
     return model.apply({"params": params}, prefix_ids, codes)
+
+
+def _no_room(device: str) -> str:
+    return f"no room to decode pictures in the memory of {device}; use a larger device"
 
 
 def _too_many(batch_size: int, device: str) -> str:

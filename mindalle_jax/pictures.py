@@ -31,6 +31,8 @@ class PictureCodec:
         self.size, self.side, self.vocab_size = config.hparams.resolution, config.code_size, config.n_embed
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self.decode_rows = mesh.size * (1 if on_cpu else 16)
+        self.decode_ahead = not on_cpu
+        """Whether pictures are decoded while others are drawn. On CPU both want the same cores, and more memory."""
 
     def encode(self, images: Any, *, batch_size: int = 1) -> np.ndarray:
         """Codes int32[n, h, w] of pictures uint8, or float in [0, 1], [n, H, W, 3].
@@ -59,6 +61,11 @@ class PictureCodec:
         Truncated, not rounded, as the original does before it saves or ranks.
         """
         return _fetch((_to_uint8(pictures), count) for pictures, count in self._decode(codes))
+
+    def begin(self, codes: np.ndarray) -> jax.Array:
+        """Starts to decode `decode_rows` pictures, and does not wait: uint8[n, H, W, 3] on the devices."""
+        ((pictures, _),) = self._decode(codes)
+        return _to_uint8(pictures)
 
     def decode_floats(self, codes: np.ndarray) -> Iterator[np.ndarray]:
         """As decode, f32[m, H, W, 3] in [0, 1]."""

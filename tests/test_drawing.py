@@ -524,6 +524,27 @@ def test_the_callback_stops(tiny_dalle, plain, tmp_path):
     assert [entry["candidate"] for entry in meta["pictures"]] == drawn.order[:4].tolist()
 
 
+@pytest.mark.parametrize(("rows", "ahead"), [(1, [0, 4, 6, 10, 12]), (5, [0, 0, 5, 10, 10])])
+def test_pictures_are_decoded_while_others_are_drawn(tiny_dalle, monkeypatch, rows, ahead):
+    """As on a GPU: as soon as there are enough for a compiled call, over chunks and prompts; and the same pictures."""
+    codec = tiny_dalle._codec
+    monkeypatch.setattr(codec, "decode_rows", rows)
+    options = {"num_candidates": 6, "batch_size": BATCH, "seed": 1}
+    expected = tiny_dalle.generate(["the cat", "dog"], **options)
+    begun, seen, begin = [], [], codec.begin
+
+    def watch(codes):
+        begun.extend(codes)
+        return begin(codes)
+
+    monkeypatch.setattr(codec, "decode_ahead", True)
+    monkeypatch.setattr(codec, "begin", watch)
+    chunk_begins = lambda done: seen.append(len(begun)) if done.codes == WIDTH else None  # noqa: E731
+    drawn = tiny_dalle.generate(["the cat", "dog"], callback=chunk_begins, **options)
+    np.testing.assert_array_equal(drawn.images, expected.images)
+    assert [*seen, len(begun)] == ahead  # of 4 + 2 + 4 + 2, when a chunk had its first row, and at the end
+
+
 def test_only_true_stops(tiny_dalle):
     """A callback that happens to return something, as a counter or a list does, goes on."""
     codes = tiny_dalle.generate_codes("the cat", num_candidates=1, batch_size=BATCH, callback=lambda done: done.codes)

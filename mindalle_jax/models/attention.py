@@ -186,4 +186,4 @@ DECODE_ATTENTION: dict[str, Callable[[jax.Array, KV, KV, KV, jax.Array], tuple[j
 }
 """The backends by name."""
 
-PRIVATE_PREFIX = {"xla-private", "cudnn"}
+PRIVATE_PREFIX = ("xla-private", "cudnn")
