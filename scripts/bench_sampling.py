@@ -9,10 +9,11 @@
 The weights of "demo" are those of the model in the package, others random. A step is one code of each candidate; with
 --jacobi a pass of the network gives several.
 
-Prints a table, then one JSON line. Compilation is timed apart. GB_per_pass is what a pass has to move at least as this
-code does it: the weights once, the keys and values of the prefix once and of every candidate's whole cache as it grows
-(with --attention pallas of the rows that are filled), and the new ones written; its share of the copy bandwidth
-measured on the same device in the same run says how near the limit it is.
+Prints a table, then one JSON line. Compilation is timed apart. GB_per_pass is what a pass has to move as this code does
+it: the weights once, the keys and values of the prefix (once, or for every candidate: --attention) and of every
+candidate's whole cache as it grows, or of what is filled of it (pallas, cudnn), and the new ones written. The floor has
+the prefix once and what is filled, whatever the code does. Both are held against the copy bandwidth that is measured on
+the same device in the same run: floor_ms_per_pass is how long a pass would take at it.
 """
 
 import argparse
@@ -32,11 +33,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from plan_sampling import compile_loop_of
 
 from mindalle_jax.config import Config, load_config
+from mindalle_jax.devices import choose_devices, first_devices, matmul_precision
 from mindalle_jax.files import DEMO, RANKER
 from mindalle_jax.interop.clip import clip_leaf_shapes, read_clip
-from mindalle_jax.models.attention import DECODE_ATTENTION
+from mindalle_jax.models.attention import DECODE_ATTENTION, PRIVATE_PREFIX
 from mindalle_jax.models.clip import CLIP, ClipConfig, ClipTextConfig, ClipVisionConfig
 from mindalle_jax.models.quantization import quantize
 from mindalle_jax.models.transformer import Transformer
@@ -59,10 +62,12 @@ from mindalle_jax.weights import leaf_shapes, load_params, nest
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PRESETS = {"1.3b": CONFIGS / "mindalle-1.3b.yaml", "demo": DEMO / "config.yaml", "tiny": CONFIGS / "tiny.yaml"}
-CLIPS = {
-    "1.3b": ClipConfig(),  # ViT-B/32
-    "demo": read_clip(DEMO / RANKER).config,
-    "tiny": ClipConfig(ClipTextConfig(64, 32, 64, 2, 2, 16), ClipVisionConfig(32, 64, 2, 2, 32, 8), projection_dim=16),
+CLIPS: dict[str, Callable[[], ClipConfig]] = {
+    "1.3b": ClipConfig,  # ViT-B/32
+    "demo": lambda: read_clip(DEMO / RANKER).config,
+    "tiny": lambda: ClipConfig(
+        ClipTextConfig(64, 32, 64, 2, 2, 16), ClipVisionConfig(32, 64, 2, 2, 32, 8), projection_dim=16
+    ),
 }
 
 
@@ -119,10 +124,12 @@ def second_call_s(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def bytes_per_pass(config: Config, batch: int, itemsize: int, quantize: str | None, positions: float) -> int:
+def bytes_per_pass(
+    config: Config, batch: int, itemsize: int, quantize: str | None, positions: float, prefixes: int = 1
+) -> int:
     """Least bytes that one pass of `batch` candidates moves on a device.
 
-    positions: how many of each candidate are read, on average.
+    positions: how many of each candidate are read, on average. prefixes: copies of that of the prompt.
     """
     h = config.stage2.hparams
     weights = sum(
@@ -135,7 +142,7 @@ def bytes_per_pass(config: Config, batch: int, itemsize: int, quantize: str | No
     own = batch * (positions + 1)
     cache_bytes = width + itemsize if quantize == "weights+cache" else width * itemsize  # of a vector, with its scale
     weights_bytes = weights if quantize else weights * itemsize
-    return int(weights_bytes + vectors * (prefix * width * itemsize + own * cache_bytes))
+    return int(weights_bytes + vectors * (prefixes * prefix * width * itemsize + own * cache_bytes))
 
 
 def load(
@@ -151,28 +158,31 @@ def load(
     return random_params(sampling_shapes(config), dtype, mesh, int8), prompt
 
 
-def bench(
-    arguments: argparse.Namespace, config: Config, batch: int, dtype: str, device: Any, rows: int
-) -> dict[str, Any]:
+def bench(arguments: argparse.Namespace, config: Config, dtype: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Runs everything twice, compilation and measurement; returns the figures."""
     preset, candidates, jacobi, mode = arguments.preset, arguments.candidates, arguments.jacobi, arguments.quantize
-    mesh, clip_config = jax.sharding.Mesh(np.array([device]), ("data",)), CLIPS[preset]
+    device, clip_config = mesh.devices.flat[0], CLIPS[preset]()
     model = Transformer(
-        config.stage2, stacked=False, dtype=jnp.dtype(dtype), attention=arguments.attention,
+        config.stage2, stacked=False, dtype=dtype, attention=arguments.attention,
         int8_cache=mode == "weights+cache",
     )  # fmt: skip
-    vqgan = VQGAN(config.stage1, dtype=jnp.dtype(dtype))
-    clip = CLIP(clip_config, dtype=jnp.dtype(dtype))
-    params, prefix_ids = load(preset, config, model.dtype, mesh, mode is not None)
+    vqgan, clip = VQGAN(config.stage1, dtype=dtype), CLIP(clip_config, dtype=dtype)
+    on_cpu, small = device.platform == "cpu", preset != "1.3b"
+    batch = arguments.batch_size or default_batch_size(candidates, device.platform, small=small)
+    mesh, _ = first_devices(mesh, min(mesh.size, math.ceil(candidates / batch)), ())
+    params, prefix_ids = load(preset, config, dtype, mesh, mode is not None)
     stage1 = random_params(leaf_shapes(config, "stage1"), jnp.float32, mesh)
-    clip_params = random_params(clip_leaf_shapes(clip_config), clip.dtype, mesh)
+    clip_params = random_params(clip_leaf_shapes(clip_config), dtype, mesh)
     jax.block_until_ready((params, stage1, clip_params))
     vocab_size, length = config.stage2.vocab_size_img, config.stage2.hparams.ctx_len_img
     settings = Settings.make(vocab_size, seed=0, temperature=1.0, top_k=min(256, vocab_size), top_p=None)
     traced = settings.traced(vocab_size)
     steps = row_length(length)
+    rows = arguments.rows or length // steps
     lengths = cache_lengths(model, device.platform)
-    chunks = math.ceil(candidates / batch)
+    at_once = batch * mesh.size
+    chunks = math.ceil(candidates / at_once)
+    nothing = np.full((at_once, steps), -1, np.int32)
 
     def codes_once() -> tuple[float, float, int, list[Any]]:
         """(seconds of the prefill, seconds of the steps, passes, codes of the last chunk)"""
@@ -181,9 +191,9 @@ def bench(
         jax.block_until_ready(prefix)
         middle, parts, passes = time.perf_counter(), [], 0
         for chunk in range(chunks):
-            ids = np.arange(chunk * batch, (chunk + 1) * batch, dtype=np.int32)
+            ids = np.arange(chunk * at_once, (chunk + 1) * at_once, dtype=np.int32)
             state, parts = start_state(model, mesh, batch, lengths[0], prefix, 0), []
-            part: Any = np.full((batch, steps), -1, np.int32)
+            part: Any = nothing
             for row in range(rows):
                 state = make_room(mesh, state, (row + 1) * steps, lengths)
                 state, part = decode_segment(model, mesh, steps, jacobi, params, prefix.kv, ids, traced, state, part)
@@ -197,16 +207,31 @@ def bench(
     first_s = time.perf_counter() - start
     prefill_s, steps_s, passes, parts = codes_once()
     codes = jnp.concatenate(parts, axis=1)
-    codes = jnp.pad(codes, ((0, 0), (0, length - codes.shape[1])))[:1].reshape(1, *[config.stage1.code_size] * 2)
-    picture_s = second_call_s(lambda: decode_pictures(vqgan, mesh, stage1, codes))
-    side, ranked = config.stage1.hparams.resolution, 8 if device.platform == "cpu" else 32
+    codes = jnp.pad(codes, ((0, 0), (0, length - codes.shape[1])))[:1]
+    # As many at once as mindalle sample decodes and ranks.
+    painted, ranked = mesh.size * (1 if on_cpu else 16), mesh.size * (8 if on_cpu else 32)
+    codes = jnp.repeat(codes.reshape(1, *[config.stage1.code_size] * 2), painted, axis=0)
+    picture_s = second_call_s(lambda: decode_pictures(vqgan, mesh, stage1, codes)) / painted
+    side = config.stage1.hparams.resolution
     pictures = jnp.zeros((ranked, side, side, 3), jnp.uint8)
     rank_s = second_call_s(lambda: encode_pictures(clip, mesh, clip_params, pictures)) / ranked
+    kernels = None
+    if device.platform == "gpu" and not jacobi:
+        prefix = prefill(model, params, prefix_ids, np.zeros(0, np.int32), 0)
+        state = start_state(model, mesh, batch, lengths[-1], prefix, 0)
+        ids = np.arange(at_once, dtype=np.int32)
+        lowered = decode_segment.lower(model, mesh, steps, False, params, prefix.kv, ids, traced, state, nothing)
+        kernels = compile_loop_of(lowered, gpu=True)[2]
     step_s = steps_s / (chunks * rows * steps)
     pass_s = steps_s / passes
     ends = np.arange(1, rows + 1) * steps
-    read = ends if arguments.attention == "pallas" else [next(room for room in lengths if room >= end) for end in ends]
-    moved = bytes_per_pass(config, batch, jnp.dtype(dtype).itemsize, mode, float(np.mean(read)))
+    read = [next(room for room in lengths if room >= end) for end in ends]
+    exact = float(np.mean(ends) - (steps - 1) / 2)  # the positions that are filled, on average
+    itemsize = jnp.dtype(dtype).itemsize
+    whole = exact if arguments.attention in ("pallas", "cudnn") else float(np.mean(read))
+    private = batch if arguments.attention in PRIVATE_PREFIX else 1
+    moved = mesh.size * bytes_per_pass(config, batch, itemsize, mode, whole, private)
+    floor = mesh.size * bytes_per_pass(config, batch, itemsize, mode, exact)
     bandwidth = copy_bandwidth(device)
     run_s = prefill_s + step_s * length * chunks
     stats = device.memory_stats() or {}
@@ -214,6 +239,7 @@ def bench(
     return {
         "candidates": candidates,
         "batch": batch,
+        "devices": mesh.size,
         "jacobi": jacobi,
         "attention": arguments.attention,
         "cache_lengths": lengths,
@@ -223,14 +249,19 @@ def bench(
         "ms_per_step": round(step_s * 1e3, 3),
         "passes_per_step": round(passes / (chunks * rows * steps), 3),
         "ms_per_pass": round(pass_s * 1e3, 3),
+        "kernels_per_step": None if kernels is None else len(kernels),
         "GB_per_pass": round(moved / 1e9, 3),
         "GB_per_s": round(moved / pass_s / 1e9, 1),
         "copy_GB_per_s": round(bandwidth / 1e9, 1),
         "share_of_copy": round(moved / pass_s / bandwidth, 3),
+        "floor_GB_per_pass": round(floor / 1e9, 3),
+        "floor_ms_per_pass": round(floor / bandwidth * 1e3, 3),
+        "share_of_floor": round(floor / bandwidth / pass_s, 3),
         "codes_s": round(run_s, 3),
         "codes_timed": f"{rows * steps} of {length} positions",
         "decode_one_picture_ms": round(picture_s * 1e3, 2),
         "rank_one_picture_ms": round(rank_s * 1e3, 2),
+        "prompt_to_ranked_pictures_s": round(run_s + candidates * (picture_s + rank_s), 3),
         "images_per_s": round(candidates / (run_s + candidates * (picture_s + rank_s)), 3),
         "peak_memory_GB": round(peak / 1e9, 2),
     }
@@ -266,17 +297,17 @@ def main() -> None:
     arguments = parser.parse_args()
     peer = time_peer(arguments) if arguments.peer else {}  # first: JAX then takes most of a GPU's memory
     config = load_config(PRESETS[arguments.preset])
-    device = jax.devices(arguments.device)[0]
+    if arguments.device:
+        jax.config.update("jax_platforms", arguments.device)
+    mesh, dtype = choose_devices(None, arguments.dtype, small=arguments.preset != "1.3b")
+    device = mesh.devices.flat[0]
     if arguments.segments:
         SEGMENTS[device.platform] = arguments.segments
-    dtype = arguments.dtype or ("float32" if device.platform == "cpu" else "bfloat16")
-    batch = arguments.batch_size or default_batch_size(arguments.candidates, device.platform)
-    length = config.stage2.hparams.ctx_len_img
-    rows = arguments.rows or length // row_length(length)
-    with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-        figures = bench(arguments, config, batch, dtype, device, rows)
+    with matmul_precision(dtype), jax.threefry_partitionable(True):
+        figures = bench(arguments, config, jnp.dtype(dtype), mesh)
     if peer:
-        ours = figures["codes_s"] * rows * row_length(length) / length
+        rows = row_length(config.stage2.hparams.ctx_len_img)
+        ours = figures["codes_s"] * (arguments.rows or rows) / rows
         figures |= {"peer_codes_s": peer["peer_codes_s"], "peer_device": peer["device"], "peer_torch": peer["torch"]}
         figures["peer_ratio"] = round(peer["peer_codes_s"] / ours, 2)
     conditions = {

@@ -127,13 +127,20 @@ def compile_loop(config: Any, target: str, batch: int, quantize: str | None, att
     settings = Settings.make(vocab_size, seed=0, temperature=1.0, top_k=min(256, vocab_size), top_p=None)
     traced = jax.tree.map(np.asarray, settings.traced(vocab_size))
     arguments = placed((params, prefix.kv, ints(batch), traced, state, ints(batch, steps)))
-    with tempfile.TemporaryDirectory() as folder, jax.threefry_partitionable(True):
+    with jax.threefry_partitionable(True):
         lowered = decode_segment.lower(model, mesh, steps, False, *arguments)
-        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if target == "h100" else {}
+        compiled, launches, kernels = compile_loop_of(lowered, gpu=target == "h100")
+    return Loop(compiled.as_text() or "", compiled.memory_analysis(), array_bytes(state.cache), launches, kernels)
+
+
+def compile_loop_of(lowered: Any, *, gpu: bool) -> tuple[Any, list[str] | None, list[str] | None]:
+    """The compiled decode_segment, and on a GPU launches and kernels as in Loop."""
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if gpu else {}
         compiled = lowered.compile(compiler_options=dump)
         thunks = sorted(Path(folder).glob("*decode_segment*thunk_sequence_after_thunk_passes.txt"))
         launches, kernels = read_thunks(thunks[0].read_text()) if thunks else (None, None)
-    return Loop(compiled.as_text() or "", compiled.memory_analysis(), array_bytes(state.cache), launches, kernels)
+        return compiled, launches, kernels
 
 
 def compile_pictures(config: Any, target: str, count: int) -> Any:
