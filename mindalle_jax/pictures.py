@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from PIL import Image
 
 from mindalle_jax.config import Stage1Config
-from mindalle_jax.devices import matmul_precision
+from mindalle_jax.devices import first_devices, matmul_precision
 from mindalle_jax.errors import UsageError
 from mindalle_jax.models.vqgan import VQGAN
 
@@ -47,12 +47,13 @@ class PictureCodec:
             )
         check_pixels(images)
         images = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images.astype(np.float32)
+        _, params = first_devices(self.mesh, 1, self.params)
         with matmul_precision(jnp.float32):
             chunks = []
             for first in range(0, len(images), batch_size):
                 chunk = images[first : first + batch_size]
                 padded = np.concatenate([chunk, np.repeat(chunk[:1], batch_size - len(chunk), axis=0)])
-                chunks.append(_encode(self.encoder, self.params, padded * 2 - 1))
+                chunks.append(_encode(self.encoder, params, padded * 2 - 1))
         return np.concatenate([np.asarray(chunk) for chunk in chunks])[: len(images)]
 
     def decode(self, codes: np.ndarray) -> Iterator[np.ndarray]:

@@ -295,6 +295,8 @@ def main() -> None:
     parser.add_argument("--quantize", choices=["weights", "weights+cache"], help="as of mindalle sample")
     parser.add_argument("--peer", type=Path, metavar="DIR", help="a clone of the original repository, timed as well")
     arguments = parser.parse_args()
+    if arguments.attention == "cudnn" and arguments.quantize == "weights+cache":
+        parser.error("--attention cudnn reads no int8; --quantize weights goes with it")
     peer = time_peer(arguments) if arguments.peer else {}  # first: JAX then takes most of a GPU's memory
     config = load_config(PRESETS[arguments.preset])
     if arguments.device:
