@@ -32,6 +32,7 @@ from mindalle_jax.devices import (
 from mindalle_jax.errors import CheckpointError, UsageError
 from mindalle_jax.generation import Generation, Progress
 from mindalle_jax.interop.mindalle import copy_model, find_model
+from mindalle_jax.models.attention import default_backend
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.pictures import PictureCodec, check_ids, check_keep_rows, check_picture
 from mindalle_jax.sampling import (
@@ -99,7 +100,13 @@ class Model:
         use_compilation_cache()
         compute = jnp.dtype(self.dtype)
         int8_cache = quantize == "weights+cache"
-        self._transformer = Transformer(self.config.stage2, stacked=False, dtype=compute, int8_cache=int8_cache)
+        self._transformer = Transformer(
+            self.config.stage2,
+            stacked=False,
+            dtype=compute,
+            attention=default_backend(self.backend),
+            int8_cache=int8_cache,
+        )
         self._digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
         with device_memory(f"{folder}: the weights do not fit into the memory of {self._device_name} as {self.dtype}"):
             stage1 = load_params(folder, "stage1", self.config, jnp.dtype("float32"), self.mesh)

@@ -31,6 +31,7 @@ from mindalle_jax.errors import NonFiniteError, UsageError
 from mindalle_jax.filters import TracedSettings, draw, gumbel_noise
 from mindalle_jax.models import attention
 from mindalle_jax.models.attention import KV
+from mindalle_jax.models.quantization import Quantized
 from mindalle_jax.models.transformer import Transformer
 
 MAX_CANDIDATES = 1_000
@@ -147,7 +148,7 @@ def cache_lengths(model: Transformer, backend: str) -> list[int]:
     """
     length = model.config.hparams.ctx_len_img
     steps = row_length(length)
-    sizes = SEGMENTS.get(backend, 4) if model.attention == "xla" else 1
+    sizes = SEGMENTS.get(backend, 4) if model.attention in ("xla", "xla-lanes") else 1
     return sorted({steps * math.ceil(length * (i + 1) / sizes / steps) for i in range(sizes)})
 
 
@@ -267,7 +268,7 @@ def _decode_chunk(
     codes = jax.device_put(np.tile(above, (len(candidates), 1)), NamedSharding(mesh, P("data")))
     for t in range(start, length, steps):
         with _numerics(model):
-            state = make_room(mesh, state, t + steps, lengths)
+            state = make_room(model, mesh, state, t + steps, lengths)
             state, codes = decode_segment(
                 model, mesh, steps, jacobi, params, prefix.kv, candidates, settings, state, codes
             )
@@ -323,25 +324,26 @@ def start_state(
             passes=jnp.zeros(batch_size, jnp.int32),
         )
 
-    return jax.shard_map(start, mesh=mesh, in_specs=P(), out_specs=_state_specs(guided), check_vma=False)(prefix, t)
+    return jax.shard_map(start, mesh=mesh, in_specs=P(), out_specs=_state_specs(model, guided), check_vma=False)(
+        prefix, t
+    )
 
 
-def make_room(mesh: Mesh, state: DecodeState, end: int, lengths: list[int]) -> DecodeState:
+def make_room(model: Transformer, mesh: Mesh, state: DecodeState, end: int, lengths: list[int]) -> DecodeState:
     """The state with a cache for the positions before `end`: as it is, or grown to the next of cache_lengths."""
-    if len(lengths) > 1 and attention.room(state.cache[0]) < end:
+    if len(lengths) > 1 and attention.room(model.attention, state.cache[0]) < end:
         length = next(length for length in lengths if length >= end)
         guided = state.logits.ndim == 3
         for i in range(len(state.cache)):  # one by one: of two sizes of the whole cache there may be no room
-            state.cache[i] = _lengthen(mesh, guided, length, state.cache[i])
+            state.cache[i] = _lengthen(model, mesh, guided, length, state.cache[i])
     return state
 
 
-@partial(jax.jit, static_argnames=("mesh", "guided", "length"))
-def _lengthen(mesh: Mesh, guided: bool, length: int, cache: KV) -> KV:
-    spec = _state_specs(guided).cache
-    return jax.shard_map(
-        partial(attention.lengthen, length=length), mesh=mesh, in_specs=(spec,), out_specs=spec, check_vma=False
-    )(cache)
+@partial(jax.jit, static_argnames=("model", "mesh", "guided", "length"))
+def _lengthen(model: Transformer, mesh: Mesh, guided: bool, length: int, cache: KV) -> KV:
+    spec = _state_specs(model, guided).cache[0]
+    longer = partial(attention.lengthen, model.attention, length=length)
+    return jax.shard_map(longer, mesh=mesh, in_specs=(spec,), out_specs=spec, check_vma=False)(cache)
 
 
 @partial(jax.jit, static_argnames=("model", "mesh", "steps", "jacobi"), donate_argnames="state")
@@ -428,7 +430,7 @@ def decode_segment(
         )
         return advance(state, logits, cache, scores, passes), codes
 
-    specs = _state_specs(guided)
+    specs = _state_specs(model, guided)
     return jax.shard_map(
         decode,
         mesh=mesh,
@@ -438,9 +440,17 @@ def decode_segment(
     )(params, prefix, candidates, settings, state, guess)
 
 
-def _state_specs(guided: bool) -> Any:
-    rows = P(None, "data") if guided else P("data")
-    return DecodeState(P(), rows, rows, P("data"), P("data"), P("data"))  # type: ignore[arg-type]
+def _state_specs(model: Transformer, guided: bool) -> Any:
+    """How a DecodeState lies on the devices: each has the candidates of its own."""
+
+    def split(axes: str) -> P:
+        lead = [None] if guided else []
+        return P(*lead, *("data" if axis == "b" else None for axis in axes))
+
+    axes = attention.cache_axes(model.attention)
+    kv: Any = Quantized(split(axes), split(axes.replace("k", ""))) if model.int8_cache else split(axes)
+    cache = [KV(kv, kv)] * model.config.hparams.n_layers
+    return DecodeState(P(), split("bv"), cache, P("data"), P("data"), P("data"))  # type: ignore[arg-type]
 
 
 def _check_finite(bad_position: np.ndarray, first: int) -> None:

@@ -39,7 +39,7 @@ from mindalle_jax.config import Config, load_config
 from mindalle_jax.devices import choose_devices, first_devices, matmul_precision
 from mindalle_jax.files import DEMO, RANKER
 from mindalle_jax.interop.clip import clip_leaf_shapes, read_clip
-from mindalle_jax.models.attention import DECODE_ATTENTION, PRIVATE_PREFIX
+from mindalle_jax.models.attention import DECODE_ATTENTION, PRIVATE_PREFIX, default_backend
 from mindalle_jax.models.clip import CLIP, ClipConfig, ClipTextConfig, ClipVisionConfig
 from mindalle_jax.models.quantization import quantize
 from mindalle_jax.models.transformer import Transformer
@@ -195,7 +195,7 @@ def bench(arguments: argparse.Namespace, config: Config, dtype: Any, mesh: jax.s
             state, parts = start_state(model, mesh, batch, lengths[0], prefix, 0), []
             part: Any = nothing
             for row in range(rows):
-                state = make_room(mesh, state, (row + 1) * steps, lengths)
+                state = make_room(model, mesh, state, (row + 1) * steps, lengths)
                 state, part = decode_segment(model, mesh, steps, jacobi, params, prefix.kv, ids, traced, state, part)
                 parts.append(part)
             passes += state.passes[0]
@@ -289,7 +289,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=0, help="rows of a picture to time, 0 for all (default: 0)")
     parser.add_argument("--jacobi", action="store_true", help="draw a row at once, again and again (default: no)")
     names = list(DECODE_ATTENTION)
-    parser.add_argument("--attention", choices=names, default="xla", help="backend (default: %(default)s)")
+    parser.add_argument("--attention", choices=names, help="backend (default: as of mindalle sample)")
     text = "sizes that the cache grows through (default: 1 on CPU, else 4)"
     parser.add_argument("--segments", type=int, metavar="N", help=text)
     parser.add_argument("--quantize", choices=["weights", "weights+cache"], help="as of mindalle sample")
@@ -303,6 +303,7 @@ def main() -> None:
         jax.config.update("jax_platforms", arguments.device)
     mesh, dtype = choose_devices(None, arguments.dtype, small=arguments.preset != "1.3b")
     device = mesh.devices.flat[0]
+    arguments.attention = arguments.attention or default_backend(device.platform)
     if arguments.segments:
         SEGMENTS[device.platform] = arguments.segments
     with matmul_precision(dtype), jax.threefry_partitionable(True):

@@ -81,7 +81,7 @@ def jax_worker(config: Any, steps: int) -> Callable[[str, int], float]:
         start = time.perf_counter()
         traced = settings.traced(vocab_size)
         for _ in range(steps // row):
-            state = make_room(mesh, state, int(state.t) + row, lengths)
+            state = make_room(model, mesh, state, int(state.t) + row, lengths)
             state, part = decode_segment(model, mesh, row, False, params, prefix.kv, ids, traced, state, part)
         jax.block_until_ready(part)
         seconds = time.perf_counter() - start

@@ -34,19 +34,21 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path(__file__).parent.parent / "configs/mindalle-1.3b.yaml")
     parser.add_argument("--target", choices=TARGETS, default="h100", help="default: %(default)s")
     parser.add_argument("--quantize", choices=["weights", "weights+cache"], help="as of mindalle sample")
-    backends = ["xla", "xla-private", "cudnn", "pallas"]
-    parser.add_argument("--attention", choices=backends, default="xla", help="default: %(default)s")
+    backends = ["xla", "xla-lanes", "xla-private", "cudnn", "pallas"]
+    parser.add_argument("--attention", choices=backends, help="default: as of mindalle sample")
     parser.add_argument("--batch-size", type=int, help="this one alone (default: a table)")
     arguments = parser.parse_args()
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # before jax is imported; nothing is looked for
 
     from mindalle_jax.config import load_config
+    from mindalle_jax.models.attention import default_backend
 
+    attention = arguments.attention or default_backend({"h100": "gpu", "v5e": "tpu"}.get(arguments.target, "cpu"))
     config = load_config(arguments.config)
     pictures = compile_pictures(config, arguments.target, 1 if arguments.target == "cpu" else 16)
     decoding, rows = pictures.temp_size_in_bytes + pictures.output_size_in_bytes, []
     for batch in BATCHES if arguments.batch_size is None else [arguments.batch_size]:
-        rows.append(plan(config, arguments.target, batch, arguments.quantize, arguments.attention, decoding))
+        rows.append(plan(config, arguments.target, batch, arguments.quantize, attention, decoding))
         print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     fits = {}
     for size in MEMORY_GB:
@@ -54,7 +56,7 @@ def main() -> None:
         fits[f"{size} GB"] = max(small, default=None)
     print("largest batch that fits: " + "  ".join(f"{size}: {batch}" for size, batch in fits.items()))
     conditions = {"plan": "sampling", "target": arguments.target, "quantize": arguments.quantize}
-    print(json.dumps(conditions | {"attention": arguments.attention, "rows": rows, "fits": fits}))
+    print(json.dumps(conditions | {"attention": attention, "rows": rows, "fits": fits}))
 
 
 def plan(config: Any, target: str, batch: int, quantize: str | None, attention: str, decoding: int) -> dict[str, Any]:

@@ -57,19 +57,20 @@ def same(a, b) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quantize", "options"),
+    ("quantize", "attention", "options"),
     [
-        (None, {}),
-        ("weights+cache", {"guidance_scale": 2.0}),
-        (None, {"jacobi": True}),
-        (None, {"keep_rows": 3}),
+        (None, "xla", {}),
+        ("weights+cache", "xla-lanes", {"guidance_scale": 2.0}),
+        (None, "xla", {"jacobi": True}),
+        (None, "xla-lanes", {"keep_rows": 3}),
     ],
     ids=str,
 )
-def test_a_cache_that_grows_draws_the_same_codes(tiny_model_folder, monkeypatch, quantize, options):
-    """From two rows to all eight, in four sizes; on two devices too. Likelihoods but for the order of sums."""
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",)) if options == {} else None
+def test_a_cache_that_grows_draws_the_same_codes(tiny_model_folder, monkeypatch, quantize, attention, options):
+    """From two rows to all eight, in four sizes, on two devices. Likelihoods but for the order of sums."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
     model = Dalle.from_pretrained(tiny_model_folder, quantize=quantize, mesh=mesh)
+    model._transformer = model._transformer.copy(attention=attention)
     shared = {"num_candidates": 3, "batch_size": 1, "seed": 1, "ranker": "likelihood"} | options
     if "keep_rows" in options:
         shared["kept_codes"] = np.arange(shared.pop("keep_rows") * WIDTH)
@@ -81,7 +82,7 @@ def test_a_cache_that_grows_draws_the_same_codes(tiny_model_folder, monkeypatch,
     np.testing.assert_allclose(grown.scores, whole.scores, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("attention", [*PRIVATE_PREFIX, "pallas", "reference"])
+@pytest.mark.parametrize("attention", [*PRIVATE_PREFIX, "xla-lanes", "pallas", "reference"])
 @pytest.mark.parametrize("options", [{"guidance_scale": 2.0}, {"keep_rows": 3}], ids=str)
 def test_every_backend_of_attention_draws_the_same_codes(tiny_dalle, monkeypatch, attention, options):
     """After one prefix and after two, and below rows that are given."""

@@ -22,12 +22,28 @@ from mindalle_jax.models.quantization import Quantized, quantize
 class KV(NamedTuple):
     """Keys and values of one layer: [h, p, k] for a shared prefix, [b, h, t, k] for the cache of the candidates.
 
-    Those of a cache may be Quantized, with a scale for each vector. With a private prefix a cache is [b, h, p + t, k],
-    and that of cuDNN [b, p + t, h, k].
+    Those of a cache may be Quantized, with a scale for each vector. With a private prefix its positions are the first
+    of t. Some backends have the axes in another order: CACHE_AXES.
     """
 
     k: Any
     v: Any
+
+
+CACHE_AXES = {"cudnn": "bthk", "xla-lanes": "thkb"}
+"""Order of the axes of a cache, by backend; bhtk of the others."""
+
+PRIVATE_PREFIX = ("xla-private", "cudnn")
+
+
+def default_backend(platform: str) -> str:
+    """The backend for devices of a platform. A TPU computes with candidates in its lanes, or copies the whole cache."""
+    return "xla-lanes" if platform == "tpu" else "xla"
+
+
+def cache_axes(backend: str) -> str:
+    """The axes of keys and values in the cache of a backend, in their order; those of scales are the same without k."""
+    return CACHE_AXES.get(backend, "bhtk")
 
 
 def new_cache(backend: str, batch: int, prefix: KV, kept: KV, length: int) -> KV:
@@ -35,50 +51,54 @@ def new_cache(backend: str, batch: int, prefix: KV, kept: KV, length: int) -> KV
 
     prefix, kept: [h, p, k] and [h, m, k], of which the first `length` are put at the beginning.
     """
-    own = lengthen(KV(kept.k[:, :length], kept.v[:, :length]), length)
-    if backend in PRIVATE_PREFIX:
-        own = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), prefix, own)
-    if backend == "cudnn":
-        own = jax.tree.map(lambda x: x.swapaxes(0, 1), own)
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), own)
+
+    def spread(shared: jax.Array, own: jax.Array) -> jax.Array:
+        own = _pad(own[:, :length], 1, length)
+        if backend in PRIVATE_PREFIX:
+            own = jnp.concatenate([shared, own], axis=1)
+        return _ordered(jnp.broadcast_to(own, (batch, *own.shape)), "bhtk", cache_axes(backend))
+
+    return jax.tree.map(spread, prefix, kept)
 
 
-def lengthen(cache: KV, length: int) -> KV:
-    """The cache of a layer with room for `length` positions, at its end."""
+def lengthen(backend: str, cache: KV, length: int) -> KV:
+    """The cache of a layer with room for `length` positions, at its end; axes before those of cache_axes may lead."""
 
-    def pad(x: jax.Array, axis: int) -> jax.Array:
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = 0, length - x.shape[axis]
-        return jnp.pad(x, widths)
+    def longer(x: Any, axes: str) -> Any:
+        if isinstance(x, Quantized):
+            return Quantized(longer(x.values, axes), longer(x.scale, axes.replace("k", "")))
+        return _pad(x, x.ndim - len(axes) + axes.index("t"), length)
 
-    def longer(x: Any) -> Any:  # [..., t, k], and scales [..., t]
-        return Quantized(pad(x.values, -2), pad(x.scale, -1)) if isinstance(x, Quantized) else pad(x, -2)
-
-    return KV(longer(cache.k), longer(cache.v))
+    return KV(longer(cache.k, cache_axes(backend)), longer(cache.v, cache_axes(backend)))
 
 
-def room(cache: KV) -> int:
+def room(backend: str, cache: KV) -> int:
     """How many positions the cache of a layer holds."""
-    return jax.tree.leaves(cache)[0].shape[-2]
+    return jax.tree.leaves(cache)[0].shape[cache_axes(backend).index("t") - 4]
 
 
-def decode_attention_xla(q: jax.Array, new: KV, prefix: KV, cache: KV, t: jax.Array) -> tuple[jax.Array, KV]:
+def decode_attention_xla(
+    q: jax.Array, new: KV, prefix: KV, cache: KV, t: jax.Array, *, axes: str = "bhtk"
+) -> tuple[jax.Array, KV]:
     """Puts positions t..t+w-1 into the cache; each attends to the prefix and to all positions up to itself.
 
     q and new.k, new.v are [b, w, h, k]; returns ([b, w, h, k], cache). The softmax is in float32. The whole cache is
     read, and what lies beyond is masked: with w = 1, t = 1 of 4 positions and a prefix of 2 the columns are
 
         prefix 0, prefix 1 | position 0, position 1, masked, masked
+
+    axes: of the cache, see CACHE_AXES.
     """
-    cache = _put(cache, new, t)
+    cache = _put(cache, new, t, axes)
     prefix_length, scale = prefix.k.shape[1], q.shape[-1] ** -0.5
     shared = jnp.einsum("bwhk,hpk->bhwp", q, prefix.k, preferred_element_type=jnp.float32)
-    own = _scaled(jnp.einsum("bwhk,bhtk->bhwt", q, _values(cache.k, q), preferred_element_type=jnp.float32), cache.k)
+    own = jnp.einsum(f"bwhk,{axes}->bhwt", q, _values(cache.k, q), preferred_element_type=jnp.float32)
+    own = _scaled(own, cache.k, axes)
     own = jnp.where(_visible(t, *own.shape[-2:]), own, -jnp.inf)
     weights = jax.nn.softmax(jnp.concatenate([shared, own], axis=-1) * scale, axis=-1)
     from_prefix = jnp.einsum("bhwp,hpk->bwhk", weights[..., :prefix_length].astype(q.dtype), prefix.v)
-    own = _scaled(weights[..., prefix_length:], cache.v).astype(q.dtype)
-    return from_prefix + jnp.einsum("bhwt,bhtk->bwhk", own, _values(cache.v, q)), cache
+    own = _scaled(weights[..., prefix_length:], cache.v, axes).astype(q.dtype)
+    return from_prefix + jnp.einsum(f"bhwt,{axes}->bwhk", own, _values(cache.v, q)), cache
 
 
 def decode_attention_reference(q: jax.Array, new: KV, prefix: KV, cache: KV, t: jax.Array) -> tuple[jax.Array, KV]:
@@ -137,7 +157,7 @@ def decode_attention_cudnn(
     For NVIDIA GPUs, bfloat16, and a cache that is not quantised; raises RuntimeError where there is no cuDNN.
     """
     at, (b, window) = prefix.k.shape[1] + t, q.shape[:2]
-    cache = jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice(old, x, (0, at, 0, 0)), cache, new)
+    cache = _put(cache, new, at, CACHE_AXES["cudnn"])
     length = cache.k.shape[1]
     if window == 1:
         limits: Any = {"query_seq_lengths": jnp.ones(b, jnp.int32), "key_value_seq_lengths": jnp.full(b, at + 1)}
@@ -146,10 +166,25 @@ def decode_attention_cudnn(
     return jax.nn.dot_product_attention(q, *cache, **limits, implementation=implementation), cache
 
 
-def _put(cache: KV, new: KV, t: jax.Array) -> KV:
-    at = (0, 0, t, 0)
-    new = _as_in(cache, new)
-    return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice(old, x.swapaxes(1, 2), at[: old.ndim]), cache, new)
+def _put(cache: KV, new: KV, t: jax.Array, axes: str = "bhtk") -> KV:
+    def put(old: jax.Array, x: jax.Array) -> jax.Array:  # x [b, w, h, k], or scales [b, w, h]
+        order = axes if x.ndim == 4 else axes.replace("k", "")
+        start = [t if axis == "t" else 0 for axis in order]
+        return jax.lax.dynamic_update_slice(old, _ordered(x, "bthk"[: x.ndim], order), start)
+
+    return jax.tree.map(put, cache, _as_in(cache, new))
+
+
+def _ordered(x: jax.Array, axes: str, order: str) -> jax.Array:
+    """x with the axes named so, in another order."""
+    return x.transpose([axes.index(axis) for axis in order])
+
+
+def _pad(x: jax.Array, axis: int, length: int) -> jax.Array:
+    """Zeros at the end of an axis, up to the length."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = 0, length - x.shape[axis]
+    return jnp.pad(x, widths)
 
 
 def _as_in(cache: KV, new: KV) -> KV:
@@ -158,7 +193,7 @@ def _as_in(cache: KV, new: KV) -> KV:
 
 
 def _values(own: Any, q: jax.Array) -> jax.Array:
-    """[b, h, t, k] in the dtype of q, but for the scales of int8."""
+    """Keys or values of a cache in the dtype of q, but for the scales of int8."""
     values = own.values if isinstance(own, Quantized) else own
     # XLA may choose another order of axes for the loop, and on a GPU hold the cache twice to get there and back.
     order = Layout(tuple(range(values.ndim)))
@@ -167,9 +202,11 @@ def _values(own: Any, q: jax.Array) -> jax.Array:
     ).astype(q.dtype)
 
 
-def _scaled(x: jax.Array, own: Any) -> jax.Array:
+def _scaled(x: jax.Array, own: Any, axes: str = "bhtk") -> jax.Array:
     """[b, h, w, t] times the scales of the positions t, if there are any."""
-    return x * own.scale[:, :, None].astype(x.dtype) if isinstance(own, Quantized) else x
+    if not isinstance(own, Quantized):
+        return x
+    return x * _ordered(own.scale, axes.replace("k", ""), "bht")[:, :, None].astype(x.dtype)
 
 
 def _visible(t: jax.Array, window: int, length: int) -> jax.Array:
@@ -179,11 +216,10 @@ def _visible(t: jax.Array, window: int, length: int) -> jax.Array:
 
 DECODE_ATTENTION: dict[str, Callable[[jax.Array, KV, KV, KV, jax.Array], tuple[jax.Array, KV]]] = {
     "xla": decode_attention_xla,
+    "xla-lanes": partial(decode_attention_xla, axes=CACHE_AXES["xla-lanes"]),
     "xla-private": decode_attention_private,
     "cudnn": decode_attention_cudnn,
     "pallas": decode_attention_pallas,
     "reference": decode_attention_reference,
 }
 """The backends by name."""
-
-PRIVATE_PREFIX = ("xla-private", "cudnn")

@@ -12,6 +12,7 @@ from PIL import Image
 from mindalle_jax.config import Config
 from mindalle_jax.errors import ConfigError, UsageError
 from mindalle_jax.generation import Generation
+from mindalle_jax.models.attention import default_backend
 from mindalle_jax.models.transformer import Transformer, unstack_blocks
 from mindalle_jax.pictures import PictureCodec
 from mindalle_jax.pipeline import class_prefix
@@ -39,7 +40,8 @@ class Sampler:
         """Writes a grid, a block a prompt. params: all of stage 2, nested, in the layout of training, anywhere."""
         here = NamedSharding(self.mesh, PartitionSpec())
         params = unstack_blocks(jax.tree.map(lambda leaf: jax.device_put(leaf.astype(self.dtype), here), params))
-        model = Transformer(self.config.stage2, stacked=False, dtype=self.dtype)
+        attention = default_backend(self.mesh.devices.flat[0].platform)
+        model = Transformer(self.config.stage2, stacked=False, dtype=self.dtype, attention=attention)
         vocab_size = self.config.stage2.vocab_size_img
         settings = Settings.make(vocab_size, seed=0, temperature=1.0, top_k=min(256, vocab_size), top_p=None)
         codes = np.empty((len(self.prompts), CANDIDATES, self.config.stage2.hparams.ctx_len_img), np.int32)
