@@ -169,12 +169,15 @@ def test_weights_and_cache_stay_where_they_are_on_a_tpu(script, v5e, request):
 
 
 def test_temporary_memory_on_a_tpu(v5e):
-    """As on the GPU. With candidates first, a call would begin and end with the whole cache in another order."""
+    """As on the GPU. With candidates first, a call would begin and end with the whole cache in another order.
+
+    The scales of int8 still are: 5.4 MB a layer beside a cache of 104 MB a layer.
+    """
     two, three = v5e
     whole = three.cache_bytes // 3 * LAYERS
     first, second = (loop.memory.temp_size_in_bytes for loop in (two, three))
     assert three.memory.alias_size_in_bytes >= three.cache_bytes
-    assert first + (LAYERS - 2) * (second - first) < 0.05 * whole
+    assert first + (LAYERS - 2) * (second - first) < 0.065 * whole
 
 
 @pytest.mark.skipif(not NEWEST, reason="XLA of jax 0.10 cannot tile the products of an update without a device")

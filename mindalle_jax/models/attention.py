@@ -46,19 +46,24 @@ def cache_axes(backend: str) -> str:
     return CACHE_AXES.get(backend, "bhtk")
 
 
-def new_cache(backend: str, batch: int, prefix: KV, kept: KV, length: int) -> KV:
-    """The cache of a layer for `batch` candidates, with room for `length` codes; not quantised.
+def new_cache(backend: str, batch: int, prefix: KV, kept: KV, length: int, *, int8: bool) -> KV:
+    """The cache of a layer for `batch` candidates, with room for `length` codes; int8: Quantized.
 
     prefix, kept: [h, p, k] and [h, m, k], of which the first `length` are put at the beginning.
     """
+    axes = cache_axes(backend)
 
-    def spread(shared: jax.Array, own: jax.Array) -> jax.Array:
+    def spread(shared: jax.Array, own: jax.Array) -> Any:
         own = _pad(own[:, :length], 1, length)
         if backend in PRIVATE_PREFIX:
             own = jnp.concatenate([shared, own], axis=1)
-        return _ordered(jnp.broadcast_to(own, (batch, *own.shape)), "bhtk", cache_axes(backend))
+        own = jnp.broadcast_to(own, (batch, *own.shape))
+        if not int8:
+            return _ordered(own, "bhtk", axes)
+        values, scale = quantize(own, own.dtype)
+        return Quantized(_ordered(values, "bhtk", axes), _ordered(scale, "bht", axes.replace("k", "")))
 
-    return jax.tree.map(spread, prefix, kept)
+    return KV(spread(prefix.k, kept.k), spread(prefix.v, kept.v))
 
 
 def lengthen(backend: str, cache: KV, length: int) -> KV:

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 
 from mindalle_jax.config import Stage2Config, Stage2Hparams
 from mindalle_jax.models.attention import DECODE_ATTENTION, KV, new_cache
-from mindalle_jax.models.quantization import quantize
 
 Remat = Literal["none", "dots", "full"]
 
@@ -152,11 +151,10 @@ class Transformer(nn.Module):
         h = self.config.hparams
         empty = jnp.zeros((h.n_heads, 0, h.embed_dim // h.n_heads), self.dtype)
         nothing = [KV(empty, empty)] * h.n_layers
-        room, caches = length or h.ctx_len_img, []
-        for shared, own in zip(prefix or nothing, kept or nothing, strict=True):
-            kv = new_cache(self.attention, batch, shared, own, room)
-            caches.append(KV(*(quantize(x, self.dtype) for x in kv)) if self.int8_cache else kv)
-        return caches
+        return [
+            new_cache(self.attention, batch, shared, own, length or h.ctx_len_img, int8=self.int8_cache)
+            for shared, own in zip(prefix or nothing, kept or nothing, strict=True)
+        ]
 
     def embed_prefix(self, prefix_ids: jax.Array) -> jax.Array:
         """[b, p] -> [b, p, d]. The start vector of the image-only model has no positional embedding."""

@@ -95,7 +95,7 @@ def test_an_int8_cache_is_what_its_values_say(tiny_config, random_params, width)
         assert isinstance(model.new_cache(1)[0].k, Quantized) == int8
         with jax.default_matmul_precision("highest"):
             logits[attention, int8] = decode(model, params, text, codes, width)
-    for attention in ("xla", "pallas"):
+    for attention in ("xla", "xla-lanes", "pallas"):
         np.testing.assert_allclose(logits[attention, True], logits["reference", True], rtol=0, atol=2e-5)
     # Which has the prefix in int8 as well.
     np.testing.assert_allclose(logits["xla-private", True], logits["reference", True], rtol=0, atol=0.05)
