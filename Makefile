@@ -13,6 +13,9 @@ PROMPT ?= a large striped green circle to the left of a small red heart on a gre
 OUT ?= out
 N ?= 16
 
+# Tests with programs that are optimised, as those of a user are; those of the others are not, see tests/conftest.py.
+OPTIMISED := tests/test_golden.py tests/test_demo.py tests/models/test_transformer.py
+
 .PHONY: sample test test-structure
 
 sample: $(VENV)/installed
@@ -22,7 +25,8 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(OPTIMISED:%=--ignore=%)
+	XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -n 2 --dist load $(OPTIMISED)
 
 test-structure: $(VENV)-structure/installed
 	$(VENV)-structure/bin/python -m pytest -ra tests/test_structure_devices.py
