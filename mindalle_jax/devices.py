@@ -32,7 +32,7 @@ def choose_devices(mesh: Mesh | None, dtype: DType | None, *, small: bool = Fals
     if dtype not in ("float32", "bfloat16", None):
         raise UsageError(f"dtype must be 'bfloat16', 'float32' or None, not {dtype!r}")
     if mesh is None:
-        _divide_cpu()
+        divide_cpu()
         devices = jax.devices()
         devices = devices[: CPU_DEVICES if small and devices[0].platform == "cpu" else 1]
     else:
@@ -58,8 +58,11 @@ def first_devices(mesh: Mesh, count: int, replicated: Any) -> tuple[Mesh, Any]:
     return fewer, jax.tree.map(narrow, replicated)
 
 
-def _divide_cpu() -> None:
-    """Lets JAX see CPU_DEVICES, unless somebody said how many there are, or it has looked already."""
+def divide_cpu() -> None:
+    """Lets JAX see CPU_DEVICES, unless somebody said how many there are, or it has looked already.
+
+    To be called before anything of JAX: the first array, or key, makes it look.
+    """
     told = jax.config.values["jax_num_cpu_devices"] >= 0
     if not told and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):

@@ -25,6 +25,7 @@ from mindalle_jax.devices import (
     DType,
     choose_devices,
     device_memory,
+    divide_cpu,
     first_devices,
     matmul_precision,
     use_compilation_cache,
@@ -142,6 +143,7 @@ class Model:
         Raises CheckpointError, ConfigError, DownloadError, OutputError or UsageError with the file and the reason, and
         DeviceMemoryError.
         """
+        divide_cpu()
         folder = find_model(path_or_name, revision=revision, local_files_only=local_files_only)
         return cls(folder, dtype, mesh, quantize)
 

@@ -21,7 +21,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
-from mindalle_jax.devices import DType, choose_devices, device_memory, matmul_precision, use_compilation_cache
+from mindalle_jax.devices import (
+    DType,
+    choose_devices,
+    device_memory,
+    divide_cpu,
+    matmul_precision,
+    use_compilation_cache,
+)
 from mindalle_jax.errors import NonFiniteError, UsageError
 from mindalle_jax.interop.clip import ClipModel, find_clip, read_clip, write_clip
 from mindalle_jax.interop.clip_tokenizer import clip_ids
@@ -75,6 +82,7 @@ class ClipRanker:
 
         Raises CheckpointError or DownloadError with the file and the reason, UsageError for another dtype or mesh.
         """
+        divide_cpu()
         path = find_clip(path_or_name, revision=revision, local_files_only=local_files_only)
         model = read_clip(path, None if tokenizer is None else Path(tokenizer).expanduser())
         ranker = cls(model, dtype=dtype, mesh=mesh)

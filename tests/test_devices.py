@@ -58,8 +58,9 @@ def test_no_device_draws_padding_alone(tiny_model_folder, monkeypatch):
 )
 def test_whoever_spoke_first_says_how_many_devices_a_cpu_has(before, variables, expected):
     """A program that has begun keeps its devices, and so does a person who asked for some."""
-    code = f"import jax; {before}\nfrom mindalle_jax.devices import choose_devices\n"
-    code += "print(choose_devices(None, None, small=True)[0].size, len(jax.devices()))"
+    code = f"import jax; {before}\nfrom mindalle_jax import ClipRanker, Dalle\n"
+    code += "ClipRanker.from_pretrained('demo')\n"  # the command line loads it first
+    code += "print(Dalle.from_pretrained('demo').mesh.size, len(jax.devices()))"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_FLAGS", "JAX_NUM"))}
     environment |= variables | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
