@@ -67,6 +67,18 @@ def divide_cpu() -> None:
     if not told and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
+            global _divided
+            _divided = True
+
+
+_divided = False
+
+
+def training_devices() -> list[Any]:
+    """All devices that somebody gave JAX: of a CPU that divide_cpu divided the first, so that a run is the same after
+    a model was loaded and before."""
+    devices = jax.devices()
+    return devices[:1] if _divided and devices[0].platform == "cpu" else devices
 
 
 def matmul_precision(dtype: Any) -> Any:

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mindalle_jax.devices import training_devices
 from mindalle_jax.errors import ConfigError
 
 Strategy = Literal["replicated", "fsdp", "tensor", "fsdp+tensor"]
@@ -63,7 +64,7 @@ def make_mesh(strategy: Strategy, shape: Mapping[str, int], devices: list[Any] |
     shape: sizes of some of the axes; the axis that the strategy is named after (data for replicated, fsdp for
     fsdp+tensor) takes what is left. Raises ConfigError where the sizes do not fit the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = training_devices() if devices is None else devices
     rest = {"replicated": "data", "tensor": "tensor"}.get(strategy, "fsdp")
     sizes = {axis: shape.get(axis, 1) for axis in AXES}
     if rest not in shape:

@@ -26,6 +26,7 @@ from mindalle_jax.cli import HelpFormatter, run_reporting
 from mindalle_jax.cli import main as mindalle
 from mindalle_jax.config import ExperimentConfig, load_section
 from mindalle_jax.data.scenes import captions, draw, make_scene, write_scenes
+from mindalle_jax.devices import training_devices
 from mindalle_jax.errors import MindalleError
 from mindalle_jax.evaluation.scene_accuracy import accuracy, draw_scenes, nearest
 from mindalle_jax.evaluation.scenes import judge
@@ -111,7 +112,7 @@ def main(arguments: argparse.Namespace) -> None:
 def local_batch_size(file: Path, overrides: list[str]) -> str:
     """The override that gives each device its share of a batch at once: CLIP's cannot be split into micro-batches."""
     total = load_section(file, overrides, "experiment", ExperimentConfig).total_batch_size
-    return f"experiment.local_batch_size={max(1, total // jax.device_count())}"
+    return f"experiment.local_batch_size={max(1, total // len(training_devices()))}"
 
 
 def run(program: str, *arguments: Any) -> None:

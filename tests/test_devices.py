@@ -57,11 +57,15 @@ def test_no_device_draws_padding_alone(tiny_model_folder, monkeypatch):
     ],
 )
 def test_whoever_spoke_first_says_how_many_devices_a_cpu_has(before, variables, expected):
-    """A program that has begun keeps its devices, and so does a person who asked for some."""
+    """A program that has begun keeps its devices, and so does a person who asked for some. A run is not divided."""
     code = f"import jax; {before}\nfrom mindalle_jax import ClipRanker, Dalle\n"
     code += "ClipRanker.from_pretrained('demo')\n"  # the command line loads it first
-    code += "print(Dalle.from_pretrained('demo').mesh.size, len(jax.devices()))"
+    code += "from mindalle_jax.sharding import make_mesh\n"
+    code += "size = Dalle.from_pretrained('demo').mesh.size\n"
+    code += "print(size, len(jax.devices()), make_mesh('replicated', {}).size)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_FLAGS", "JAX_NUM"))}
     environment |= variables | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(min(expected, CPU_DEVICES)), str(expected)]
+    divided = before == "" and not variables
+    numbers = [min(expected, CPU_DEVICES), expected, 1 if divided else expected]
+    assert [int(number) for number in done.stdout.split()] == numbers

@@ -24,7 +24,7 @@ from mindalle_jax.data.loader import Loader
 from mindalle_jax.data.samples import Source
 from mindalle_jax.data.samples import Task as DataTask
 from mindalle_jax.data.sources import open_source
-from mindalle_jax.devices import device_memory, matmul_precision, use_compilation_cache
+from mindalle_jax.devices import device_memory, matmul_precision, training_devices, use_compilation_cache
 from mindalle_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from mindalle_jax.sharding import BATCH, batch_devices, make_mesh
 from mindalle_jax.training.config import RunConfig
@@ -268,7 +268,7 @@ class Run(abc.ABC):
             "last_loss": train[-1]["loss"],
             "validation_loss": valid[-1]["loss"] if valid else None,
             "seconds_since_the_last_start": round(seconds, 1),
-            "devices": jax.device_count(),
+            "devices": len(training_devices()),
             "device": jax.devices()[0].device_kind,
         }
         (self.out / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
