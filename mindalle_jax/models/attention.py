@@ -146,12 +146,8 @@ def decode_attention_pallas(q: jax.Array, new: KV, prefix: KV, cache: KV, t: jax
 
 def decode_attention_private(q: jax.Array, new: KV, prefix: KV, cache: KV, t: jax.Array) -> tuple[jax.Array, KV]:
     """The same with a private prefix, whose keys and values are the first p of the cache: two products a layer."""
-    at = prefix.k.shape[1] + t
-    cache = _put(cache, new, at)
-    scores = _scaled(jnp.einsum("bwhk,bhtk->bhwt", q, _values(cache.k, q), preferred_element_type=jnp.float32), cache.k)
-    scores = jnp.where(_visible(at, *scores.shape[-2:]), scores, -jnp.inf)
-    weights = _scaled(jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1), cache.v).astype(q.dtype)
-    return jnp.einsum("bhwt,bhtk->bwhk", weights, _values(cache.v, q)), cache
+    nothing = KV(prefix.k[:, :0], prefix.v[:, :0])
+    return decode_attention_xla(q, new, nothing, cache, prefix.k.shape[1] + t)
 
 
 def decode_attention_cudnn(
