@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import mindalle_jax
-from mindalle_jax.config import Stage1Config, load_config
+from mindalle_jax.config.schema import Stage1Config, load_config
 from mindalle_jax.devices import (
     DType,
     choose_devices,

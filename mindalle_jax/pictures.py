@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
-from mindalle_jax.config import Stage1Config
+from mindalle_jax.config.schema import Stage1Config
 from mindalle_jax.devices import first_devices, matmul_precision
 from mindalle_jax.errors import UsageError
 from mindalle_jax.models.vqgan import VQGAN

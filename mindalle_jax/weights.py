@@ -27,7 +27,7 @@ import numpy as np
 import safetensors
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from mindalle_jax.config import Config
+from mindalle_jax.config.schema import Config
 from mindalle_jax.errors import CheckpointError, UsageError
 from mindalle_jax.files import SYNC_BYTES, to_disk
 from mindalle_jax.models.quantization import quantize

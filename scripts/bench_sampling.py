@@ -35,7 +35,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from plan_sampling import compile_loop_of
 
-from mindalle_jax.config import Config, load_config
+from mindalle_jax.config.schema import Config, load_config
 from mindalle_jax.devices import choose_devices, first_devices, matmul_precision
 from mindalle_jax.files import DEMO, RANKER
 from mindalle_jax.interop.clip import clip_leaf_shapes, read_clip

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from plan_training import compile_update
 
-from mindalle_jax.config import load_config
+from mindalle_jax.config.schema import load_config
 from mindalle_jax.files import DEMO
 from mindalle_jax.training.monitor import PEAK_FLOPS, flops_per_sequence
 

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mindalle_jax.config import load_config
+from mindalle_jax.config.schema import load_config
 from mindalle_jax.devices import CPU_DEVICES
 
 ROOT = Path(__file__).parent.parent

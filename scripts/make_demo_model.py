@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mindalle_jax.cli import HelpFormatter, run_reporting
 from mindalle_jax.cli import main as mindalle
-from mindalle_jax.config import ExperimentConfig, load_section
+from mindalle_jax.config.schema import ExperimentConfig, load_section
 from mindalle_jax.data.scenes import captions, draw, make_scene, write_scenes
 from mindalle_jax.devices import training_devices
 from mindalle_jax.errors import MindalleError

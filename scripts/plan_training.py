@@ -72,7 +72,7 @@ def compile_update(
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from mindalle_jax.config import Config
+    from mindalle_jax.config.schema import Config
     from mindalle_jax.models.transformer import Transformer
     from mindalle_jax.sharding import BATCH, SplitByBatch, batch_devices, make_mesh, param_shardings
     from mindalle_jax.training import lora

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mindalle_jax.config import Config, dump_config, load_config
+from mindalle_jax.config.schema import Config, dump_config, load_config
 from mindalle_jax.files import check_free_disk, check_output
 from mindalle_jax.interop.key_maps import slots
 from mindalle_jax.interop.mindalle import STAGE_FILES, export_checkpoint, import_checkpoint

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mindalle_jax.config import (
+from mindalle_jax.config.schema import (
     Config,
     ExperimentConfig,
     OptimizerConfig,

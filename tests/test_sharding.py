@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from mindalle_jax.config import Config, Stage2Config, Stage2Hparams
+from mindalle_jax.config.schema import Config, Stage2Config, Stage2Hparams
 from mindalle_jax.errors import ConfigError
 from mindalle_jax.sharding import (
     AXES,

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from mindalle_jax.config import Config
+from mindalle_jax.config.schema import Config
 
 # Pallas for Triton.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")

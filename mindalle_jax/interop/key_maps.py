@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mindalle_jax.config import Config
+from mindalle_jax.config.schema import Config
 from mindalle_jax.errors import CheckpointError
 from mindalle_jax.weights import Stage, leaf_shapes
 

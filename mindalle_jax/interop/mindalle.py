@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 import mindalle_jax
-from mindalle_jax.config import Config, Stage1Hparams, dump_config, load_config
+from mindalle_jax.config.schema import Config, Stage1Hparams, dump_config, load_config
 from mindalle_jax.errors import CheckpointError, ConfigError, DownloadError, OutputError, UsageError
 from mindalle_jax.files import DEMO, check_apart, check_free_disk, new_folder
 from mindalle_jax.interop.download import RELEASES, cache_dir, fetch_release

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mindalle_jax.config import Stage2Config, Stage2Hparams
+from mindalle_jax.config.schema import Stage2Config, Stage2Hparams
 from mindalle_jax.models.attention import DECODE_ATTENTION, KV, new_cache
 
 Remat = Literal["none", "dots", "full"]

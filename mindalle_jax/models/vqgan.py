@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mindalle_jax.config import Stage1Config, Stage1Hparams
+from mindalle_jax.config.schema import Stage1Config, Stage1Hparams
 
 
 class Autoencoded(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from mindalle_jax.config import (
+from mindalle_jax.config.schema import (
     Config,
     DatasetConfig,
     ExperimentConfig,

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from mindalle_jax.checkpoint import Checkpoints
-from mindalle_jax.config import dump_config, load_config
+from mindalle_jax.config.schema import dump_config, load_config
 from mindalle_jax.errors import ConfigError, OutputError
 from mindalle_jax.files import check_writable, disk_errors
 from mindalle_jax.training.config import SCRATCH, FinetuneConfig, RunConfig

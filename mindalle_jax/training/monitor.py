@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from mindalle_jax.config import Config
+from mindalle_jax.config.schema import Config
 from mindalle_jax.weights import leaf_shapes
 
 # Dense bfloat16 FLOP/s by the makers' data sheets, by jax's device_kind.

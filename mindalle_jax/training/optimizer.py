@@ -5,7 +5,7 @@ from typing import Any
 
 import optax
 
-from mindalle_jax.config import OptimizerConfig
+from mindalle_jax.config.schema import OptimizerConfig
 from mindalle_jax.errors import ConfigError
 
 MUON_RMS = 0.2

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from mindalle_jax.config import Config
+from mindalle_jax.config.schema import Config
 from mindalle_jax.errors import ConfigError, UsageError
 from mindalle_jax.generation import Generation
 from mindalle_jax.models.attention import default_backend

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mindalle_jax.config import (
+from mindalle_jax.config.schema import (
     Config,
     DatasetConfig,
     Stage1Config,

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from mindalle_jax.config import OptimizerConfig, Stage1Config, check_stage1
+from mindalle_jax.config.schema import OptimizerConfig, Stage1Config, check_stage1
 from mindalle_jax.errors import ConfigError
 from mindalle_jax.training.config import SCRATCH, LoopConfig, RunConfig
 

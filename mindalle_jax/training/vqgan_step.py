@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mindalle_jax.config import Stage1Config
+from mindalle_jax.config.schema import Stage1Config
 from mindalle_jax.models.discriminator import PatchDiscriminator
 from mindalle_jax.models.lpips import LPIPS
 from mindalle_jax.models.vqgan import VQGAN, Autoencoded

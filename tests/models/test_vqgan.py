@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mindalle_jax.config import Config, Stage1Config, Stage1Hparams
+from mindalle_jax.config.schema import Config, Stage1Config, Stage1Hparams
 from mindalle_jax.models.vqgan import VQGAN
 
 TOLERANCE = 1e-4

@@ -17,7 +17,7 @@ import safetensors.numpy
 from training_runs import metrics, weights_crc32, write_code_set, write_config
 
 from mindalle_jax import Dalle, cli
-from mindalle_jax.config import Config
+from mindalle_jax.config.schema import Config
 from mindalle_jax.data.codes import vqgan_digest
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.interop.mindalle import import_checkpoint

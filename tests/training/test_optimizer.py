@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from mindalle_jax.config import OptimizerConfig
+from mindalle_jax.config.schema import OptimizerConfig
 from mindalle_jax.training.optimizer import learning_rate, make_optimizer
 from mindalle_jax.training.step import updates_made
 

@@ -12,7 +12,7 @@ import pytest
 from training_runs import checkpoint_arrays, metrics, weights_crc32, write_code_set, write_config
 
 from mindalle_jax import Dalle, ImageGPT, cli
-from mindalle_jax.config import load_config
+from mindalle_jax.config.schema import load_config
 from mindalle_jax.tokenizer import VOCAB_FILE
 from mindalle_jax.training.finetune import FinetuneRun, read_finetune
 from mindalle_jax.training.folder import check_base, start_folder

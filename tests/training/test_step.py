@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from mindalle_jax.config import Config
+from mindalle_jax.config.schema import Config
 from mindalle_jax.interop.mindalle import import_checkpoint
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.sharding import SplitByBatch, make_mesh, param_shardings

@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mindalle_jax.config import Config, Stage1Config, Stage1Hparams
+from mindalle_jax.config.schema import Config, Stage1Config, Stage1Hparams
 from mindalle_jax.models.discriminator import PatchDiscriminator
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.training.codebook import starts_at_once
