@@ -16,7 +16,7 @@ from mindalle_jax.devices import DType
 from mindalle_jax.drawing import Callback, Job, Model, Quantize, Ranker
 from mindalle_jax.errors import CheckpointError, UsageError
 from mindalle_jax.generation import Generation
-from mindalle_jax.interop.download import cache_dir
+from mindalle_jax.hub.download import cache_dir
 from mindalle_jax.interop.mindalle import find_model
 from mindalle_jax.pictures import check_ids
 from mindalle_jax.sampling import DEFAULT_TOP_K

@@ -787,7 +787,7 @@ def test_convert_to_a_place_that_is_taken(mindalle_cli, tmp_path, tiny_folder, t
 
 
 def test_the_target_is_looked_at_before_anything_is_downloaded(mindalle_cli, tmp_path, monkeypatch):
-    from mindalle_jax.interop import download
+    from mindalle_jax.hub import download
 
     monkeypatch.setattr(download, "fetch_release", lambda *_, **__: pytest.fail("5 GB were downloaded"))
     code, _, err = mindalle_cli("convert", "minDALL-E/1.3B", tmp_path)

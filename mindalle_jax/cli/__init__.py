@@ -203,8 +203,8 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_convert(arguments: argparse.Namespace) -> None:
     """What `mindalle convert` does."""
-    from mindalle_jax.interop.download import RELEASES, fetch_release
-    from mindalle_jax.interop.hub import fetch_repo, is_repo_id
+    from mindalle_jax.hub.download import RELEASES, fetch_release
+    from mindalle_jax.hub.huggingface import fetch_repo, is_repo_id
     from mindalle_jax.interop.mindalle import (
         MODEL_FILES,
         MODEL_MARKS,

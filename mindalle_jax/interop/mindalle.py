@@ -24,8 +24,8 @@ import mindalle_jax
 from mindalle_jax.config.schema import Config, Stage1Hparams, dump_config, load_config
 from mindalle_jax.errors import CheckpointError, ConfigError, DownloadError, OutputError, UsageError
 from mindalle_jax.files import DEMO, check_apart, check_free_disk, new_folder
-from mindalle_jax.interop.download import RELEASES, cache_dir, fetch_release
-from mindalle_jax.interop.hub import fetch_repo, is_repo_id
+from mindalle_jax.hub.download import RELEASES, cache_dir, fetch_release
+from mindalle_jax.hub.huggingface import fetch_repo, is_repo_id
 from mindalle_jax.interop.key_maps import Slot, check_keys, slots, to_float32
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
 from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE, TextTokenizer

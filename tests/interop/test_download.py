@@ -28,10 +28,10 @@ from pathlib import Path
 import pytest
 
 from mindalle_jax.errors import CheckpointError, DownloadError, OutputError, UsageError
+from mindalle_jax.hub.download import RELEASES, Release, cache_dir, download, fetch_release
+from mindalle_jax.hub.unpack import FILES, unpack
 from mindalle_jax.interop import download as module
 from mindalle_jax.interop import unpack as unpack_module
-from mindalle_jax.interop.download import RELEASES, Release, cache_dir, download, fetch_release
-from mindalle_jax.interop.unpack import FILES, unpack
 
 NAME = "minDALL-E/1.3B"
 BODY = random.Random(0).randbytes(300_000)
@@ -237,7 +237,7 @@ def test_killed_process_is_continued_and_holds_no_lock(server, tmp_path):
     """kill -9: the bytes and the note on disk are enough, and the lock dies with the process."""
     server.faults = [faulty(cut=200_000, stall=True)]
     path, part = tmp_path / "file.tar.gz", tmp_path / "file.tar.gz.part"
-    code = "import sys, pathlib; from mindalle_jax.interop.download import download as d; "
+    code = "import sys, pathlib; from mindalle_jax.hub.download import download as d; "
     code += "d(sys.argv[1], pathlib.Path(sys.argv[2]), md5=sys.argv[3])"
     child = subprocess.Popen([sys.executable, "-c", code, server.url, str(path), BODY_MD5])
     deadline = time.monotonic() + 15
