@@ -4,6 +4,6 @@ __version__ = "0.1.0"
 
 from mindalle_jax.generation import Generation, Progress
 from mindalle_jax.pipeline import Dalle, ImageGPT
-from mindalle_jax.rerank import ClipRanker
+from mindalle_jax.ranking.ranker import ClipRanker
 
 __all__ = ["ClipRanker", "Dalle", "Generation", "ImageGPT", "Progress", "__version__"]

@@ -45,7 +45,7 @@ from mindalle_jax.models.quantization import quantize
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.pictures import decode_pictures
-from mindalle_jax.rerank import encode_pictures
+from mindalle_jax.ranking.ranker import encode_pictures
 from mindalle_jax.sampling import (
     SEGMENTS,
     Settings,

@@ -32,7 +32,7 @@ from mindalle_jax.evaluation.scene_accuracy import accuracy, draw_scenes, neares
 from mindalle_jax.evaluation.scenes import judge
 from mindalle_jax.interop.mindalle import copy_model
 from mindalle_jax.pipeline import Dalle
-from mindalle_jax.rerank import ClipRanker
+from mindalle_jax.ranking.ranker import ClipRanker
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_TRAIN, NUM_VALID = 40_000, 500

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from mindalle_jax import rerank
 from mindalle_jax.errors import CheckpointError, DeviceMemoryError, NonFiniteError, OutputError, UsageError
 from mindalle_jax.interop.clip import ClipModel
 from mindalle_jax.models.clip import CLIP, PIXEL_MEAN, PIXEL_STD, ClipConfig, ClipTextConfig, ClipVisionConfig
-from mindalle_jax.rerank import ClipRanker, resampling_taps, resize_and_crop, resize_square
+from mindalle_jax.ranking import ranker as rerank
+from mindalle_jax.ranking.ranker import ClipRanker, resampling_taps, resize_and_crop, resize_square
 
 WORDS = ["<start>", "a", "red", "cat", "dog", "on", "the", "moon", "<unk>", "<end>"]
 START, END = 0, 9

@@ -401,7 +401,7 @@ def _ranker(name: str) -> Any:
     """What --ranker names, loaded."""
     if name in ("off", "likelihood"):
         return None if name == "off" else name
-    from mindalle_jax.rerank import ClipRanker
+    from mindalle_jax.ranking.ranker import ClipRanker
 
     return ClipRanker.from_pretrained(name)
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from mindalle_jax.data.scenes import Scene, Split, Style, captions, make_scene
 from mindalle_jax.evaluation.scenes import Verdict, judge
 from mindalle_jax.pipeline import Dalle
-from mindalle_jax.rerank import ClipRanker
+from mindalle_jax.ranking.ranker import ClipRanker
 
 
 class Drawn(NamedTuple):
