@@ -32,10 +32,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 import mindalle_jax
-from mindalle_jax.devices import device_memory
 from mindalle_jax.digest import digests
 from mindalle_jax.errors import CheckpointError, OutputError, UsageError, one_line
 from mindalle_jax.files import check_free_disk, disk_errors
+from mindalle_jax.runtime.devices import device_memory
 
 FORMAT_VERSION = 1
 _STATE, _RECORD, _REMOVED = "state", "record", ".removed"

@@ -21,7 +21,13 @@ from tqdm import tqdm
 
 import mindalle_jax
 from mindalle_jax.config.schema import Stage1Config, load_config
-from mindalle_jax.devices import (
+from mindalle_jax.errors import CheckpointError, UsageError
+from mindalle_jax.generation import Generation, Progress
+from mindalle_jax.interop.mindalle import copy_model, find_model
+from mindalle_jax.models.attention import default_backend
+from mindalle_jax.models.transformer import Transformer
+from mindalle_jax.pictures import PictureCodec, check_ids, check_keep_rows, check_picture
+from mindalle_jax.runtime.devices import (
     DType,
     choose_devices,
     device_memory,
@@ -30,12 +36,6 @@ from mindalle_jax.devices import (
     matmul_precision,
     use_compilation_cache,
 )
-from mindalle_jax.errors import CheckpointError, UsageError
-from mindalle_jax.generation import Generation, Progress
-from mindalle_jax.interop.mindalle import copy_model, find_model
-from mindalle_jax.models.attention import default_backend
-from mindalle_jax.models.transformer import Transformer
-from mindalle_jax.pictures import PictureCodec, check_ids, check_keep_rows, check_picture
 from mindalle_jax.sampling import (
     Settings,
     check_num_candidates,

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 from PIL import Image
 
 from mindalle_jax.config.schema import Stage1Config
-from mindalle_jax.devices import first_devices, matmul_precision
 from mindalle_jax.errors import UsageError
 from mindalle_jax.models.vqgan import VQGAN
+from mindalle_jax.runtime.devices import first_devices, matmul_precision
 
 
 class PictureCodec:

@@ -36,7 +36,6 @@ from jax.sharding import PartitionSpec as P
 from plan_sampling import compile_loop_of
 
 from mindalle_jax.config.schema import Config, load_config
-from mindalle_jax.devices import choose_devices, first_devices, matmul_precision
 from mindalle_jax.files import DEMO, RANKER
 from mindalle_jax.interop.clip import clip_leaf_shapes, read_clip
 from mindalle_jax.models.attention import DECODE_ATTENTION, PRIVATE_PREFIX, default_backend
@@ -46,6 +45,7 @@ from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.pictures import decode_pictures
 from mindalle_jax.ranking.ranker import encode_pictures
+from mindalle_jax.runtime.devices import choose_devices, first_devices, matmul_precision
 from mindalle_jax.sampling import (
     SEGMENTS,
     Settings,

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from mindalle_jax.config.schema import load_config
-from mindalle_jax.devices import CPU_DEVICES
+from mindalle_jax.runtime.devices import CPU_DEVICES
 
 ROOT = Path(__file__).parent.parent
 PRESETS = {
@@ -45,8 +45,8 @@ def jax_worker(config: Any, steps: int) -> Callable[[str, int], float]:
     import numpy as np
     from bench_sampling import random_params, sampling_shapes
 
-    from mindalle_jax.devices import first_devices
     from mindalle_jax.models.transformer import Transformer
+    from mindalle_jax.runtime.devices import first_devices
     from mindalle_jax.sampling import (
         Settings,
         cache_lengths,

@@ -29,11 +29,11 @@ from mindalle_jax.config.schema import dump_config
 from mindalle_jax.data.codes import vqgan_digest
 from mindalle_jax.data.loader import Loader
 from mindalle_jax.data.sources import open_source
-from mindalle_jax.devices import matmul_precision, use_compilation_cache
 from mindalle_jax.errors import ConfigError, MindalleError, NonFiniteError
 from mindalle_jax.files import check_output, disk_errors
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
+from mindalle_jax.runtime.devices import matmul_precision, use_compilation_cache
 from mindalle_jax.tokenizer import TextTokenizer
 from mindalle_jax.training.config import FinetuneConfig
 from mindalle_jax.training.finetune import read_finetune

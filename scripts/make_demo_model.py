@@ -26,13 +26,13 @@ from mindalle_jax.cli import HelpFormatter, run_reporting
 from mindalle_jax.cli import main as mindalle
 from mindalle_jax.config.schema import ExperimentConfig, load_section
 from mindalle_jax.data.scenes import captions, draw, make_scene, write_scenes
-from mindalle_jax.devices import training_devices
 from mindalle_jax.errors import MindalleError
 from mindalle_jax.evaluation.scene_accuracy import accuracy, draw_scenes, nearest
 from mindalle_jax.evaluation.scenes import judge
 from mindalle_jax.interop.mindalle import copy_model
 from mindalle_jax.pipeline import Dalle
 from mindalle_jax.ranking.ranker import ClipRanker
+from mindalle_jax.runtime.devices import training_devices
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_TRAIN, NUM_VALID = 40_000, 500

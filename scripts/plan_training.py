@@ -74,7 +74,7 @@ def compile_update(
 
     from mindalle_jax.config.schema import Config
     from mindalle_jax.models.transformer import Transformer
-    from mindalle_jax.sharding import BATCH, SplitByBatch, batch_devices, make_mesh, param_shardings
+    from mindalle_jax.runtime.sharding import BATCH, SplitByBatch, batch_devices, make_mesh, param_shardings
     from mindalle_jax.training import lora
     from mindalle_jax.training.config import load_finetune_config
     from mindalle_jax.training.optimizer import learning_rate, make_optimizer

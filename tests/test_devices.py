@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mindalle_jax import Dalle, drawing, sampling
-from mindalle_jax.devices import CPU_DEVICES, choose_devices
+from mindalle_jax.runtime.devices import CPU_DEVICES, choose_devices
 
 
 @pytest.mark.skipif(os.cpu_count() == 1, reason="one core makes one device")
@@ -60,7 +60,7 @@ def test_whoever_spoke_first_says_how_many_devices_a_cpu_has(before, variables, 
     """A program that has begun keeps its devices, and so does a person who asked for some. A run is not divided."""
     code = f"import jax; {before}\nfrom mindalle_jax import ClipRanker, Dalle\n"
     code += "ClipRanker.from_pretrained('demo')\n"  # the command line loads it first
-    code += "from mindalle_jax.sharding import make_mesh\n"
+    code += "from mindalle_jax.runtime.sharding import make_mesh\n"
     code += "size = Dalle.from_pretrained('demo').mesh.size\n"
     code += "print(size, len(jax.devices()), make_mesh('replicated', {}).size)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_FLAGS", "JAX_NUM"))}

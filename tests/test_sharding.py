@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from mindalle_jax.config.schema import Config, Stage2Config, Stage2Hparams
 from mindalle_jax.errors import ConfigError
-from mindalle_jax.sharding import (
+from mindalle_jax.runtime.sharding import (
     AXES,
     BATCH,
     LOGICAL_AXES,

@@ -276,7 +276,7 @@ def _run(train: Callable[..., bool], arguments: argparse.Namespace) -> None:
     if any("=" not in override for override in arguments.overrides):
         raise UsageError("overrides have the form section.key=value, such as data.train=photos")
     if arguments.distributed:
-        from mindalle_jax.devices import join_processes
+        from mindalle_jax.runtime.devices import join_processes
 
         join_processes()
     complete = train(

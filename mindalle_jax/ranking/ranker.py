@@ -21,7 +21,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
-from mindalle_jax.devices import (
+from mindalle_jax.errors import NonFiniteError, UsageError
+from mindalle_jax.interop.clip import ClipModel, find_clip, read_clip, write_clip
+from mindalle_jax.interop.clip_tokenizer import clip_ids
+from mindalle_jax.models.clip import CLIP, normalise_pictures
+from mindalle_jax.pictures import check_pixels
+from mindalle_jax.runtime.devices import (
     DType,
     choose_devices,
     device_memory,
@@ -29,11 +34,6 @@ from mindalle_jax.devices import (
     matmul_precision,
     use_compilation_cache,
 )
-from mindalle_jax.errors import NonFiniteError, UsageError
-from mindalle_jax.interop.clip import ClipModel, find_clip, read_clip, write_clip
-from mindalle_jax.interop.clip_tokenizer import clip_ids
-from mindalle_jax.models.clip import CLIP, normalise_pictures
-from mindalle_jax.pictures import check_pixels
 from mindalle_jax.tokenizer import check_prompt, quote_prompt
 from mindalle_jax.weights import DiskDType
 

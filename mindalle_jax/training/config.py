@@ -22,7 +22,7 @@ from mindalle_jax.config.schema import (
 )
 from mindalle_jax.errors import ConfigError
 from mindalle_jax.models.transformer import Remat
-from mindalle_jax.sharding import AXES, Strategy
+from mindalle_jax.runtime.sharding import AXES, Strategy
 
 SCRATCH = "scratch"
 """The name under training.init_from that stands for no model."""

@@ -17,12 +17,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mindalle_jax.config.schema import load_config, load_section
 from mindalle_jax.data.codes import vqgan_digest
-from mindalle_jax.devices import matmul_precision
 from mindalle_jax.errors import ConfigError
 from mindalle_jax.interop.mindalle import find_model
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
-from mindalle_jax.sharding import BATCH, SplitByBatch, param_shardings
+from mindalle_jax.runtime.devices import matmul_precision
+from mindalle_jax.runtime.sharding import BATCH, SplitByBatch, param_shardings
 from mindalle_jax.tokenizer import TextTokenizer
 from mindalle_jax.training import lora
 from mindalle_jax.training.config import SCRATCH, FinetuneConfig, TrainingConfig, load_finetune_config

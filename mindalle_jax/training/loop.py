@@ -24,9 +24,9 @@ from mindalle_jax.data.loader import Loader
 from mindalle_jax.data.samples import Source
 from mindalle_jax.data.samples import Task as DataTask
 from mindalle_jax.data.sources import open_source
-from mindalle_jax.devices import device_memory, matmul_precision, training_devices, use_compilation_cache
 from mindalle_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from mindalle_jax.sharding import BATCH, batch_devices, make_mesh
+from mindalle_jax.runtime.devices import device_memory, matmul_precision, training_devices, use_compilation_cache
+from mindalle_jax.runtime.sharding import BATCH, batch_devices, make_mesh
 from mindalle_jax.training.config import RunConfig
 from mindalle_jax.training.monitor import Monitor, memory_line
 from mindalle_jax.training.optimizer import count_steps, learning_rate

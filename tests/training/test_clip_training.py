@@ -25,7 +25,7 @@ from mindalle_jax.errors import CheckpointError, ConfigError, DataError
 from mindalle_jax.interop.clip import ClipModel, _slots, clip_leaf_shapes, write_clip
 from mindalle_jax.interop.clip_tokenizer import read_clip_tokenizer
 from mindalle_jax.models.clip import CLIP, PIXEL_MEAN, PIXEL_STD, ClipConfig, ClipTextConfig, ClipVisionConfig
-from mindalle_jax.sharding import BATCH, make_mesh
+from mindalle_jax.runtime.sharding import BATCH, make_mesh
 from mindalle_jax.training import clip
 from mindalle_jax.training.clip import ClipRun, ClipTrainConfig, train_clip
 from mindalle_jax.training.clip_step import MAX_LOGIT_SCALE, ClipTask, clip_step, contrastive_sums, init_params

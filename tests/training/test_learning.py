@@ -22,7 +22,7 @@ from mindalle_jax.data.codes import vqgan_digest
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.interop.mindalle import import_checkpoint
 from mindalle_jax.models.transformer import Transformer
-from mindalle_jax.sharding import make_mesh, param_shardings
+from mindalle_jax.runtime.sharding import make_mesh, param_shardings
 from mindalle_jax.training.lora import matches
 from mindalle_jax.training.optimizer import learning_rate, make_optimizer
 from mindalle_jax.training.step import Task, init_state, train_step

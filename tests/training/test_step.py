@@ -9,7 +9,7 @@ import pytest
 from mindalle_jax.config.schema import Config
 from mindalle_jax.interop.mindalle import import_checkpoint
 from mindalle_jax.models.transformer import Transformer
-from mindalle_jax.sharding import SplitByBatch, make_mesh, param_shardings
+from mindalle_jax.runtime.sharding import SplitByBatch, make_mesh, param_shardings
 from mindalle_jax.training.config import load_finetune_config
 from mindalle_jax.training.monitor import flops_per_sequence
 from mindalle_jax.training.optimizer import learning_rate, make_optimizer

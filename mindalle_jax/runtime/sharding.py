@@ -21,8 +21,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mindalle_jax.devices import training_devices
 from mindalle_jax.errors import ConfigError
+from mindalle_jax.runtime.devices import training_devices
 
 Strategy = Literal["replicated", "fsdp", "tensor", "fsdp+tensor"]
 AXES = ("data", "fsdp", "tensor")
