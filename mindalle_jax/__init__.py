@@ -2,8 +2,8 @@
 
 __version__ = "0.1.0"
 
-from mindalle_jax.generation import Generation, Progress
 from mindalle_jax.pipeline import Dalle, ImageGPT
 from mindalle_jax.ranking.ranker import ClipRanker
+from mindalle_jax.sampling.result import Generation, Progress
 
 __all__ = ["ClipRanker", "Dalle", "Generation", "ImageGPT", "Progress", "__version__"]

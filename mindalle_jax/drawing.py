@@ -22,11 +22,9 @@ from tqdm import tqdm
 import mindalle_jax
 from mindalle_jax.config.schema import Stage1Config, load_config
 from mindalle_jax.errors import CheckpointError, UsageError
-from mindalle_jax.generation import Generation, Progress
 from mindalle_jax.interop.mindalle import copy_model, find_model
 from mindalle_jax.models.attention import default_backend
 from mindalle_jax.models.transformer import Transformer
-from mindalle_jax.pictures import PictureCodec, check_ids, check_keep_rows, check_picture
 from mindalle_jax.runtime.devices import (
     DType,
     choose_devices,
@@ -36,12 +34,14 @@ from mindalle_jax.runtime.devices import (
     matmul_precision,
     use_compilation_cache,
 )
-from mindalle_jax.sampling import (
+from mindalle_jax.sampling.codec import PictureCodec, check_ids, check_keep_rows, check_picture
+from mindalle_jax.sampling.decode import (
     Settings,
     check_num_candidates,
     default_batch_size,
     sample_codes,
 )
+from mindalle_jax.sampling.result import Generation, Progress
 from mindalle_jax.weights import MANIFEST, DiskDType, count_parameters, load_params, read_manifest
 
 Callback = Callable[[Progress], bool | None]

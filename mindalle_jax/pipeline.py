@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 from mindalle_jax.config.schema import Config, Stage2Config, dump_config
 from mindalle_jax.drawing import Callback, Job, Model, Quantize, Ranker
 from mindalle_jax.errors import CheckpointError, UsageError
-from mindalle_jax.generation import Generation
 from mindalle_jax.hub.download import cache_dir
 from mindalle_jax.interop.mindalle import find_model
-from mindalle_jax.pictures import check_ids
 from mindalle_jax.runtime.devices import DType
-from mindalle_jax.sampling import DEFAULT_TOP_K
+from mindalle_jax.sampling.codec import check_ids
+from mindalle_jax.sampling.decode import DEFAULT_TOP_K
+from mindalle_jax.sampling.result import Generation
 from mindalle_jax.tokenizer import TextTokenizer, TokenizedPrompts
 from mindalle_jax.weights import MANIFEST
 

@@ -43,10 +43,10 @@ from mindalle_jax.models.clip import CLIP, ClipConfig, ClipTextConfig, ClipVisio
 from mindalle_jax.models.quantization import quantize
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
-from mindalle_jax.pictures import decode_pictures
 from mindalle_jax.ranking.ranker import encode_pictures
 from mindalle_jax.runtime.devices import choose_devices, first_devices, matmul_precision
-from mindalle_jax.sampling import (
+from mindalle_jax.sampling.codec import decode_pictures
+from mindalle_jax.sampling.decode import (
     SEGMENTS,
     Settings,
     cache_lengths,

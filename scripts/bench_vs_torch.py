@@ -4,7 +4,7 @@
     python scripts/bench_vs_torch.py --preset demo --candidates 1 8 16
 
 Compares three loops, each step being the network and the draw (top-k 256):
-  jax       mindalle_jax.sampling, which always reads its whole buffer of keys and values, on the devices that
+  jax       mindalle_jax.sampling.decode, which always reads its whole buffer of keys and values, on the devices that
             mindalle sample would take
   concat    a PyTorch loop that concatenates its cache, as the original implementation does
   prealloc  a PyTorch loop over preallocated buffers, reading the filled part only
@@ -47,7 +47,7 @@ def jax_worker(config: Any, steps: int) -> Callable[[str, int], float]:
 
     from mindalle_jax.models.transformer import Transformer
     from mindalle_jax.runtime.devices import first_devices
-    from mindalle_jax.sampling import (
+    from mindalle_jax.sampling.decode import (
         Settings,
         cache_lengths,
         decode_segment,

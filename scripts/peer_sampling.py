@@ -39,7 +39,7 @@ def measure(files: list[Path], preset: str, candidates: int, rows: int, device_n
     import torch
 
     from mindalle_jax.config.schema import load_config
-    from mindalle_jax.sampling import row_length
+    from mindalle_jax.sampling.decode import row_length
 
     sys.path.insert(0, str(Path(__file__).parent))
     from bench_sampling import PRESETS

@@ -107,7 +107,7 @@ def compile_loop(config: Any, target: str, batch: int, quantize: str | None, att
     import numpy as np
 
     from mindalle_jax.models.transformer import Transformer
-    from mindalle_jax.sampling import Settings, decode_segment, prefill, row_length, start_state
+    from mindalle_jax.sampling.decode import Settings, decode_segment, prefill, row_length, start_state
 
     mesh, place = mesh_of(target)
     h, vocab_size = config.stage2.hparams, config.stage2.vocab_size_img
@@ -151,7 +151,7 @@ def compile_pictures(config: Any, target: str, count: int) -> Any:
     import jax.numpy as jnp
 
     from mindalle_jax.models.vqgan import VQGAN
-    from mindalle_jax.pictures import decode_pictures
+    from mindalle_jax.sampling.codec import decode_pictures
     from mindalle_jax.weights import leaf_shapes, nest
 
     mesh, place = mesh_of(target)

@@ -20,8 +20,8 @@ from mindalle_jax.data.samples import TASKS
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import UsageError
 from mindalle_jax.interop.mindalle import find_model
-from mindalle_jax.pictures import PictureCodec
 from mindalle_jax.runtime.devices import choose_devices, use_compilation_cache
+from mindalle_jax.sampling.codec import PictureCodec
 from mindalle_jax.weights import load_params
 
 

@@ -25,7 +25,7 @@ from mindalle_jax import Dalle
 from mindalle_jax.data.scenes import captions, make_scene
 from mindalle_jax.evaluation.scene_accuracy import accuracy, draw_scenes
 from mindalle_jax.models.transformer import Transformer
-from mindalle_jax.sampling import prefill, row_length
+from mindalle_jax.sampling.decode import prefill, row_length
 
 MODES: Any = (None, "weights", "weights+cache")
 

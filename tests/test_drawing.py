@@ -16,7 +16,7 @@ from mindalle_jax import drawing as drawing_module
 from mindalle_jax import sampling as sampling_module
 from mindalle_jax.errors import DeviceMemoryError, UsageError
 from mindalle_jax.models.attention import DECODE_ATTENTION, PRIVATE_PREFIX, decode_attention_cudnn
-from mindalle_jax.sampling import Settings, decode_segment, prefill, start_state
+from mindalle_jax.sampling.decode import Settings, decode_segment, prefill, start_state
 
 BATCH = 4  # one compiled size for all tests
 WIDTH, LENGTH, SIDE = 8, 64, 32  # codes in a row, in a picture; pixels

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from mindalle_jax import Dalle, ImageGPT
-from mindalle_jax.filters import filter_logits
 from mindalle_jax.interop.mindalle import import_checkpoint
-from mindalle_jax.sampling import Settings
+from mindalle_jax.sampling.decode import Settings
+from mindalle_jax.sampling.filters import filter_logits
 
 CODES_TOLERANCE, PROBABILITY_TOLERANCE = 1e-4, 1e-6
 

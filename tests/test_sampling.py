@@ -10,8 +10,8 @@ import scipy.stats
 
 from mindalle_jax import Dalle, filters
 from mindalle_jax.errors import NonFiniteError, UsageError
-from mindalle_jax.filters import draw, filter_logits, gumbel_noise, kth_largest
-from mindalle_jax.sampling import DEFAULT_TOP_K, Settings, check_num_candidates, default_batch_size, sample_codes
+from mindalle_jax.sampling.decode import DEFAULT_TOP_K, Settings, check_num_candidates, default_batch_size, sample_codes
+from mindalle_jax.sampling.filters import draw, filter_logits, gumbel_noise, kth_largest
 
 
 def settings_of(vocab_size=80, *, seed=0, temperature=1.0, top_k=None, top_p=None) -> Settings:

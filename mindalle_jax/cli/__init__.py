@@ -309,9 +309,9 @@ def _sample(arguments: argparse.Namespace) -> None:
     from mindalle_jax.config.schema import load_config
     from mindalle_jax.drawing import check_batch_size, check_every
     from mindalle_jax.interop.mindalle import find_model
-    from mindalle_jax.pictures import check_keep_rows
     from mindalle_jax.pipeline import Dalle, ImageGPT, class_prefix
-    from mindalle_jax.sampling import DEFAULT_TOP_K, Settings, check_num_candidates
+    from mindalle_jax.sampling.codec import check_keep_rows
+    from mindalle_jax.sampling.decode import DEFAULT_TOP_K, Settings, check_num_candidates
     from mindalle_jax.tokenizer import TextTokenizer
 
     options: dict[str, Any] = {
@@ -410,7 +410,7 @@ def _read_picture(path: Path, config: Any) -> Any:
     """The picture in a file, of the size of the model."""
     from PIL import Image, ImageOps
 
-    from mindalle_jax.pictures import check_picture
+    from mindalle_jax.sampling.codec import check_picture
 
     try:
         # Sizes far beyond any model's are refused by their header, before they fill memory.

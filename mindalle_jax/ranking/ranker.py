@@ -25,7 +25,6 @@ from mindalle_jax.errors import NonFiniteError, UsageError
 from mindalle_jax.interop.clip import ClipModel, find_clip, read_clip, write_clip
 from mindalle_jax.interop.clip_tokenizer import clip_ids
 from mindalle_jax.models.clip import CLIP, normalise_pictures
-from mindalle_jax.pictures import check_pixels
 from mindalle_jax.runtime.devices import (
     DType,
     choose_devices,
@@ -34,6 +33,7 @@ from mindalle_jax.runtime.devices import (
     matmul_precision,
     use_compilation_cache,
 )
+from mindalle_jax.sampling.codec import check_pixels
 from mindalle_jax.tokenizer import check_prompt, quote_prompt
 from mindalle_jax.weights import DiskDType
 

@@ -11,12 +11,12 @@ from PIL import Image
 
 from mindalle_jax.config.schema import Config
 from mindalle_jax.errors import ConfigError, UsageError
-from mindalle_jax.generation import Generation
 from mindalle_jax.models.attention import default_backend
 from mindalle_jax.models.transformer import Transformer, unstack_blocks
-from mindalle_jax.pictures import PictureCodec
 from mindalle_jax.pipeline import class_prefix
-from mindalle_jax.sampling import Settings, sample_codes
+from mindalle_jax.sampling.codec import PictureCodec
+from mindalle_jax.sampling.decode import Settings, sample_codes
+from mindalle_jax.sampling.result import Generation
 from mindalle_jax.tokenizer import TextTokenizer
 from mindalle_jax.weights import load_params
 

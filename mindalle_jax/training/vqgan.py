@@ -30,7 +30,7 @@ from mindalle_jax.interop.lpips import read_lpips
 from mindalle_jax.interop.mindalle import find_model
 from mindalle_jax.models.discriminator import PatchDiscriminator
 from mindalle_jax.models.vqgan import VQGAN
-from mindalle_jax.pictures import PictureCodec
+from mindalle_jax.sampling.codec import PictureCodec
 from mindalle_jax.training.codebook import perplexity, redundant, updates_to_fill
 from mindalle_jax.training.config import SCRATCH
 from mindalle_jax.training.folder import check_folder, claim_folder

@@ -27,12 +27,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mindalle_jax.errors import NonFiniteError, UsageError
-from mindalle_jax.filters import TracedSettings, draw, gumbel_noise
 from mindalle_jax.models import attention
 from mindalle_jax.models.attention import KV
 from mindalle_jax.models.quantization import Quantized
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.runtime.devices import first_devices, matmul_precision
+from mindalle_jax.sampling.filters import TracedSettings, draw, gumbel_noise
 
 MAX_CANDIDATES = 1_000
 SEGMENTS = {"cpu": 1}
