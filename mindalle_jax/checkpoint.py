@@ -34,8 +34,8 @@ from jax.experimental import multihost_utils
 import mindalle_jax
 from mindalle_jax.digest import digests
 from mindalle_jax.errors import CheckpointError, OutputError, UsageError, one_line
-from mindalle_jax.files import check_free_disk, disk_errors
 from mindalle_jax.runtime.devices import device_memory
+from mindalle_jax.storage.files import check_free_disk, disk_errors
 
 FORMAT_VERSION = 1
 _STATE, _RECORD, _REMOVED = "state", "record", ".removed"

@@ -42,7 +42,7 @@ from mindalle_jax.sampling.decode import (
     sample_codes,
 )
 from mindalle_jax.sampling.result import Generation, Progress
-from mindalle_jax.weights import MANIFEST, DiskDType, count_parameters, load_params, read_manifest
+from mindalle_jax.storage.weights import MANIFEST, DiskDType, count_parameters, load_params, read_manifest
 
 Callback = Callable[[Progress], bool | None]
 """Called after each row of codes; drawing stops if it returns True."""

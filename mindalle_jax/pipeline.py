@@ -20,8 +20,8 @@ from mindalle_jax.runtime.devices import DType
 from mindalle_jax.sampling.codec import check_ids
 from mindalle_jax.sampling.decode import DEFAULT_TOP_K
 from mindalle_jax.sampling.result import Generation
+from mindalle_jax.storage.weights import MANIFEST
 from mindalle_jax.tokenizer import TextTokenizer, TokenizedPrompts
-from mindalle_jax.weights import MANIFEST
 
 
 class Dalle(Model):
@@ -211,7 +211,7 @@ class ImageGPT(Model):
         Tables and blocks are taken over; start vectors, and the head unless head is "head_img", are drawn anew by the
         seed. The model lies in the cache. Raises ConfigError where the two do not fit, and as from_pretrained.
         """
-        from mindalle_jax.training.transfer import write_transfer
+        from mindalle_jax.storage.initialize import write_transfer
 
         upstream = find_model(dalle_path)
         about = f"{(upstream / MANIFEST).read_text()}\n{dump_config(config)}\n{head} {seed}"

@@ -36,7 +36,6 @@ from jax.sharding import PartitionSpec as P
 from plan_sampling import compile_loop_of
 
 from mindalle_jax.config.schema import Config, load_config
-from mindalle_jax.files import DEMO, RANKER
 from mindalle_jax.interop.clip import clip_leaf_shapes, read_clip
 from mindalle_jax.models.attention import DECODE_ATTENTION, PRIVATE_PREFIX, default_backend
 from mindalle_jax.models.clip import CLIP, ClipConfig, ClipTextConfig, ClipVisionConfig
@@ -57,8 +56,9 @@ from mindalle_jax.sampling.decode import (
     row_length,
     start_state,
 )
+from mindalle_jax.storage.files import DEMO, RANKER
+from mindalle_jax.storage.weights import leaf_shapes, load_params, nest
 from mindalle_jax.tokenizer import TextTokenizer
-from mindalle_jax.weights import leaf_shapes, load_params, nest
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PRESETS = {"1.3b": CONFIGS / "mindalle-1.3b.yaml", "demo": DEMO / "config.yaml", "tiny": CONFIGS / "tiny.yaml"}

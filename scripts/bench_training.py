@@ -26,7 +26,7 @@ import numpy as np
 from plan_training import compile_update
 
 from mindalle_jax.config.schema import load_config
-from mindalle_jax.files import DEMO
+from mindalle_jax.storage.files import DEMO
 from mindalle_jax.training.monitor import PEAK_FLOPS, flops_per_sequence
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -65,7 +65,7 @@ def plan(config: Any, target: str, batch: int, quantize: str | None, attention: 
 
     from mindalle_jax.interop.clip import clip_leaf_shapes
     from mindalle_jax.models.clip import ClipConfig
-    from mindalle_jax.weights import leaf_shapes
+    from mindalle_jax.storage.weights import leaf_shapes
 
     layers = config.stage2.hparams.n_layers
     dtype = jnp.dtype("float32" if target == "cpu" else "bfloat16")
@@ -152,7 +152,7 @@ def compile_pictures(config: Any, target: str, count: int) -> Any:
 
     from mindalle_jax.models.vqgan import VQGAN
     from mindalle_jax.sampling.codec import decode_pictures
-    from mindalle_jax.weights import leaf_shapes, nest
+    from mindalle_jax.storage.weights import leaf_shapes, nest
 
     mesh, place = mesh_of(target)
     vqgan = VQGAN(config.stage1, dtype=jnp.dtype("float32" if target == "cpu" else "bfloat16"))
@@ -167,7 +167,7 @@ def transformer_params(config: Any, dtype: Any, quantize: str | None) -> dict[st
     import jax
     import jax.numpy as jnp
 
-    from mindalle_jax.weights import leaf_shapes, nest
+    from mindalle_jax.storage.weights import leaf_shapes, nest
 
     leaves = {}
     for stacked, whole in leaf_shapes(config, "stage2").items():

@@ -75,11 +75,11 @@ def compile_update(
     from mindalle_jax.config.schema import Config
     from mindalle_jax.models.transformer import Transformer
     from mindalle_jax.runtime.sharding import BATCH, SplitByBatch, batch_devices, make_mesh, param_shardings
+    from mindalle_jax.storage.weights import leaf_shapes
     from mindalle_jax.training import lora
     from mindalle_jax.training.config import load_finetune_config
     from mindalle_jax.training.optimizer import learning_rate, make_optimizer
     from mindalle_jax.training.step import Task, TrainState, compile_train_step, state_shardings
-    from mindalle_jax.weights import leaf_shapes
 
     config = load_finetune_config(config_file, overrides, base or Config())
     training, strategy = config.training, config.sharding.strategy

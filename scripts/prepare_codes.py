@@ -22,7 +22,7 @@ from mindalle_jax.errors import UsageError
 from mindalle_jax.interop.mindalle import find_model
 from mindalle_jax.runtime.devices import choose_devices, use_compilation_cache
 from mindalle_jax.sampling.codec import PictureCodec
-from mindalle_jax.weights import load_params
+from mindalle_jax.storage.weights import load_params
 
 
 def main(arguments: argparse.Namespace) -> None:

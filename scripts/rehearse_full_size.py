@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 from mindalle_jax.config.schema import Config, dump_config, load_config
-from mindalle_jax.files import check_free_disk, check_output
 from mindalle_jax.interop.key_maps import slots
 from mindalle_jax.interop.mindalle import STAGE_FILES, export_checkpoint, import_checkpoint
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
+from mindalle_jax.storage.files import check_free_disk, check_output
+from mindalle_jax.storage.weights import Stage, count_parameters
 from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE
-from mindalle_jax.weights import Stage, count_parameters
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

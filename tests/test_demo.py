@@ -12,9 +12,9 @@ from mindalle_jax.cli import main
 from mindalle_jax.data.scenes import captions, make_scene
 from mindalle_jax.errors import UsageError
 from mindalle_jax.evaluation.scene_accuracy import accuracy, draw_scenes
-from mindalle_jax.files import DEMO, RANKER
 from mindalle_jax.interop.clip import find_clip
 from mindalle_jax.interop.mindalle import find_model
+from mindalle_jax.storage.files import DEMO, RANKER
 
 MB = 10**6
 

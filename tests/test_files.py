@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mindalle_jax.errors import CheckpointError, MindalleError, OutputError
-from mindalle_jax.files import check_free_disk, check_output, check_writable, new_folder
+from mindalle_jax.storage.files import check_free_disk, check_output, check_writable, new_folder
 
 MARKS = ("manifest.json",)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from mindalle_jax import Dalle, Generation, ImageGPT
 from mindalle_jax.errors import CheckpointError, ConfigError, OutputError, UsageError
 from mindalle_jax.interop.mindalle import import_checkpoint
-from mindalle_jax.weights import MANIFEST, count_parameters
+from mindalle_jax.storage.weights import MANIFEST, count_parameters
 
 BATCH = 4  # one compiled size; also the default for 3 or 4 candidates
 

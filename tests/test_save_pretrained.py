@@ -17,7 +17,7 @@ from mindalle_jax import Dalle, ImageGPT, cli
 from mindalle_jax.errors import CheckpointError, OutputError, UsageError
 from mindalle_jax.interop import mindalle
 from mindalle_jax.interop.mindalle import copy_model, import_checkpoint
-from mindalle_jax.weights import MANIFEST, leaf_shapes, read_manifest, write_weights
+from mindalle_jax.storage.weights import MANIFEST, leaf_shapes, read_manifest, write_weights
 
 
 def leaves(folder: Path) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import pytest
 from mindalle_jax.config.schema import load_config
 from mindalle_jax.models.transformer import Transformer, unstack_blocks
 from mindalle_jax.sampling.decode import Settings, decode_segment, prefill, row_length, start_state
-from mindalle_jax.weights import leaf_shapes
+from mindalle_jax.storage.weights import leaf_shapes
 
 BATCH = 4
 

@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from mindalle_jax import Dalle
 from mindalle_jax.errors import CheckpointError
-from mindalle_jax.weights import MANIFEST, check_tensors, read_manifest, read_weights, write_weights
+from mindalle_jax.storage.weights import MANIFEST, check_tensors, read_manifest, read_weights, write_weights
 
 SHAPES = {"blocks/fc/kernel": (3, 4, 5), "blocks/ln/scale": (3, 5), "head/kernel": (5, 7), "sos": (1, 5), "scalar": ()}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mindalle_jax.errors import MindalleError, OutputError, UsageError
-from mindalle_jax.files import DEMO, RANKER, check_output, check_writable
+from mindalle_jax.storage.files import DEMO, RANKER, check_output, check_writable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -213,8 +213,8 @@ def run_convert(arguments: argparse.Namespace) -> None:
         find_model,
         import_checkpoint,
     )
+    from mindalle_jax.storage.weights import MANIFEST
     from mindalle_jax.training.lora import load_adapters
-    from mindalle_jax.weights import MANIFEST
 
     check_output(arguments.target, arguments.overwrite, MODEL_MARKS)  # before gigabytes are downloaded
     source = arguments.source

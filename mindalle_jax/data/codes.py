@@ -25,8 +25,8 @@ from mindalle_jax.config.schema import load_config
 from mindalle_jax.data.loader import Loader
 from mindalle_jax.data.samples import Sample, Source
 from mindalle_jax.errors import DataError, OutputError, UsageError, one_line
-from mindalle_jax.files import check_free_disk, check_output, check_writable, disk_errors, to_disk
-from mindalle_jax.weights import read_manifest
+from mindalle_jax.storage.files import check_free_disk, check_output, check_writable, disk_errors, to_disk
+from mindalle_jax.storage.weights import read_manifest
 
 MANIFEST = "codes.json"
 FORMAT_VERSION = 1

@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mindalle_jax.errors import OutputError, UsageError
-from mindalle_jax.files import new_folder
+from mindalle_jax.storage.files import new_folder
 
 _T = TypeVar("_T")
 

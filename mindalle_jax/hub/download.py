@@ -34,8 +34,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mindalle_jax.errors import DownloadError, MindalleError, OutputError, UsageError
-from mindalle_jax.files import check_free_disk, disk_errors, reason, write_all
 from mindalle_jax.hub.unpack import CHUNK_BYTES, FILES, LARGER_CACHE, progress, unpack
+from mindalle_jax.storage.files import check_free_disk, disk_errors, reason, write_all
 
 TIMEOUT_S = 30.0
 """For connecting, and for each wait for more bytes."""

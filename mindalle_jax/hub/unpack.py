@@ -13,7 +13,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from mindalle_jax.errors import CheckpointError, MindalleError, OutputError
-from mindalle_jax.files import check_free_disk, disk_errors, reason, write_all
+from mindalle_jax.storage.files import check_free_disk, disk_errors, reason, write_all
 
 FILES = (
     "config.yaml",

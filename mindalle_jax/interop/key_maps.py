@@ -12,7 +12,7 @@ import numpy as np
 
 from mindalle_jax.config.schema import Config
 from mindalle_jax.errors import CheckpointError
-from mindalle_jax.weights import Stage, leaf_shapes
+from mindalle_jax.storage.weights import Stage, leaf_shapes
 
 VQGAN_ROWS = [
     (r"codebook", "quantize.embedding.weight"),

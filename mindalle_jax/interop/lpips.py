@@ -8,7 +8,7 @@ import numpy as np
 from mindalle_jax.interop.key_maps import check_shapes, to_float32
 from mindalle_jax.interop.torch_archive import TorchArchive
 from mindalle_jax.models.lpips import VGG_BLOCKS
-from mindalle_jax.weights import nest
+from mindalle_jax.storage.weights import nest
 
 
 def read_lpips(vgg: str | Path, linear: str | Path) -> dict[str, Any]:

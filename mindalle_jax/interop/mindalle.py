@@ -23,14 +23,12 @@ from tqdm import tqdm
 import mindalle_jax
 from mindalle_jax.config.schema import Config, Stage1Hparams, dump_config, load_config
 from mindalle_jax.errors import CheckpointError, ConfigError, DownloadError, OutputError, UsageError
-from mindalle_jax.files import DEMO, check_apart, check_free_disk, new_folder
 from mindalle_jax.hub.download import RELEASES, cache_dir, fetch_release
 from mindalle_jax.hub.huggingface import fetch_repo, is_repo_id
 from mindalle_jax.interop.key_maps import Slot, check_keys, slots, to_float32
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
-from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE, TextTokenizer
-from mindalle_jax.training.lora import Adapters, merged
-from mindalle_jax.weights import (
+from mindalle_jax.storage.files import DEMO, check_apart, check_free_disk, new_folder
+from mindalle_jax.storage.weights import (
     FORMAT_VERSION,
     MANIFEST,
     DiskDType,
@@ -43,6 +41,8 @@ from mindalle_jax.weights import (
     read_weights,
     write_weights,
 )
+from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE, TextTokenizer
+from mindalle_jax.training.lora import Adapters, merged
 
 TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE)
 STAGE_FILES: dict[Stage, str] = {"stage1": "stage1_last.ckpt", "stage2": "stage2_last.ckpt"}

@@ -29,7 +29,6 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 
 from mindalle_jax.errors import CheckpointError, MindalleError, OutputError
-from mindalle_jax.files import SYNC_BYTES, to_disk
 from mindalle_jax.interop.torch_pickle import (
     MAX_KEY_LENGTH,
     MAX_PICKLE_BYTES,
@@ -41,6 +40,7 @@ from mindalle_jax.interop.torch_pickle import (
     decode_pickle,
     describe,
 )
+from mindalle_jax.storage.files import SYNC_BYTES, to_disk
 
 MAX_MEMBERS = 200_000  # of a zip
 MAX_NESTING = 64  # of a state dict

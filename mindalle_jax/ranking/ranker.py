@@ -34,8 +34,8 @@ from mindalle_jax.runtime.devices import (
     use_compilation_cache,
 )
 from mindalle_jax.sampling.codec import check_pixels
+from mindalle_jax.storage.weights import DiskDType
 from mindalle_jax.tokenizer import check_prompt, quote_prompt
-from mindalle_jax.weights import DiskDType
 
 PRECISION_BITS = 32 - 8 - 2
 """Weights of the resampling are integers in units of 2**-22, as in Pillow."""

@@ -30,8 +30,8 @@ import numpy as np
 import optax
 
 from mindalle_jax.models.clip import CLIP, ClipConfig, normalise_pictures
+from mindalle_jax.storage.weights import nest
 from mindalle_jax.training.step import Params, TrainState, update
-from mindalle_jax.weights import nest
 
 MAX_LOGIT_SCALE = math.log(100)
 """Of the parameter, whose exponential multiplies the cosines; as in the paper, section 2.5."""

@@ -23,6 +23,8 @@ from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.runtime.devices import matmul_precision
 from mindalle_jax.runtime.sharding import BATCH, SplitByBatch, param_shardings
+from mindalle_jax.storage.initialize import write_model
+from mindalle_jax.storage.weights import MANIFEST, leaf_shapes, load_params, load_stacked, map_weights, read_manifest
 from mindalle_jax.tokenizer import TextTokenizer
 from mindalle_jax.training import lora
 from mindalle_jax.training.config import SCRATCH, FinetuneConfig, TrainingConfig, load_finetune_config
@@ -32,8 +34,6 @@ from mindalle_jax.training.monitor import flops_per_sequence
 from mindalle_jax.training.optimizer import make_optimizer
 from mindalle_jax.training.samples import RECONSTRUCTIONS, Sampler
 from mindalle_jax.training.step import Params, Task, TrainState, compile_train_step, eval_step, init_state, whole_params
-from mindalle_jax.training.transfer import write_model
-from mindalle_jax.weights import MANIFEST, leaf_shapes, load_params, load_stacked, map_weights, read_manifest
 
 
 class FinetuneRun(Run):

@@ -10,9 +10,9 @@ import jax
 from mindalle_jax.checkpoint import Checkpoints
 from mindalle_jax.config.schema import dump_config, load_config
 from mindalle_jax.errors import ConfigError, OutputError
-from mindalle_jax.files import check_writable, disk_errors
+from mindalle_jax.storage.files import check_writable, disk_errors
+from mindalle_jax.storage.initialize import check_upstream, write_fresh, write_transfer
 from mindalle_jax.training.config import SCRATCH, FinetuneConfig, RunConfig
-from mindalle_jax.training.transfer import check_upstream, write_fresh, write_transfer
 
 CONFIG_FILE = "run.yaml"
 START = "start"

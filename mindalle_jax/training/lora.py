@@ -17,8 +17,8 @@ import safetensors
 
 from mindalle_jax.config.schema import load_config
 from mindalle_jax.errors import CheckpointError, ConfigError, one_line
+from mindalle_jax.storage.weights import MANIFEST, leaf_shapes
 from mindalle_jax.training.config import LoraConfig
-from mindalle_jax.weights import MANIFEST, leaf_shapes
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:

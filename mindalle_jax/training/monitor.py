@@ -12,7 +12,7 @@ import jax
 from tqdm import tqdm
 
 from mindalle_jax.config.schema import Config
-from mindalle_jax.weights import leaf_shapes
+from mindalle_jax.storage.weights import leaf_shapes
 
 # Dense bfloat16 FLOP/s by the makers' data sheets, by jax's device_kind.
 PEAK_FLOPS = {

@@ -15,8 +15,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mindalle_jax.models.transformer import Transformer
+from mindalle_jax.storage.weights import nest
 from mindalle_jax.training.losses import Terms, loss_sums, target_weights
-from mindalle_jax.weights import nest
 
 Params = dict[str, jax.Array]
 

@@ -29,8 +29,8 @@ from mindalle_jax.interop import mindalle
 from mindalle_jax.interop.key_maps import slots
 from mindalle_jax.interop.mindalle import STAGE_FILES, export_checkpoint, import_checkpoint
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
+from mindalle_jax.storage.weights import leaf_shapes
 from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE
-from mindalle_jax.weights import leaf_shapes
 
 
 @pytest.fixture(scope="session")
@@ -181,7 +181,7 @@ def test_the_parts_of_a_fused_leaf_are_where_they_belong(source, tmp_path):
 
 def test_a_bfloat16_model_is_exported_as_float32(tmp_path, tiny_model_folder, tiny_config):
     """Nothing writes such folders yet; the reader takes them, so the exporter must."""
-    from mindalle_jax.weights import write_weights
+    from mindalle_jax.storage.weights import write_weights
 
     folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "bf16"))
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -258,7 +258,7 @@ def test_the_tables_hold_the_keys_and_shapes_of_the_modules(tiny_config, oracle,
 
 def test_the_released_model_has_the_published_sizes():
     """1,291,081,728 and 76,073,859 parameters were counted on the original."""
-    from mindalle_jax.weights import count_parameters
+    from mindalle_jax.storage.weights import count_parameters
 
     assert (count_parameters(Config(), "stage1"), count_parameters(Config(), "stage2")) == (76_073_859, 1_291_081_728)
 

@@ -10,7 +10,7 @@ from mindalle_jax.errors import NonFiniteError, UsageError
 from mindalle_jax.models.attention import DECODE_ATTENTION
 from mindalle_jax.models.quantization import Quantized, quantize
 from mindalle_jax.models.transformer import Transformer, unstack_blocks
-from mindalle_jax.weights import leaf_shapes
+from mindalle_jax.storage.weights import leaf_shapes
 
 MODES = ["weights", "weights+cache"]
 

@@ -11,7 +11,7 @@ import pytest
 from mindalle_jax.config.schema import Config, Stage2Config, Stage2Hparams
 from mindalle_jax.models.attention import DECODE_ATTENTION, decode_attention_cudnn
 from mindalle_jax.models.transformer import Transformer, unstack_blocks
-from mindalle_jax.weights import count_parameters
+from mindalle_jax.storage.weights import count_parameters
 
 
 @pytest.fixture(autouse=True, scope="module")

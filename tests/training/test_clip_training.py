@@ -26,13 +26,13 @@ from mindalle_jax.interop.clip import ClipModel, _slots, clip_leaf_shapes, write
 from mindalle_jax.interop.clip_tokenizer import read_clip_tokenizer
 from mindalle_jax.models.clip import CLIP, PIXEL_MEAN, PIXEL_STD, ClipConfig, ClipTextConfig, ClipVisionConfig
 from mindalle_jax.runtime.sharding import BATCH, make_mesh
+from mindalle_jax.storage.weights import nest
 from mindalle_jax.training import clip
 from mindalle_jax.training.clip import ClipRun, ClipTrainConfig, train_clip
 from mindalle_jax.training.clip_step import MAX_LOGIT_SCALE, ClipTask, clip_step, contrastive_sums, init_params
 from mindalle_jax.training.optimizer import learning_rate, make_optimizer
 from mindalle_jax.training.step import init_state
 from mindalle_jax.training.tokenizers import train_tokenizer
-from mindalle_jax.weights import nest
 
 # One block a tower: compiling takes far longer than running.
 CONFIG = ClipConfig(

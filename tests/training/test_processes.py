@@ -15,7 +15,7 @@ from training_runs import checkpoint_arrays, metrics, start, write_code_set, wri
 
 from mindalle_jax import cli, devices
 from mindalle_jax.errors import UsageError
-from mindalle_jax.weights import map_weights, read_manifest
+from mindalle_jax.storage.weights import map_weights, read_manifest
 
 UPDATES = 6
 SAVED = 3

@@ -13,13 +13,13 @@ from training_runs import checkpoint_arrays, metrics, weights_crc32, write_code_
 
 from mindalle_jax import Dalle, ImageGPT, cli
 from mindalle_jax.config.schema import load_config
+from mindalle_jax.storage.initialize import CODE_ROWS, order_rows, place_rows, write_fresh, write_vqgan
+from mindalle_jax.storage.weights import leaf_shapes, map_weights, read_manifest
 from mindalle_jax.tokenizer import VOCAB_FILE
 from mindalle_jax.training.finetune import FinetuneRun, read_finetune
 from mindalle_jax.training.folder import check_base, start_folder
 from mindalle_jax.training.loop import Run
-from mindalle_jax.training.transfer import CODE_ROWS, order_rows, place_rows, write_fresh, write_vqgan
 from mindalle_jax.training.vqgan import vqgan_model_config
-from mindalle_jax.weights import leaf_shapes, map_weights, read_manifest
 
 STAGE2 = {
     "type": "transformer1d", "vocab_size_txt": 110, "vocab_size_img": 80,

@@ -10,11 +10,11 @@ from mindalle_jax.config.schema import Config
 from mindalle_jax.interop.mindalle import import_checkpoint
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.runtime.sharding import SplitByBatch, make_mesh, param_shardings
+from mindalle_jax.storage.weights import leaf_shapes, load_stacked
 from mindalle_jax.training.config import load_finetune_config
 from mindalle_jax.training.monitor import flops_per_sequence
 from mindalle_jax.training.optimizer import learning_rate, make_optimizer
 from mindalle_jax.training.step import Task, compile_train_step, init_state
-from mindalle_jax.weights import leaf_shapes, load_stacked
 
 
 def make_task(config, shapes, *, max_steps=8, pad_id=None, mesh=None, **changes) -> Task:

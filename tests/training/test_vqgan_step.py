@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mindalle_jax.config.schema import Config, Stage1Config, Stage1Hparams
 from mindalle_jax.models.discriminator import PatchDiscriminator
 from mindalle_jax.models.vqgan import VQGAN
+from mindalle_jax.storage.weights import nest
 from mindalle_jax.training.codebook import starts_at_once
 from mindalle_jax.training.vqgan_config import LossConfig
 from mindalle_jax.training.vqgan_step import (
@@ -29,7 +30,6 @@ from mindalle_jax.training.vqgan_step import (
     vqgan_eval_step,
     vqgan_train_step,
 )
-from mindalle_jax.weights import nest
 
 # 8 x 8 pixels, 8 x 8 codes out of 50: the network has tests of its own, and each of these compiles it.
 HPARAMS = Stage1Hparams(z_channels=24, resolution=8, ch=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=())

@@ -12,9 +12,9 @@ from training_runs import metrics, start, write_code_set, write_pictures
 from mindalle_jax.config.schema import Config, load_config
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import ConfigError, DataError
+from mindalle_jax.storage.weights import read_manifest
 from mindalle_jax.training.vqgan import VqganRun, train_vqgan
 from mindalle_jax.training.vqgan_config import VqganTrainConfig
-from mindalle_jax.weights import read_manifest
 
 TREE = {
     "stage1": {
@@ -124,8 +124,8 @@ def test_training_further_starts_at_the_loss_of_the_weights(trained, config_file
 def test_the_result_makes_codes_and_carries_a_fresh_transformer(trained, pictures, tmp_path, request):
     """prepare_codes.py loads the VQGAN alone; training from scratch takes it for its stage 1."""
     from mindalle_jax.data.codes import vqgan_digest
+    from mindalle_jax.storage.initialize import write_fresh
     from mindalle_jax.training.finetune import read_finetune
-    from mindalle_jax.training.transfer import write_fresh
 
     request.getfixturevalue("monkeypatch").syspath_prepend(str(request.config.rootpath / "scripts"))
     import prepare_codes

@@ -15,8 +15,8 @@ import numpy as np
 import mindalle_jax
 from mindalle_jax.config.schema import Config, dump_config, load_config
 from mindalle_jax.errors import ConfigError
-from mindalle_jax.files import check_free_disk, new_folder
-from mindalle_jax.weights import (
+from mindalle_jax.storage.files import check_free_disk, new_folder
+from mindalle_jax.storage.weights import (
     FORMAT_VERSION,
     MANIFEST,
     check_tensors,

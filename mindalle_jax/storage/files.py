@@ -11,7 +11,7 @@ from typing import IO
 
 from mindalle_jax.errors import MindalleError, OutputError
 
-DEMO = Path(__file__).parent / "demo"
+DEMO = Path(__file__).parent.parent / "demo"
 """The small model that ships in the package, by the name `demo`."""
 RANKER = "ranker"
 """Folder in a model folder with a CLIP model that goes with it."""

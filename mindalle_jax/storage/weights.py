@@ -29,10 +29,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mindalle_jax.config.schema import Config
 from mindalle_jax.errors import CheckpointError, UsageError
-from mindalle_jax.files import SYNC_BYTES, to_disk
 from mindalle_jax.models.quantization import quantize
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
+from mindalle_jax.storage.files import SYNC_BYTES, to_disk
 
 Stage = Literal["stage1", "stage2"]
 """stage1: the VQGAN. stage2: the transformer."""
