@@ -21,7 +21,7 @@ from mindalle_jax.sampling.codec import check_ids
 from mindalle_jax.sampling.decode import DEFAULT_TOP_K
 from mindalle_jax.sampling.result import Generation
 from mindalle_jax.storage.weights import MANIFEST
-from mindalle_jax.tokenizer import TextTokenizer, TokenizedPrompts
+from mindalle_jax.text.tokenizer import TextTokenizer, TokenizedPrompts
 
 
 class Dalle(Model):

@@ -58,7 +58,7 @@ from mindalle_jax.sampling.decode import (
 )
 from mindalle_jax.storage.files import DEMO, RANKER
 from mindalle_jax.storage.weights import leaf_shapes, load_params, nest
-from mindalle_jax.tokenizer import TextTokenizer
+from mindalle_jax.text.tokenizer import TextTokenizer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PRESETS = {"1.3b": CONFIGS / "mindalle-1.3b.yaml", "demo": DEMO / "config.yaml", "tiny": CONFIGS / "tiny.yaml"}

@@ -36,7 +36,7 @@ from mindalle_jax.runtime.devices import matmul_precision, use_compilation_cache
 from mindalle_jax.storage.files import check_output, disk_errors
 from mindalle_jax.storage.initialize import write_model
 from mindalle_jax.storage.weights import Stage, leaf_shapes, load_stacked, nest
-from mindalle_jax.tokenizer import TextTokenizer
+from mindalle_jax.text.tokenizer import TextTokenizer
 from mindalle_jax.training.config import FinetuneConfig
 from mindalle_jax.training.finetune import read_finetune
 from mindalle_jax.training.folder import check_base, start_folder

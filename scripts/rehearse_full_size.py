@@ -27,7 +27,7 @@ from mindalle_jax.interop.mindalle import STAGE_FILES, export_checkpoint, import
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
 from mindalle_jax.storage.files import check_free_disk, check_output
 from mindalle_jax.storage.weights import Stage, count_parameters
-from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE
+from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from mindalle_jax.interop.clip import ClipModel
-from mindalle_jax.interop.clip_tokenizer import read_clip_tokenizer
 from mindalle_jax.models.clip import CLIP, ClipConfig, ClipTextConfig, ClipVisionConfig
+from mindalle_jax.text.clip_tokenizer import read_clip_tokenizer
 
 MERGES = ["c a", "ca t</w>", "t h", "th e</w>", "a n", "an d</w>", "Ã ©</w>", "' s</w>", "d o", "do g</w>"]
 """Merges of the tiny vocabulary: cat, the, and, dog, 's, and é at the end of a word (its two bytes)."""

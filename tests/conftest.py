@@ -34,7 +34,7 @@ from mindalle_jax.interop.key_maps import slots  # noqa: E402
 from mindalle_jax.interop.mindalle import STAGE_FILES, import_checkpoint  # noqa: E402
 from mindalle_jax.interop.torch_archive import write_torch_archive  # noqa: E402
 from mindalle_jax.storage.weights import Stage, leaf_shapes, nest  # noqa: E402
-from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE  # noqa: E402
+from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE  # noqa: E402
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 

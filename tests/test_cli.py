@@ -21,7 +21,7 @@ from mindalle_jax import ClipRanker, Dalle, ImageGPT, cli, errors, sampling
 from mindalle_jax.interop import mindalle
 from mindalle_jax.interop.mindalle import import_checkpoint
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
-from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE
+from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import CharBPETokenizer
 
 from mindalle_jax.errors import CheckpointError, UsageError
-from mindalle_jax.tokenizer import MAX_PROMPT_CHARACTERS, MERGES_FILE, VOCAB_FILE, TextTokenizer
+from mindalle_jax.text.tokenizer import MAX_PROMPT_CHARACTERS, MERGES_FILE, VOCAB_FILE, TextTokenizer
 
 N, VOCAB_SIZE = 12, 110
 

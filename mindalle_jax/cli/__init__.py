@@ -312,7 +312,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     from mindalle_jax.pipeline import Dalle, ImageGPT, class_prefix
     from mindalle_jax.sampling.codec import check_keep_rows
     from mindalle_jax.sampling.decode import DEFAULT_TOP_K, Settings, check_num_candidates
-    from mindalle_jax.tokenizer import TextTokenizer
+    from mindalle_jax.text.tokenizer import TextTokenizer
 
     options: dict[str, Any] = {
         "top_k": getattr(arguments, "top_k", DEFAULT_TOP_K),

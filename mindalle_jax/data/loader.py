@@ -16,7 +16,7 @@ from PIL import Image
 from mindalle_jax.data.images import ImageError, crop_square, decode_image
 from mindalle_jax.data.samples import Source
 from mindalle_jax.errors import CheckpointError, DataError, UsageError, one_line
-from mindalle_jax.tokenizer import TextTokenizer
+from mindalle_jax.text.tokenizer import TextTokenizer
 
 MAX_BAD_FRACTION = 0.05
 """The run stops when more of the pictures tried than this cannot be read, taking the first 1,000 as a whole."""

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from mindalle_jax.errors import DataError, UsageError
-from mindalle_jax.tokenizer import check_prompt
+from mindalle_jax.text.tokenizer import check_prompt
 
 Task = Literal["text", "class", "unconditional"]
 """What a model is taught to draw from, and so what each sample must have: captions, a label, or neither."""

@@ -25,12 +25,12 @@ from tokenizers import Tokenizer
 
 from mindalle_jax.errors import CheckpointError, UsageError, one_line
 from mindalle_jax.hub.huggingface import fetch_repo, is_repo_id
-from mindalle_jax.interop.clip_tokenizer import read_clip_tokenizer
 from mindalle_jax.interop.key_maps import SUFFIXES, check_shapes, to_float32
 from mindalle_jax.interop.torch_archive import TorchArchive
 from mindalle_jax.models.clip import CLIP, PIXEL_MEAN, PIXEL_STD, ClipConfig, ClipTextConfig, ClipVisionConfig
 from mindalle_jax.storage.files import DEMO, RANKER, check_apart, check_free_disk, check_output, new_folder
 from mindalle_jax.storage.weights import DiskDType, nest, numpy_dtype
+from mindalle_jax.text.clip_tokenizer import read_clip_tokenizer
 
 CLIP_MARKS = ("preprocessor_config.json",)
 """A folder that holds this is a CLIP model, and may be replaced by another."""

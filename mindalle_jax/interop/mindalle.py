@@ -41,7 +41,7 @@ from mindalle_jax.storage.weights import (
     read_weights,
     write_weights,
 )
-from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE, TextTokenizer
+from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE, TextTokenizer
 from mindalle_jax.training.lora import Adapters, merged
 
 TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE)

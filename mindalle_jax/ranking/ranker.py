@@ -23,7 +23,6 @@ from PIL import Image
 
 from mindalle_jax.errors import NonFiniteError, UsageError
 from mindalle_jax.interop.clip import ClipModel, find_clip, read_clip, write_clip
-from mindalle_jax.interop.clip_tokenizer import clip_ids
 from mindalle_jax.models.clip import CLIP, normalise_pictures
 from mindalle_jax.runtime.devices import (
     DType,
@@ -35,7 +34,8 @@ from mindalle_jax.runtime.devices import (
 )
 from mindalle_jax.sampling.codec import check_pixels
 from mindalle_jax.storage.weights import DiskDType
-from mindalle_jax.tokenizer import check_prompt, quote_prompt
+from mindalle_jax.text.clip_tokenizer import clip_ids
+from mindalle_jax.text.tokenizer import check_prompt, quote_prompt
 
 PRECISION_BITS = 32 - 8 - 2
 """Weights of the resampling are integers in units of 2**-22, as in Pillow."""

@@ -20,10 +20,10 @@ from tokenizers import Tokenizer
 from mindalle_jax.config.schema import load_config
 from mindalle_jax.errors import CheckpointError, ConfigError, DataError
 from mindalle_jax.interop.clip import ClipModel, check_clip_config, clip_leaf_shapes, write_clip
-from mindalle_jax.interop.clip_tokenizer import clip_ids, read_clip_tokenizer
 from mindalle_jax.models.clip import CLIP, ClipConfig, ClipTextConfig
 from mindalle_jax.storage.files import disk_errors
 from mindalle_jax.storage.weights import nest
+from mindalle_jax.text.clip_tokenizer import clip_ids, read_clip_tokenizer
 from mindalle_jax.training.clip_step import ClipTask, compile_clip_step, eval_sums, init_params
 from mindalle_jax.training.config import LoopConfig, RunConfig
 from mindalle_jax.training.folder import check_folder, claim_folder

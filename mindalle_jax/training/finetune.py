@@ -25,7 +25,7 @@ from mindalle_jax.runtime.devices import matmul_precision
 from mindalle_jax.runtime.sharding import BATCH, SplitByBatch, param_shardings
 from mindalle_jax.storage.initialize import write_model
 from mindalle_jax.storage.weights import MANIFEST, leaf_shapes, load_params, load_stacked, map_weights, read_manifest
-from mindalle_jax.tokenizer import TextTokenizer
+from mindalle_jax.text.tokenizer import TextTokenizer
 from mindalle_jax.training import lora
 from mindalle_jax.training.config import SCRATCH, FinetuneConfig, TrainingConfig, load_finetune_config
 from mindalle_jax.training.folder import check_base, check_folder, claim_folder, start_folder

@@ -18,7 +18,7 @@ from mindalle_jax.sampling.codec import PictureCodec
 from mindalle_jax.sampling.decode import Settings, sample_codes
 from mindalle_jax.sampling.result import Generation
 from mindalle_jax.storage.weights import load_params
-from mindalle_jax.tokenizer import TextTokenizer
+from mindalle_jax.text.tokenizer import TextTokenizer
 
 CANDIDATES = 4
 RECONSTRUCTIONS = 8

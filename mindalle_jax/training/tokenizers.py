@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, models, trainers
 
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import DataError, OutputError, UsageError
-from mindalle_jax.interop.clip_tokenizer import END, START, byte_tokens, make_clip_tokenizer
 from mindalle_jax.storage.files import check_writable, new_folder
-from mindalle_jax.tokenizer import MERGES_FILE, PAD, UNKNOWN, VOCAB_FILE, WORD_END, char_bpe
+from mindalle_jax.text.clip_tokenizer import END, START, byte_tokens, make_clip_tokenizer
+from mindalle_jax.text.tokenizer import MERGES_FILE, PAD, UNKNOWN, VOCAB_FILE, WORD_END, char_bpe
 
 Kind = Literal["mindalle", "clip"]
 KINDS = ("mindalle", "clip")

@@ -14,7 +14,7 @@ from mindalle_jax.data.loader import Loader
 from mindalle_jax.data.samples import Source
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import CheckpointError, DataError, UsageError
-from mindalle_jax.tokenizer import TextTokenizer
+from mindalle_jax.text.tokenizer import TextTokenizer
 
 SAMPLES = 22
 

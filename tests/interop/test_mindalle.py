@@ -30,7 +30,7 @@ from mindalle_jax.interop.key_maps import slots
 from mindalle_jax.interop.mindalle import STAGE_FILES, export_checkpoint, import_checkpoint
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
 from mindalle_jax.storage.weights import leaf_shapes
-from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE
+from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE
 
 
 @pytest.fixture(scope="session")

@@ -23,10 +23,10 @@ from mindalle_jax import ClipRanker
 from mindalle_jax.config.schema import OptimizerConfig, load_config
 from mindalle_jax.errors import CheckpointError, ConfigError, DataError
 from mindalle_jax.interop.clip import ClipModel, _slots, clip_leaf_shapes, write_clip
-from mindalle_jax.interop.clip_tokenizer import read_clip_tokenizer
 from mindalle_jax.models.clip import CLIP, PIXEL_MEAN, PIXEL_STD, ClipConfig, ClipTextConfig, ClipVisionConfig
 from mindalle_jax.runtime.sharding import BATCH, make_mesh
 from mindalle_jax.storage.weights import nest
+from mindalle_jax.text.clip_tokenizer import read_clip_tokenizer
 from mindalle_jax.training import clip
 from mindalle_jax.training.clip import ClipRun, ClipTrainConfig, train_clip
 from mindalle_jax.training.clip_step import MAX_LOGIT_SCALE, ClipTask, clip_step, contrastive_sums, init_params

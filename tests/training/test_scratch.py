@@ -15,7 +15,7 @@ from mindalle_jax import Dalle, ImageGPT, cli
 from mindalle_jax.config.schema import load_config
 from mindalle_jax.storage.initialize import CODE_ROWS, order_rows, place_rows, write_fresh, write_vqgan
 from mindalle_jax.storage.weights import leaf_shapes, map_weights, read_manifest
-from mindalle_jax.tokenizer import VOCAB_FILE
+from mindalle_jax.text.tokenizer import VOCAB_FILE
 from mindalle_jax.training.finetune import FinetuneRun, read_finetune
 from mindalle_jax.training.folder import check_base, start_folder
 from mindalle_jax.training.loop import Run

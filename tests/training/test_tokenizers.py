@@ -13,9 +13,9 @@ from tokenizers import CharBPETokenizer
 
 from mindalle_jax import cli
 from mindalle_jax.errors import DataError, OutputError, UsageError
-from mindalle_jax.interop.clip_tokenizer import read_clip_tokenizer
 from mindalle_jax.models.clip import ClipTextConfig
-from mindalle_jax.tokenizer import MERGES_FILE, VOCAB_FILE, TextTokenizer
+from mindalle_jax.text.clip_tokenizer import read_clip_tokenizer
+from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE, TextTokenizer
 from mindalle_jax.training.tokenizers import MAX_CHARACTERS, train_char_bpe, train_clip_bpe, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

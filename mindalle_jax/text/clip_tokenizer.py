@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 
 from mindalle_jax.errors import CheckpointError, one_line
 from mindalle_jax.models.clip import ClipTextConfig
-from mindalle_jax.tokenizer import TokenizedPrompts
+from mindalle_jax.text.tokenizer import TokenizedPrompts
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 BPE_MERGES = 49_152 - 256 - 2
