@@ -27,7 +27,7 @@ from plan_training import compile_update
 
 from mindalle_jax.config.schema import load_config
 from mindalle_jax.storage.files import DEMO
-from mindalle_jax.training.monitor import PEAK_FLOPS, flops_per_sequence
+from mindalle_jax.training.metrics import PEAK_FLOPS, flops_per_sequence
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PRESETS = {"1.3b": CONFIGS / "finetune-captions.yaml", "demo": CONFIGS / "scenes" / "captions.yaml"}

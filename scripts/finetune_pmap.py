@@ -39,9 +39,9 @@ from mindalle_jax.storage.weights import Stage, leaf_shapes, load_stacked, nest
 from mindalle_jax.text.tokenizer import TextTokenizer
 from mindalle_jax.training.config import FinetuneConfig
 from mindalle_jax.training.finetune import read_finetune
-from mindalle_jax.training.folder import check_base, start_folder
 from mindalle_jax.training.losses import Terms, loss_sums, target_weights
 from mindalle_jax.training.optimizer import count_steps, learning_rate, make_optimizer
+from mindalle_jax.training.run_dir import check_base, start_folder
 
 AXIS = "devices"
 

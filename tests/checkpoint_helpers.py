@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mindalle_jax.checkpoint import Checkpoints
+from mindalle_jax.training.checkpoint import Checkpoints
 
 LEAVES = 6
 MESHES = {

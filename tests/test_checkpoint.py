@@ -32,8 +32,8 @@ from checkpoint_helpers import (
 )
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mindalle_jax.checkpoint import Checkpoints, Restored, stop_on_signals
 from mindalle_jax.errors import CheckpointError, DeviceMemoryError, OutputError, UsageError
+from mindalle_jax.training.checkpoint import Checkpoints, Restored, stop_on_signals
 
 # What Orbax leaves of its tasks and event loops when a read or a write fails.
 pytestmark = [
@@ -211,7 +211,7 @@ def test_too_little_memory_is_not_damage(two_steps, monkeypatch):
     def exhausted(_: Any) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr("mindalle_jax.checkpoint.digests", exhausted)
+    monkeypatch.setattr("mindalle_jax.training.checkpoint.digests", exhausted)
     with pytest.raises(DeviceMemoryError, match=r"2 does not fit into the memory"):
         restore(two_steps)
 

@@ -916,7 +916,7 @@ def test_the_table_of_exit_codes_is_errors_py():
 
 
 def test_the_table_of_what_may_change_in_a_run_is_the_loops():
-    from mindalle_jax.training.folder import FREE_FIELDS
+    from mindalle_jax.training.run_dir import FREE_FIELDS
 
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(data|experiment|training|sharding)` \| (.+) \|$", text, re.MULTILINE)

@@ -26,9 +26,9 @@ from mindalle_jax.storage.weights import nest
 from mindalle_jax.text.clip_tokenizer import clip_ids, read_clip_tokenizer
 from mindalle_jax.training.clip_step import ClipTask, compile_clip_step, eval_sums, init_params
 from mindalle_jax.training.config import LoopConfig, RunConfig
-from mindalle_jax.training.folder import check_folder, claim_folder
 from mindalle_jax.training.loop import Batch, Rows, Run, whole
 from mindalle_jax.training.optimizer import make_optimizer
+from mindalle_jax.training.run_dir import check_folder, claim_folder
 from mindalle_jax.training.step import TrainState, init_state
 
 

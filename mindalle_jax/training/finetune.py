@@ -28,11 +28,11 @@ from mindalle_jax.storage.weights import MANIFEST, leaf_shapes, load_params, loa
 from mindalle_jax.text.tokenizer import TextTokenizer
 from mindalle_jax.training import lora
 from mindalle_jax.training.config import SCRATCH, FinetuneConfig, TrainingConfig, load_finetune_config
-from mindalle_jax.training.folder import check_base, check_folder, claim_folder, start_folder
 from mindalle_jax.training.loop import Batch, Rows, Run, whole
-from mindalle_jax.training.monitor import flops_per_sequence
+from mindalle_jax.training.metrics import flops_per_sequence
 from mindalle_jax.training.optimizer import make_optimizer
-from mindalle_jax.training.samples import RECONSTRUCTIONS, Sampler
+from mindalle_jax.training.previews import RECONSTRUCTIONS, Sampler
+from mindalle_jax.training.run_dir import check_base, check_folder, claim_folder, start_folder
 from mindalle_jax.training.step import Params, Task, TrainState, compile_train_step, eval_step, init_state, whole_params
 
 

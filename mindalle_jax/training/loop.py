@@ -19,7 +19,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mindalle_jax.checkpoint import Checkpoints, stop_on_signals
 from mindalle_jax.data.loader import Loader
 from mindalle_jax.data.samples import Source
 from mindalle_jax.data.samples import Task as DataTask
@@ -27,8 +26,9 @@ from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from mindalle_jax.runtime.devices import device_memory, matmul_precision, training_devices, use_compilation_cache
 from mindalle_jax.runtime.sharding import BATCH, batch_devices, make_mesh
+from mindalle_jax.training.checkpoint import Checkpoints, stop_on_signals
 from mindalle_jax.training.config import RunConfig
-from mindalle_jax.training.monitor import Monitor, memory_line
+from mindalle_jax.training.metrics import Monitor, memory_line
 from mindalle_jax.training.optimizer import count_steps, learning_rate
 
 SUMMARY_FILE = "summary.json"

@@ -35,10 +35,10 @@ from mindalle_jax.storage.initialize import write_vqgan
 from mindalle_jax.storage.weights import MANIFEST, leaf_shapes, load_stacked, nest
 from mindalle_jax.training.codebook import perplexity, redundant, updates_to_fill
 from mindalle_jax.training.config import SCRATCH
-from mindalle_jax.training.folder import check_folder, claim_folder
 from mindalle_jax.training.loop import Batch, Rows, Run, whole
 from mindalle_jax.training.optimizer import make_optimizer
-from mindalle_jax.training.samples import RECONSTRUCTIONS, write_reconstructions
+from mindalle_jax.training.previews import RECONSTRUCTIONS, write_reconstructions
+from mindalle_jax.training.run_dir import check_folder, claim_folder
 from mindalle_jax.training.vqgan_config import VqganTrainConfig, VqganTrainingConfig
 from mindalle_jax.training.vqgan_step import (
     EvalSums,

@@ -17,8 +17,8 @@ from mindalle_jax.storage.initialize import CODE_ROWS, order_rows, place_rows, w
 from mindalle_jax.storage.weights import leaf_shapes, map_weights, read_manifest
 from mindalle_jax.text.tokenizer import VOCAB_FILE
 from mindalle_jax.training.finetune import FinetuneRun, read_finetune
-from mindalle_jax.training.folder import check_base, start_folder
 from mindalle_jax.training.loop import Run
+from mindalle_jax.training.run_dir import check_base, start_folder
 from mindalle_jax.training.vqgan import vqgan_model_config
 
 STAGE2 = {

@@ -12,7 +12,7 @@ from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.runtime.sharding import SplitByBatch, make_mesh, param_shardings
 from mindalle_jax.storage.weights import leaf_shapes, load_stacked
 from mindalle_jax.training.config import load_finetune_config
-from mindalle_jax.training.monitor import flops_per_sequence
+from mindalle_jax.training.metrics import flops_per_sequence
 from mindalle_jax.training.optimizer import learning_rate, make_optimizer
 from mindalle_jax.training.step import Task, compile_train_step, init_state
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 
-from mindalle_jax.checkpoint import Checkpoints
 from mindalle_jax.config.schema import dump_config, load_config
 from mindalle_jax.errors import ConfigError, OutputError
 from mindalle_jax.storage.files import check_writable, disk_errors
 from mindalle_jax.storage.initialize import check_upstream, write_fresh, write_transfer
+from mindalle_jax.training.checkpoint import Checkpoints
 from mindalle_jax.training.config import SCRATCH, FinetuneConfig, RunConfig
 
 CONFIG_FILE = "run.yaml"
