@@ -18,7 +18,7 @@ from mindalle_jax.data.scenes import captions, make_scene
 from mindalle_jax.errors import MindalleError
 from mindalle_jax.interop.clip import clip_leaf_shapes
 from mindalle_jax.storage.weights import count_parameters, read_manifest
-from mindalle_jax.training.clip import ClipRun, ClipTrainConfig
+from mindalle_jax.training.clip.run import ClipRun, ClipTrainConfig
 from mindalle_jax.training.config import FinetuneConfig
 from mindalle_jax.training.finetune import FinetuneRun
 from mindalle_jax.training.vqgan import VqganRun, vqgan_model_config

@@ -266,7 +266,7 @@ def _train_vqgan(arguments: argparse.Namespace) -> None:
 
 
 def _train_clip(arguments: argparse.Namespace) -> None:
-    from mindalle_jax.training.clip import train_clip
+    from mindalle_jax.training.clip.run import train_clip
 
     _run(train_clip, arguments)
     print(f"{arguments.out}: a CLIP model; mindalle sample --ranker {arguments.out}")

@@ -27,9 +27,9 @@ from mindalle_jax.models.clip import CLIP, PIXEL_MEAN, PIXEL_STD, ClipConfig, Cl
 from mindalle_jax.runtime.sharding import BATCH, make_mesh
 from mindalle_jax.storage.weights import nest
 from mindalle_jax.text.clip_tokenizer import read_clip_tokenizer
-from mindalle_jax.training import clip
-from mindalle_jax.training.clip import ClipRun, ClipTrainConfig, train_clip
-from mindalle_jax.training.clip_step import MAX_LOGIT_SCALE, ClipTask, clip_step, contrastive_sums, init_params
+from mindalle_jax.training.clip import run as clip
+from mindalle_jax.training.clip.run import ClipRun, ClipTrainConfig, train_clip
+from mindalle_jax.training.clip.step import MAX_LOGIT_SCALE, ClipTask, clip_step, contrastive_sums, init_params
 from mindalle_jax.training.optimizer import learning_rate, make_optimizer
 from mindalle_jax.training.step import init_state
 from mindalle_jax.training.tokenizers import train_tokenizer

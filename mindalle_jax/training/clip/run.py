@@ -24,7 +24,7 @@ from mindalle_jax.models.clip import CLIP, ClipConfig, ClipTextConfig
 from mindalle_jax.storage.files import disk_errors
 from mindalle_jax.storage.weights import nest
 from mindalle_jax.text.clip_tokenizer import clip_ids, read_clip_tokenizer
-from mindalle_jax.training.clip_step import ClipTask, compile_clip_step, eval_sums, init_params
+from mindalle_jax.training.clip.step import ClipTask, compile_clip_step, eval_sums, init_params
 from mindalle_jax.training.config import LoopConfig, RunConfig
 from mindalle_jax.training.loop import Batch, Rows, Run, whole
 from mindalle_jax.training.optimizer import make_optimizer
