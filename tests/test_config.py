@@ -21,8 +21,8 @@ from mindalle_jax.errors import ConfigError
 from mindalle_jax.storage.files import DEMO
 from mindalle_jax.training.clip.run import ClipTrainConfig
 from mindalle_jax.training.config import FinetuneConfig, TrainingConfig, load_finetune_config
-from mindalle_jax.training.vqgan import vqgan_model_config
-from mindalle_jax.training.vqgan_config import VqganTrainConfig
+from mindalle_jax.training.vqgan.config import VqganTrainConfig
+from mindalle_jax.training.vqgan.run import vqgan_model_config
 
 DEFAULTS = {
     "dataset": {

@@ -21,8 +21,8 @@ from mindalle_jax.storage.weights import count_parameters, read_manifest
 from mindalle_jax.training.clip.run import ClipRun, ClipTrainConfig
 from mindalle_jax.training.config import FinetuneConfig
 from mindalle_jax.training.finetune import FinetuneRun
-from mindalle_jax.training.vqgan import VqganRun, vqgan_model_config
-from mindalle_jax.training.vqgan_config import VqganTrainConfig
+from mindalle_jax.training.vqgan.config import VqganTrainConfig
+from mindalle_jax.training.vqgan.run import VqganRun, vqgan_model_config
 
 # One picture for each of the eight devices of these tests.
 LOOP = [

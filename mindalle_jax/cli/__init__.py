@@ -259,7 +259,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
 
 
 def _train_vqgan(arguments: argparse.Namespace) -> None:
-    from mindalle_jax.training.vqgan import train_vqgan
+    from mindalle_jax.training.vqgan.run import train_vqgan
 
     _run(train_vqgan, arguments)
     print(f"{arguments.out}: a VQGAN; scripts/prepare_codes.py --model {arguments.out}, or training.vqgan of finetune")

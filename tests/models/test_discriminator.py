@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from mindalle_jax.models.discriminator import PatchDiscriminator
+from mindalle_jax.training.vqgan.discriminator import PatchDiscriminator
 
 
 def random_discriminator(model: PatchDiscriminator, size: int, seed: int = 0):

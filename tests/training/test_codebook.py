@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mindalle_jax.training.codebook import perplexity, redundant, restarts, starts_at_once, updates_to_fill
+from mindalle_jax.training.vqgan.codebook import perplexity, redundant, restarts, starts_at_once, updates_to_fill
 
 
 def test_restarts_are_drawn_where_pictures_are_worst():

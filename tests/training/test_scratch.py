@@ -19,7 +19,7 @@ from mindalle_jax.text.tokenizer import VOCAB_FILE
 from mindalle_jax.training.finetune import FinetuneRun, read_finetune
 from mindalle_jax.training.loop import Run
 from mindalle_jax.training.run_dir import check_base, start_folder
-from mindalle_jax.training.vqgan import vqgan_model_config
+from mindalle_jax.training.vqgan.run import vqgan_model_config
 
 STAGE2 = {
     "type": "transformer1d", "vocab_size_txt": 110, "vocab_size_img": 80,

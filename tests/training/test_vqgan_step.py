@@ -12,12 +12,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mindalle_jax.config.schema import Config, Stage1Config, Stage1Hparams
-from mindalle_jax.models.discriminator import PatchDiscriminator
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.storage.weights import nest
-from mindalle_jax.training.codebook import starts_at_once
-from mindalle_jax.training.vqgan_config import LossConfig
-from mindalle_jax.training.vqgan_step import (
+from mindalle_jax.training.vqgan.codebook import starts_at_once
+from mindalle_jax.training.vqgan.config import LossConfig
+from mindalle_jax.training.vqgan.discriminator import PatchDiscriminator
+from mindalle_jax.training.vqgan.step import (
     LAST_LAYER,
     EvalSums,
     VqganTask,

@@ -13,8 +13,8 @@ from mindalle_jax.config.schema import Config, load_config
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import ConfigError, DataError
 from mindalle_jax.storage.weights import read_manifest
-from mindalle_jax.training.vqgan import VqganRun, train_vqgan
-from mindalle_jax.training.vqgan_config import VqganTrainConfig
+from mindalle_jax.training.vqgan.config import VqganTrainConfig
+from mindalle_jax.training.vqgan.run import VqganRun, train_vqgan
 
 TREE = {
     "stage1": {

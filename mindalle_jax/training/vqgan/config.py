@@ -18,7 +18,7 @@ class VqganOptimizerConfig(OptimizerConfig):
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights of the terms; the head of training/vqgan_step.py has the formulas."""
+    """Weights of the terms; the head of training/vqgan/step.py has the formulas."""
 
     l1: float = 1.0
     l2: float = 0.0
@@ -37,7 +37,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
-    """Sizes of models/discriminator.py."""
+    """Sizes of training/vqgan/discriminator.py."""
 
     width: int = 64
     layers: int = 3

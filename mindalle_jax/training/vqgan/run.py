@@ -28,19 +28,19 @@ from mindalle_jax.data import codes
 from mindalle_jax.errors import ConfigError, DataError
 from mindalle_jax.interop.lpips import read_lpips
 from mindalle_jax.interop.mindalle import find_model
-from mindalle_jax.models.discriminator import PatchDiscriminator
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.sampling.codec import PictureCodec
 from mindalle_jax.storage.initialize import write_vqgan
 from mindalle_jax.storage.weights import MANIFEST, leaf_shapes, load_stacked, nest
-from mindalle_jax.training.codebook import perplexity, redundant, updates_to_fill
 from mindalle_jax.training.config import SCRATCH
 from mindalle_jax.training.loop import Batch, Rows, Run, whole
 from mindalle_jax.training.optimizer import make_optimizer
 from mindalle_jax.training.previews import RECONSTRUCTIONS, write_reconstructions
 from mindalle_jax.training.run_dir import check_folder, claim_folder
-from mindalle_jax.training.vqgan_config import VqganTrainConfig, VqganTrainingConfig
-from mindalle_jax.training.vqgan_step import (
+from mindalle_jax.training.vqgan.codebook import perplexity, redundant, updates_to_fill
+from mindalle_jax.training.vqgan.config import VqganTrainConfig, VqganTrainingConfig
+from mindalle_jax.training.vqgan.discriminator import PatchDiscriminator
+from mindalle_jax.training.vqgan.step import (
     EvalSums,
     VqganState,
     VqganTask,

@@ -34,13 +34,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mindalle_jax.config.schema import Stage1Config
-from mindalle_jax.models.discriminator import PatchDiscriminator
 from mindalle_jax.models.lpips import LPIPS
 from mindalle_jax.models.vqgan import VQGAN, Autoencoded
 from mindalle_jax.storage.weights import nest
-from mindalle_jax.training.codebook import NEVER_USED, perplexity, redundant, restarts, starts_at_once
 from mindalle_jax.training.step import Params, updates_made
-from mindalle_jax.training.vqgan_config import LossConfig
+from mindalle_jax.training.vqgan.codebook import NEVER_USED, perplexity, redundant, restarts, starts_at_once
+from mindalle_jax.training.vqgan.config import LossConfig
+from mindalle_jax.training.vqgan.discriminator import PatchDiscriminator
 
 LAST_LAYER = "decoder/conv_out/kernel"
 """Where the gradients of reconstruction and discriminator are balanced."""
