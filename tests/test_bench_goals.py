@@ -5,9 +5,9 @@ import pytest
 
 @pytest.fixture
 def script(request, monkeypatch):
-    """scripts/bench_goals.py as a module."""
+    """scripts/bench/goals.py as a module."""
     monkeypatch.syspath_prepend(str(request.config.rootpath / "scripts"))
-    import bench_goals
+    from scripts.bench import goals as bench_goals
 
     return bench_goals
 
@@ -22,7 +22,7 @@ def run(candidates, codes_s, attention, quantize=None):
     }
     figures |= {"prompt_to_ranked_pictures_s": codes_s + 0.1, "share_of_floor": 0.48 / codes_s}
     figures |= {"decode_one_picture_ms": 1.0, "rank_one_picture_ms": 0.1}
-    return figures | {"command": ["bench_sampling.py", "--preset", "1.3b", "--attention", attention]}
+    return figures | {"command": ["sampling.py", "--preset", "1.3b", "--attention", attention]}
 
 
 def test_each_goal_has_the_best_of_its_runs(script):

@@ -39,10 +39,10 @@ IN_PLACE = {"parameter", "get-tuple-element", "bitcast", "tuple", "dynamic-updat
 
 @pytest.fixture(scope="module")
 def script(request) -> Any:
-    """scripts/plan_sampling.py as a module."""
+    """scripts/bench/plan_sampling.py as a module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(request.config.rootpath / "scripts"))
-        import plan_sampling
+        from scripts.bench import plan_sampling
 
         yield plan_sampling
 
@@ -187,8 +187,9 @@ def test_an_update_of_fsdp(script, need_cuda, request, flash_attention):
 
     Flash attention is split with the batch, and writes no weights of 319 or 320 squared.
     """
-    import plan_training
     from jax.experimental import topologies
+
+    from scripts.bench import plan_training
 
     target = (request.config.rootpath / "scripts" / "h100.textproto").read_text()
     devices = topologies.get_topology_desc(platform="cuda", topology="1x1x8", target_config=target).devices

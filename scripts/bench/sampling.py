@@ -1,10 +1,10 @@
 """Times sampling: prompt -> codes -> pictures -> ranks. Needs no checkpoint.
 
-    python scripts/bench_sampling.py --preset 1.3b --candidates 96            # one GPU: the headline figure
-    python scripts/bench_sampling.py --preset 1.3b --candidates 1 --device cpu --rows 1
-    python scripts/bench_sampling.py --preset demo --candidates 1 --jacobi
-    python scripts/bench_sampling.py --attention pallas --quantize weights+cache
-    python scripts/bench_sampling.py --peer ~/minDALL-E                       # and the original's loop, in this run
+    python -m scripts.bench.sampling --preset 1.3b --candidates 96            # one GPU: the headline figure
+    python -m scripts.bench.sampling --preset 1.3b --candidates 1 --device cpu --rows 1
+    python -m scripts.bench.sampling --preset demo --candidates 1 --jacobi
+    python -m scripts.bench.sampling --attention pallas --quantize weights+cache
+    python -m scripts.bench.sampling --peer ~/minDALL-E                       # and the original's loop, in this run
 
 The weights of "demo" are those of the model in the package, others random. A step is one code of each candidate; with
 --jacobi a pass of the network gives several.
@@ -33,7 +33,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from plan_sampling import compile_loop_of
 
 from mindalle_jax.config.schema import Config, load_config
 from mindalle_jax.interop.clip import clip_leaf_shapes, read_clip
@@ -59,8 +58,9 @@ from mindalle_jax.sampling.decode import (
 from mindalle_jax.storage.files import DEMO, RANKER
 from mindalle_jax.storage.weights import leaf_shapes, load_params, nest
 from mindalle_jax.text.tokenizer import TextTokenizer
+from scripts.bench.plan_sampling import compile_loop_of
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 PRESETS = {"1.3b": CONFIGS / "mindalle-1.3b.yaml", "demo": DEMO / "config.yaml", "tiny": CONFIGS / "tiny.yaml"}
 CLIPS: dict[str, Callable[[], ClipConfig]] = {
     "1.3b": ClipConfig,  # ViT-B/32

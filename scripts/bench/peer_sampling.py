@@ -1,6 +1,6 @@
 """Times the sampling loop of the original PyTorch repository: random weights, the network and loop of a clone of it.
 
-    python scripts/peer_sampling.py ~/minDALL-E --preset 1.3b --candidates 96
+    python -m scripts.bench.peer_sampling ~/minDALL-E --preset 1.3b --candidates 96
 
 Reads dalle/models/stage2 and dalle/utils/sampling.py of the clone as they are, and needs PyTorch, omegaconf and tqdm.
 On a GPU under autocast, which is the original's default, else in float32. What is timed is the second of two runs, from
@@ -42,7 +42,7 @@ def measure(files: list[Path], preset: str, candidates: int, rows: int, device_n
     from mindalle_jax.sampling.decode import row_length
 
     sys.path.insert(0, str(Path(__file__).parent))
-    from bench_sampling import PRESETS
+    from scripts.bench.sampling import PRESETS
 
     # Packages of their own: the original's import Lightning, and this one needs two files of them.
     for name, folder in (("peer_stage2", files[0].parent), ("peer_utils", files[1].parent)):

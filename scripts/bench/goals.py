@@ -1,7 +1,7 @@
 """Runs every benchmark that this project has a goal for on one GPU or TPU, one after the other, and prints the table.
 
-    python scripts/bench_goals.py --out goals.jsonl
-    python scripts/bench_goals.py --preset demo --only "attention xla" --out rehearsal.jsonl        # on a CPU too
+    python -m scripts.bench.goals --out goals.jsonl
+    python -m scripts.bench.goals --preset demo --only "attention xla" --out rehearsal.jsonl        # on a CPU too
 
 Each is a process of its own, of which the last line is kept in --out as it ends, so that an interruption loses one. One
 that fails, because a backend of attention is not for this device or an update does not fit, is told and left out of the
@@ -66,11 +66,11 @@ def commands(preset: str) -> list[list[str]]:
             for attention in BACKENDS:
                 if attention == "cudnn" and quantize:  # it reads no int8
                     continue
-                command = ["bench_sampling.py", "--candidates", candidates, "--attention", attention]
+                command = ["sampling.py", "--candidates", candidates, "--attention", attention]
                 found.append(command + (["--quantize", quantize] if quantize else []))
-        found.append(["bench_sampling.py", "--candidates", candidates, "--quantize", "weights"])
-    found.append(["bench_sampling.py", "--candidates", "1", "--jacobi"])
-    found += [["bench_training.py", *changes] for changes in TRAINING]
+        found.append(["sampling.py", "--candidates", candidates, "--quantize", "weights"])
+    found.append(["sampling.py", "--candidates", "1", "--jacobi"])
+    found += [["training.py", *changes] for changes in TRAINING]
     return [[command[0], "--preset", preset, *command[1:]] for command in found]
 
 

@@ -1,8 +1,8 @@
 """Memory and launches of sampling on a device that need not be there, read from the compiled programs.
 
-    python scripts/plan_sampling.py                                    # which batch fits into 8 to 80 GB
-    python scripts/plan_sampling.py --quantize weights+cache --target cpu
-    python scripts/plan_sampling.py --target v5e --batch-size 128
+    python -m scripts.bench.plan_sampling                                    # which batch fits into 8 to 80 GB
+    python -m scripts.bench.plan_sampling --quantize weights+cache --target cpu
+    python -m scripts.bench.plan_sampling --target v5e --batch-size 128
 
 --target h100 needs JAX's CUDA plugin, v5e the libtpu package, and neither a GPU nor a TPU: make test-structure installs
 both into .venv-structure. Weights, cache and pictures are counted exactly; temporaries come from the compiler, with two
@@ -31,7 +31,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 96, 128)
 def main() -> None:
     """Parses the command line, compiles, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path(__file__).parent.parent / "configs/mindalle-1.3b.yaml")
+    parser.add_argument("--config", type=Path, default=Path(__file__).parents[2] / "configs/mindalle-1.3b.yaml")
     parser.add_argument("--target", choices=TARGETS, default="h100", help="default: %(default)s")
     parser.add_argument("--quantize", choices=["weights", "weights+cache"], help="as of mindalle sample")
     backends = ["xla", "xla-lanes", "xla-private", "cudnn", "pallas"]

@@ -1,7 +1,7 @@
 """Memory of one update on each device, read from the compiled program, for devices that need not be there.
 
-    python scripts/plan_training.py --config configs/finetune-captions.yaml --devices 8
-    python scripts/plan_training.py --config configs/finetune-captions.yaml --devices 16 sharding.strategy=fsdp
+    python -m scripts.bench.plan_training --config configs/finetune-captions.yaml --devices 8
+    python -m scripts.bench.plan_training --config configs/finetune-captions.yaml --devices 16 sharding.strategy=fsdp
 
 Compiles the update for that many CPU devices and allocates nothing of it. What the state takes is exact for every
 backend. Temporaries are those of the CPU compiler, which neither fuses nor schedules as that of a GPU or TPU; they say

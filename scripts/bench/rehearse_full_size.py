@@ -1,6 +1,6 @@
 """Rehearses the life of a full-size checkpoint with random weights: make, convert, load, sample, export, compare.
 
-    python scripts/rehearse_full_size.py --work /tmp/rehearsal
+    python -m scripts.bench.rehearse_full_size --work /tmp/rehearsal
 
 Nothing is downloaded. Each stage runs in a process of its own, so that its memory is its own. Prints a table, then one
 JSON line. Needs 17 GB of disk at full size, of which nothing is left unless --keep is given.
@@ -29,7 +29,7 @@ from mindalle_jax.storage.files import check_free_disk, check_output
 from mindalle_jax.storage.weights import Stage, count_parameters
 from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def make(config: Config, folder: Path) -> dict[str, Any]:

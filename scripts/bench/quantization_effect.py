@@ -1,7 +1,7 @@
 """What int8 weights and an int8 cache change: logits, and how often pictures of scenes are right.
 
-    python scripts/quantization_effect.py --prompts 100 --accuracy
-    python scripts/quantization_effect.py --model minDALL-E/1.3B --prompts 4 --dtype bfloat16
+    python -m scripts.bench.quantization_effect --prompts 100 --accuracy
+    python -m scripts.bench.quantization_effect --model minDALL-E/1.3B --prompts 4 --dtype bfloat16
 
 Draws pictures of captions of scenes, and runs their codes through the network again as it is and quantised, row by row
 against the cache. Reports, over all codes, the divergence KL(as it is || quantised) of the distribution of a code in

@@ -1,7 +1,7 @@
 """Times `mindalle sample` as a person does: from the shell to pictures on disk, with nothing compiled and again.
 
-    python scripts/bench_start.py
-    python scripts/bench_start.py --model minDALL-E/1.3B --num-candidates 96 -- --ranker off
+    python -m scripts.bench.start
+    python -m scripts.bench.start --model minDALL-E/1.3B --num-candidates 96 -- --ranker off
 
 What is downloaded or converted has to be there already; compiled programs are kept in a folder of its own. Of the cold
 run all is compiled, of the warm ones nothing. Prints a table, then one JSON line.

@@ -1,8 +1,8 @@
 """Times updates of fine-tuning: random weights, synthetic batches, no data set.
 
-    python scripts/bench_training.py --preset 1.3b                                    # one GPU: the headline figure
-    python scripts/bench_training.py --preset 1.3b experiment.local_batch_size=16 training.remat=full
-    python scripts/bench_training.py --preset demo --updates 5
+    python -m scripts.bench.training --preset 1.3b                                    # one GPU: the headline figure
+    python -m scripts.bench.training --preset 1.3b experiment.local_batch_size=16 training.remat=full
+    python -m scripts.bench.training --preset demo --updates 5
 
 The configuration is that of configs/finetune-captions.yaml (configs/scenes/captions.yaml for demo) with changes, over
 all devices there are. Prints a table, then one JSON line. Compilation is timed apart. FLOPs are those of the network
@@ -23,13 +23,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from plan_training import compile_update
 
 from mindalle_jax.config.schema import load_config
 from mindalle_jax.storage.files import DEMO
 from mindalle_jax.training.metrics import PEAK_FLOPS, flops_per_sequence
+from scripts.bench.plan_training import compile_update
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 PRESETS = {"1.3b": CONFIGS / "finetune-captions.yaml", "demo": CONFIGS / "scenes" / "captions.yaml"}
 MODELS = {"1.3b": None, "demo": load_config(DEMO / "config.yaml")}
 

@@ -1,7 +1,7 @@
 """Times one decoding step on CPU against PyTorch: random weights, the same network, two processes taking turns.
 
-    python scripts/bench_vs_torch.py --preset 1.3b --candidates 1 8 --rounds 3
-    python scripts/bench_vs_torch.py --preset demo --candidates 1 8 16
+    python -m scripts.bench.vs_torch --preset 1.3b --candidates 1 8 --rounds 3
+    python -m scripts.bench.vs_torch --preset demo --candidates 1 8 16
 
 Compares three loops, each step being the network and the draw (top-k 256):
   jax       mindalle_jax.sampling.decode, which always reads its whole buffer of keys and values, on the devices that
@@ -29,7 +29,7 @@ from typing import Any
 from mindalle_jax.config.schema import load_config
 from mindalle_jax.runtime.devices import CPU_DEVICES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PRESETS = {
     "1.3b": "configs/mindalle-1.3b.yaml",
     "demo": "mindalle_jax/demo/config.yaml",
@@ -43,7 +43,6 @@ def jax_worker(config: Any, steps: int) -> Callable[[str, int], float]:
     """A function (loop, candidates) -> seconds a step."""
     import jax
     import numpy as np
-    from bench_sampling import random_params, sampling_shapes
 
     from mindalle_jax.models.transformer import Transformer
     from mindalle_jax.runtime.devices import first_devices
@@ -57,6 +56,7 @@ def jax_worker(config: Any, steps: int) -> Callable[[str, int], float]:
         row_length,
         start_state,
     )
+    from scripts.bench.sampling import random_params, sampling_shapes
 
     all_devices = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     model = Transformer(config.stage2, stacked=False)
