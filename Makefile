@@ -29,7 +29,7 @@ test: $(VENV)/installed-test
 	XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -n 2 --dist load $(OPTIMISED)
 
 test-structure: $(VENV)-structure/installed
-	$(VENV)-structure/bin/python -m pytest -ra tests/test_structure_devices.py
+	$(VENV)-structure/bin/python -m pytest -ra tests/structure/test_devices.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

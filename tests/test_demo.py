@@ -9,12 +9,12 @@ from PIL import Image
 
 from mindalle_jax import ClipRanker, Dalle
 from mindalle_jax.cli import main
-from mindalle_jax.data.scenes import captions, make_scene
 from mindalle_jax.errors import UsageError
-from mindalle_jax.evaluation.scene_accuracy import accuracy, draw_scenes
 from mindalle_jax.interop.clip import find_clip
 from mindalle_jax.interop.mindalle import find_model
 from mindalle_jax.storage.files import DEMO, RANKER
+from scripts.scenes.accuracy import accuracy, draw_scenes
+from scripts.scenes.dataset import captions, make_scene
 
 MB = 10**6
 

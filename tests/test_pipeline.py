@@ -250,7 +250,7 @@ def test_a_wrong_batch_size_is_refused(tiny_dalle, batch_size):
     "wrong", [{"top_k": 81}, {"top_p": 0}, {"temperature": -1}, {"num_candidates": 0}, {"seed": -1}], ids=str
 )
 def test_wrong_settings_are_refused_by_every_call(tiny_dalle, igpt, wrong):
-    """Before anything is drawn. Their values are tests/test_sampling.py's."""
+    """Before anything is drawn. Their values are tests/sampling/test_decode.py's."""
     arguments = {"num_candidates": 1} | wrong
     for call, prompt in [
         (tiny_dalle.generate_codes, "the cat"),

@@ -41,7 +41,7 @@ def measure(files: list[Path], preset: str, candidates: int, rows: int, device_n
     from mindalle_jax.config.schema import load_config
     from mindalle_jax.sampling.decode import row_length
 
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     from scripts.bench.sampling import PRESETS
 
     # Packages of their own: the original's import Lightning, and this one needs two files of them.

@@ -6,7 +6,7 @@
 Draws pictures of captions of scenes, and runs their codes through the network again as it is and quantised, row by row
 against the cache. Reports, over all codes, the divergence KL(as it is || quantised) of the distribution of a code in
 nats, and how often both find the same code most probable. --accuracy also draws with the quantised model, and counts
-pictures in which the judge of evaluation/scenes.py finds everything right; it goes with a model of scenes. Prints a
+pictures in which the judge of scripts/scenes/judge.py finds everything right; it goes with a model of scenes. Prints a
 table, then one JSON line.
 """
 
@@ -22,10 +22,10 @@ import numpy as np
 from tqdm import tqdm
 
 from mindalle_jax import Dalle
-from mindalle_jax.data.scenes import captions, make_scene
-from mindalle_jax.evaluation.scene_accuracy import accuracy, draw_scenes
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.sampling.decode import prefill, row_length
+from scripts.scenes.accuracy import accuracy, draw_scenes
+from scripts.scenes.dataset import captions, make_scene
 
 MODES: Any = (None, "weights", "weights+cache")
 

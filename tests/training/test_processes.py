@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from training_runs import checkpoint_arrays, metrics, start, write_code_set, write_config
 
-from mindalle_jax import cli, devices
+from mindalle_jax import cli
 from mindalle_jax.errors import UsageError
+from mindalle_jax.runtime import devices
 from mindalle_jax.storage.weights import map_weights, read_manifest
 
 UPDATES = 6

@@ -13,9 +13,9 @@ from PIL import Image
 
 from mindalle_jax import Dalle, ImageGPT
 from mindalle_jax import drawing as drawing_module
-from mindalle_jax import sampling as sampling_module
 from mindalle_jax.errors import DeviceMemoryError, UsageError
 from mindalle_jax.models.attention import DECODE_ATTENTION, PRIVATE_PREFIX, decode_attention_cudnn
+from mindalle_jax.sampling import decode as sampling_module
 from mindalle_jax.sampling.decode import Settings, decode_segment, prefill, start_state
 
 BATCH = 4  # one compiled size for all tests

@@ -1,6 +1,6 @@
 """Makes the small model that ships in the package, from nothing: pictures, tokenizers, VQGAN, transformer, CLIP.
 
-    python scripts/make_demo_model.py --work DIR
+    python -m scripts.scenes.train_demo --work DIR
 
 Every stage goes on where it was interrupted when the same command is given again, and what is complete is not done
 again: remove DIR/demo to have it packed and measured anew. DIR/demo is then the model with its ranker and card, and
@@ -25,16 +25,16 @@ from tqdm import tqdm
 from mindalle_jax.cli import HelpFormatter, run_reporting
 from mindalle_jax.cli import main as mindalle
 from mindalle_jax.config.schema import ExperimentConfig, load_section
-from mindalle_jax.data.scenes import captions, draw, make_scene, write_scenes
 from mindalle_jax.errors import MindalleError
-from mindalle_jax.evaluation.scene_accuracy import accuracy, draw_scenes, nearest
-from mindalle_jax.evaluation.scenes import judge
 from mindalle_jax.interop.mindalle import copy_model
 from mindalle_jax.pipeline import Dalle
 from mindalle_jax.ranking.ranker import ClipRanker
 from mindalle_jax.runtime.devices import training_devices
+from scripts.scenes.accuracy import accuracy, draw_scenes, nearest
+from scripts.scenes.dataset import captions, draw, make_scene, write_scenes
+from scripts.scenes.judge import judge
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NUM_TRAIN, NUM_VALID = 40_000, 500
 BEST_OF = 16
 # What a size changes in the configurations of configs/scenes. That of a GPU was chosen by arithmetic, and never run.
@@ -62,7 +62,7 @@ license: apache-2.0
 # Scenes
 
 A small text-to-image model, with its ranker in `ranker/`: one or two coloured shapes on a plain background, 64 x 64
-pixels. Made from nothing by `scripts/make_demo_model.py`; no published weights and no photographs went into it.
+pixels. Made from nothing by `scripts/scenes/train_demo.py`; no published weights and no photographs went into it.
 
     mindalle sample "{caption}" --model FOLDER --out DIR
 
@@ -148,7 +148,7 @@ def make_codes(work: Path) -> None:
 
 def pack(work: Path) -> None:
     """The model and its ranker in float16, with a licence and a card, which is written last."""
-    from mindalle_jax.data import scenes
+    from scripts.scenes import dataset as scenes
 
     demo = work / "demo"
     if (demo / "README.md").exists():

@@ -333,7 +333,7 @@ def test_an_equal_n_dense_layers_is_accepted(tiny_config):
     assert config.stage2.hparams.n_dense_layers == 2
 
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 KINDS = {"vqgan-f16-16384": VqganTrainConfig, "vqgan": VqganTrainConfig, "clip": ClipTrainConfig}

@@ -1,4 +1,4 @@
-"""Reads a picture of data/scenes.py back, without a learned network, and holds it against what its caption says.
+"""Reads an image of scenes/dataset.py back, without a learned network, and holds it against what its caption says.
 
 What differs from the background is cut into pieces; each is compared with everything that could have been drawn, sharp
 and blurred, a few pixels to each side. So the blur and the small errors of colour of a small network are forgiven; the
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from mindalle_jax.data.scenes import (
+from mindalle_jax.errors import UsageError
+from scripts.scenes.dataset import (
     BACKGROUNDS,
     BAND,
     COLOURS,
@@ -24,7 +25,6 @@ from mindalle_jax.data.scenes import (
     background_picture,
     thing_mask,
 )
-from mindalle_jax.errors import UsageError
 
 SIDE = 64
 """Pixels: pictures of other sizes are scaled to it first."""

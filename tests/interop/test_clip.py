@@ -26,10 +26,11 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from mindalle_jax.errors import CheckpointError, OutputError, UsageError
-from mindalle_jax.interop import clip, clip_tokenizer
+from mindalle_jax.interop import clip
 from mindalle_jax.interop.clip import _parse_config, convert_clip, read_clip, write_clip
 from mindalle_jax.interop.torch_archive import write_torch_archive
 from mindalle_jax.models.clip import ClipConfig
+from mindalle_jax.text import clip_tokenizer
 
 VOCAB_SIZE = clip_oracle.VOCAB_SIZE
 

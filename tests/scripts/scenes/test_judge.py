@@ -1,4 +1,4 @@
-"""evaluation/scenes.py: what was drawn is read back, damage of a small network is forgiven, other scenes are not."""
+"""scripts/scenes/judge.py: what was drawn is read back, damage of a small network is forgiven, other scenes are not."""
 
 import dataclasses
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from mindalle_jax.data.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing, captions, draw, make_scene
 from mindalle_jax.errors import UsageError
-from mindalle_jax.evaluation.scenes import compare, judge, read_scene
+from scripts.scenes.dataset import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing, captions, draw, make_scene
+from scripts.scenes.judge import compare, judge, read_scene
 
 COUNT = 1_000
 """About 10 seconds."""

@@ -1,4 +1,4 @@
-"""scripts/make_demo_model.py: the whole recipe with tiny networks, to a model with its ranker, the same every time.
+"""scripts/scenes/train_demo.py: the whole recipe with tiny networks, to a model with its ranker, the same every time.
 
 Pictures stay 64 x 64. Nothing is learned in so few updates; every stage reads what the one before it wrote.
 """
@@ -14,7 +14,6 @@ import pytest
 
 from mindalle_jax import ClipRanker, Dalle
 from mindalle_jax.config.schema import load_config
-from mindalle_jax.data.scenes import captions, make_scene
 from mindalle_jax.errors import MindalleError
 from mindalle_jax.interop.clip import clip_leaf_shapes
 from mindalle_jax.storage.weights import count_parameters, read_manifest
@@ -23,6 +22,7 @@ from mindalle_jax.training.config import FinetuneConfig
 from mindalle_jax.training.finetune import FinetuneRun
 from mindalle_jax.training.vqgan.config import VqganTrainConfig
 from mindalle_jax.training.vqgan.run import VqganRun, vqgan_model_config
+from scripts.scenes.dataset import captions, make_scene
 
 # One picture for each of the eight devices of these tests.
 LOOP = [
@@ -57,8 +57,7 @@ PROMPTS = 2
 def script(request) -> Any:
     """The script as a module, with 48 pictures to train on and networks in miniature."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(request.config.rootpath / "scripts"))
-        import make_demo_model
+        from scripts.scenes import train_demo as make_demo_model
 
         patch.setattr(make_demo_model, "NUM_TRAIN", 48)
         patch.setattr(make_demo_model, "NUM_VALID", 8)
@@ -178,9 +177,8 @@ def test_each_device_has_its_share_of_a_batch(script):
 
 def test_both_sizes_fit_in_the_package(request):
     """At most 40 MB in float16, tokenizers and papers (well under 1 MB) aside; the larger one is larger, and valid."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(request.config.rootpath / "scripts"))
-        import make_demo_model
+    from scripts.scenes import train_demo as make_demo_model
+
     configs, sizes = request.config.rootpath / "configs" / "scenes", []
     for changes in ({}, make_demo_model.CHANGES["gpu"]):
         vqgan = load_config(configs / "vqgan.yaml", changes.get("vqgan", []), VqganTrainConfig)

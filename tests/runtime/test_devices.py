@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from mindalle_jax import Dalle, drawing, sampling
+from mindalle_jax import Dalle, drawing
 from mindalle_jax.runtime.devices import CPU_DEVICES, choose_devices
+from mindalle_jax.sampling import decode as sampling
 
 
 @pytest.mark.skipif(os.cpu_count() == 1, reason="one core makes one device")
@@ -64,7 +65,7 @@ def test_whoever_spoke_first_says_how_many_devices_a_cpu_has(before, variables, 
     code += "size = Dalle.from_pretrained('demo').mesh.size\n"
     code += "print(size, len(jax.devices()), make_mesh('replicated', {}).size)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_FLAGS", "JAX_NUM"))}
-    environment |= variables | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment |= variables | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     divided = before == "" and not variables
     numbers = [min(expected, CPU_DEVICES), expected, 1 if divided else expected]

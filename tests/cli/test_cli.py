@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mindalle_jax import ClipRanker, Dalle, ImageGPT, cli, errors, sampling
+from mindalle_jax import ClipRanker, Dalle, ImageGPT, cli, errors
 from mindalle_jax.interop import mindalle
 from mindalle_jax.interop.mindalle import import_checkpoint
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
+from mindalle_jax.sampling import decode as sampling
 from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""hub/huggingface.py, and models loaded by way of it, from a hub on this machine with as much of the API as that takes."""
+"""hub/huggingface.py, and models loaded by way of it, from a hub on this machine that answers just what that takes."""
 
 import hashlib
 import http.server
@@ -15,8 +15,9 @@ from huggingface_hub import constants
 
 from mindalle_jax import ClipRanker, Dalle, cli
 from mindalle_jax.errors import CheckpointError, DownloadError, UsageError
+from mindalle_jax.hub import download
 from mindalle_jax.hub.huggingface import fetch_repo, is_repo_id
-from mindalle_jax.interop import download, mindalle
+from mindalle_jax.interop import mindalle
 from mindalle_jax.interop.clip import WEIGHT_FILES, find_clip
 from mindalle_jax.interop.mindalle import MODEL_FILES, find_model
 

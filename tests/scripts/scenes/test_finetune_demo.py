@@ -1,4 +1,4 @@
-"""scripts/finetune_demo.py: each kind from the model in the package to a model of its own, in two updates."""
+"""scripts/scenes/finetune_demo.py: each kind from the model in the package to a model of its own, in two updates."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from mindalle_jax import Dalle, ImageGPT
-from mindalle_jax.data.scenes import SHAPES
+from scripts.scenes.dataset import SHAPES
 
 FEW = ["optimizer.max_steps=2", "training.warmup_steps=1", "training.checkpoint_every_steps=1",
        "experiment.local_batch_size=1"]  # fmt: skip
@@ -16,8 +16,7 @@ FEW = ["optimizer.max_steps=2", "training.warmup_steps=1", "training.checkpoint_
 def script(request) -> Any:
     """The script as a module, with few pictures to learn from and to draw."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(request.config.rootpath / "scripts"))
-        import finetune_demo
+        from scripts.scenes import finetune_demo
 
         patch.setattr(finetune_demo, "NUM_PICTURES", 40)
         patch.setattr(finetune_demo, "COLUMNS", 2)

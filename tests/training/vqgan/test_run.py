@@ -123,12 +123,11 @@ def test_training_further_starts_at_the_loss_of_the_weights(trained, config_file
 
 def test_the_result_makes_codes_and_carries_a_fresh_transformer(trained, pictures, tmp_path, request):
     """prepare_codes.py loads the VQGAN alone; training from scratch takes it for its stage 1."""
+    import prepare_codes
+
     from mindalle_jax.data.codes import vqgan_digest
     from mindalle_jax.storage.initialize import write_fresh
     from mindalle_jax.training.finetune import read_finetune
-
-    request.getfixturevalue("monkeypatch").syspath_prepend(str(request.config.rootpath / "scripts"))
-    import prepare_codes
 
     arguments = ["--model", str(trained), "--data", str(pictures), "--out", str(tmp_path / "codes"),
                  "--task", "unconditional"]  # fmt: skip

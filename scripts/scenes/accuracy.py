@@ -1,4 +1,4 @@
-"""How often pictures that a model draws from captions of scenes are right, by the judge of evaluation/scenes.py."""
+"""How often pictures that a model draws from captions of scenes are right, by the judge of scripts/scenes/judge.py."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from mindalle_jax.data.scenes import Scene, Split, Style, captions, make_scene
-from mindalle_jax.evaluation.scenes import Verdict, judge
 from mindalle_jax.pipeline import Dalle
 from mindalle_jax.ranking.ranker import ClipRanker
+from scripts.scenes.dataset import Scene, Split, Style, captions, make_scene
+from scripts.scenes.judge import Verdict, judge
 
 
 class Drawn(NamedTuple):

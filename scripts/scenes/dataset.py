@@ -1,7 +1,7 @@
 """Captioned pictures of simple scenes, drawn on demand: to train and measure a small text-to-image model anywhere.
 
 A scene is one thing, or two beside or above each other, on a plain background. Every scene, its captions and its
-picture are functions of (split, index) and the same on every machine. evaluation/scenes.py reads a picture back.
+picture are functions of (split, index) and the same on every machine. scripts/scenes/judge.py reads a picture back.
 
 Lengths are in 64ths of the picture's side, so they are pixels of a picture of 64 x 64.
 """

@@ -1,4 +1,4 @@
-"""evaluation/scene_accuracy.py: verdicts are counted, the ranker's best is judged, distances are those of pixels."""
+"""scripts/scenes/accuracy.py: verdicts are counted, the ranker's best is judged, distances are those of pixels."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindalle_jax.data.scenes import Scene, captions, draw, make_scene
-from mindalle_jax.evaluation.scene_accuracy import accuracy, draw_scenes, nearest
-from mindalle_jax.evaluation.scenes import ThingVerdict, Verdict
+from scripts.scenes.accuracy import accuracy, draw_scenes, nearest
+from scripts.scenes.dataset import Scene, captions, draw, make_scene
+from scripts.scenes.judge import ThingVerdict, Verdict
 
 RIGHT = ThingVerdict(True, True, True, True)
 COUNT = 12

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mindalle_jax import Dalle, filters
+from mindalle_jax import Dalle
 from mindalle_jax.errors import NonFiniteError, UsageError
+from mindalle_jax.sampling import filters
 from mindalle_jax.sampling.decode import DEFAULT_TOP_K, Settings, check_num_candidates, default_batch_size, sample_codes
 from mindalle_jax.sampling.filters import draw, filter_logits, gumbel_noise, kth_largest
 

@@ -38,13 +38,11 @@ IN_PLACE = {"parameter", "get-tuple-element", "bitcast", "tuple", "dynamic-updat
 
 
 @pytest.fixture(scope="module")
-def script(request) -> Any:
+def script() -> Any:
     """scripts/bench/plan_sampling.py as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(request.config.rootpath / "scripts"))
-        from scripts.bench import plan_sampling
+    from scripts.bench import plan_sampling
 
-        yield plan_sampling
+    return plan_sampling
 
 
 def need(*plugins: str) -> None:

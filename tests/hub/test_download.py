@@ -28,10 +28,10 @@ from pathlib import Path
 import pytest
 
 from mindalle_jax.errors import CheckpointError, DownloadError, OutputError, UsageError
+from mindalle_jax.hub import download as module
+from mindalle_jax.hub import unpack as unpack_module
 from mindalle_jax.hub.download import RELEASES, Release, cache_dir, download, fetch_release
 from mindalle_jax.hub.unpack import FILES, unpack
-from mindalle_jax.interop import download as module
-from mindalle_jax.interop import unpack as unpack_module
 
 NAME = "minDALL-E/1.3B"
 BODY = random.Random(0).randbytes(300_000)

@@ -6,7 +6,6 @@ import pytest
 @pytest.fixture
 def script(request, monkeypatch):
     """scripts/bench/goals.py as a module."""
-    monkeypatch.syspath_prepend(str(request.config.rootpath / "scripts"))
     from scripts.bench import goals as bench_goals
 
     return bench_goals

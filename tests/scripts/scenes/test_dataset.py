@@ -1,4 +1,4 @@
-"""data/scenes.py: the same scenes everywhere, splits that share nothing they must not, captions that tell all."""
+"""scenes/dataset.py: the same scenes everywhere, splits that share nothing they must not, captions that tell all."""
 
 import dataclasses
 import hashlib
@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mindalle_jax.data.scenes import (
+from mindalle_jax.data.sources import open_source
+from mindalle_jax.errors import OutputError, UsageError
+from scripts.scenes.dataset import (
     BACKGROUNDS,
     COLOURS,
     HELDOUT_LOOKS,
@@ -31,8 +33,6 @@ from mindalle_jax.data.scenes import (
     thing_mask,
     write_scenes,
 )
-from mindalle_jax.data.sources import open_source
-from mindalle_jax.errors import OutputError, UsageError
 
 COUNT = 4_000
 

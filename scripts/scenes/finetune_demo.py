@@ -1,6 +1,6 @@
 """Fine-tunes the model in the package in minutes on CPU, and draws with it before and after.
 
-    python scripts/finetune_demo.py --kind captions --out DIR
+    python -m scripts.scenes.finetune_demo --kind captions --out DIR
 
 DIR/pictures is what it learns from, DIR/run the run of `mindalle finetune` and in the end the model, DIR/before.png and
 DIR/after.png what it draws. Every part goes on where it was interrupted when the same command is given again.
@@ -17,12 +17,12 @@ from PIL import Image
 from mindalle_jax import Dalle, ImageGPT
 from mindalle_jax.cli import HelpFormatter, run_reporting
 from mindalle_jax.cli import main as mindalle
-from mindalle_jax.data.scenes import SHAPES, Style, write_scenes
 from mindalle_jax.errors import MindalleError
-from mindalle_jax.evaluation.scene_accuracy import accuracy, draw_scenes
 from mindalle_jax.training.finetune import read_finetune
+from scripts.scenes.accuracy import accuracy, draw_scenes
+from scripts.scenes.dataset import SHAPES, Style, write_scenes
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "scenes"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "scenes"
 NUM_PICTURES = 2000
 COLUMNS, ROWS = 10, len(SHAPES)
 

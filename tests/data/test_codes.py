@@ -116,7 +116,7 @@ def test_killed_and_resumed(data, tmp_path):
     script = f"""
         import os, signal, sys
         sys.path[:0] = {[str(ROOT), str(Path(__file__).parent)]!r}
-        import test_data_codes as t
+        import test_codes as t
         from pathlib import Path
         t.codes_module.SHARD_SAMPLES = 5
         class Killed(t.FourCodes):
