@@ -20,7 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import mindalle_jax
-from mindalle_jax.config.schema import Stage1Config, load_config
+from mindalle_jax.config.file import load_config
+from mindalle_jax.config.schema import Stage1Config
 from mindalle_jax.errors import CheckpointError, UsageError
 from mindalle_jax.interop.mindalle import copy_model, find_model
 from mindalle_jax.models.attention import default_backend

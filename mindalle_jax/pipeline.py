@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mindalle_jax.config.schema import Config, Stage2Config, dump_config
+from mindalle_jax.config.file import dump_config
+from mindalle_jax.config.schema import Config, Stage2Config
 from mindalle_jax.drawing import Callback, Job, Model, Quantize, Ranker
 from mindalle_jax.errors import CheckpointError, UsageError
 from mindalle_jax.hub.download import cache_dir

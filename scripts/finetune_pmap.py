@@ -25,7 +25,7 @@ import optax
 from jax.sharding import SingleDeviceSharding
 from tqdm import tqdm
 
-from mindalle_jax.config.schema import dump_config
+from mindalle_jax.config.file import dump_config
 from mindalle_jax.data.codes import vqgan_digest
 from mindalle_jax.data.loader import Loader
 from mindalle_jax.data.sources import open_source

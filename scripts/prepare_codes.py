@@ -14,7 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from mindalle_jax.cli import HelpFormatter, run_reporting
-from mindalle_jax.config.schema import load_config
+from mindalle_jax.config.file import load_config
 from mindalle_jax.data.codes import vqgan_digest, write_codes
 from mindalle_jax.data.samples import TASKS
 from mindalle_jax.data.sources import open_source

@@ -28,7 +28,8 @@ import pytest  # noqa: E402
 from clip_oracle import random_model  # noqa: E402
 
 from mindalle_jax import Dalle  # noqa: E402
-from mindalle_jax.config.schema import Config, dump_config, parse_config  # noqa: E402
+from mindalle_jax.config.file import dump_config, parse_config
+from mindalle_jax.config.schema import Config
 from mindalle_jax.interop.clip import write_clip  # noqa: E402
 from mindalle_jax.interop.key_maps import slots  # noqa: E402
 from mindalle_jax.interop.mindalle import STAGE_FILES, import_checkpoint  # noqa: E402

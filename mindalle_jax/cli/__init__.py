@@ -306,7 +306,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         if not arguments.overwrite and out.exists() and any(out.iterdir()):
             raise OutputError(f"{out} exists and is not empty; name another place or pass --overwrite")
 
-    from mindalle_jax.config.schema import load_config
+    from mindalle_jax.config.file import load_config
     from mindalle_jax.drawing import check_batch_size, check_every
     from mindalle_jax.interop.mindalle import find_model
     from mindalle_jax.pipeline import Dalle, ImageGPT, class_prefix

@@ -21,7 +21,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from mindalle_jax.config.schema import load_config
+from mindalle_jax.config.file import load_config
 from mindalle_jax.data.loader import Loader
 from mindalle_jax.data.samples import Sample, Source
 from mindalle_jax.errors import DataError, OutputError, UsageError, one_line

@@ -21,7 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 import mindalle_jax
-from mindalle_jax.config.schema import Config, Stage1Hparams, dump_config, load_config
+from mindalle_jax.config.file import dump_config, load_config
+from mindalle_jax.config.schema import Config, Stage1Hparams
 from mindalle_jax.errors import CheckpointError, ConfigError, DownloadError, OutputError, UsageError
 from mindalle_jax.hub.download import RELEASES, cache_dir, fetch_release
 from mindalle_jax.hub.huggingface import fetch_repo, is_repo_id

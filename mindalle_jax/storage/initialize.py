@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 import mindalle_jax
-from mindalle_jax.config.schema import Config, dump_config, load_config
+from mindalle_jax.config.file import dump_config, load_config
+from mindalle_jax.config.schema import Config
 from mindalle_jax.errors import ConfigError
 from mindalle_jax.storage.files import check_free_disk, new_folder
 from mindalle_jax.storage.weights import (

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
+from mindalle_jax.config.file import load_config
 from mindalle_jax.config.schema import (
     Config,
     DatasetConfig,
@@ -18,7 +19,6 @@ from mindalle_jax.config.schema import (
     Stage1Config,
     Stage2Config,
     check_optimization,
-    load_config,
 )
 from mindalle_jax.errors import ConfigError
 from mindalle_jax.models.transformer import Remat

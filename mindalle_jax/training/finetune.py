@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mindalle_jax.config.schema import load_config, load_section
+from mindalle_jax.config.file import load_config, load_section
 from mindalle_jax.data.codes import vqgan_digest
 from mindalle_jax.errors import ConfigError
 from mindalle_jax.interop.mindalle import find_model

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import safetensors
 
-from mindalle_jax.config.schema import load_config
+from mindalle_jax.config.file import load_config
 from mindalle_jax.errors import CheckpointError, ConfigError, one_line
 from mindalle_jax.storage.weights import MANIFEST, leaf_shapes
 from mindalle_jax.training.config import LoraConfig

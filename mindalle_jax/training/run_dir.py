@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from mindalle_jax.config.schema import dump_config, load_config
+from mindalle_jax.config.file import dump_config, load_config
 from mindalle_jax.errors import ConfigError, OutputError
 from mindalle_jax.storage.files import check_writable, disk_errors
 from mindalle_jax.storage.initialize import check_upstream, write_fresh, write_transfer

@@ -38,7 +38,7 @@ def measure(files: list[Path], preset: str, candidates: int, rows: int, device_n
     """Seconds of a run, and what it ran on."""
     import torch
 
-    from mindalle_jax.config.schema import load_config
+    from mindalle_jax.config.file import load_config
     from mindalle_jax.sampling.decode import row_length
 
     sys.path.insert(0, str(Path(__file__).parents[2]))

@@ -40,7 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # before jax is imported; nothing is looked for
 
-    from mindalle_jax.config.schema import load_config
+    from mindalle_jax.config.file import load_config
     from mindalle_jax.models.attention import default_backend
 
     attention = arguments.attention or default_backend({"h100": "gpu", "v5e": "tpu"}.get(arguments.target, "cpu"))

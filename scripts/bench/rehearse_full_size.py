@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from mindalle_jax.config.schema import Config, dump_config, load_config
+from mindalle_jax.config.file import dump_config, load_config
+from mindalle_jax.config.schema import Config
 from mindalle_jax.interop.key_maps import slots
 from mindalle_jax.interop.mindalle import STAGE_FILES, export_checkpoint, import_checkpoint
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive

@@ -34,7 +34,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mindalle_jax.config.schema import Config, load_config
+from mindalle_jax.config.file import load_config
+from mindalle_jax.config.schema import Config
 from mindalle_jax.interop.clip import clip_leaf_shapes, read_clip
 from mindalle_jax.models.attention import DECODE_ATTENTION, PRIVATE_PREFIX, default_backend
 from mindalle_jax.models.clip import CLIP, ClipConfig, ClipTextConfig, ClipVisionConfig

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mindalle_jax.config.schema import load_config
+from mindalle_jax.config.file import load_config
 from mindalle_jax.storage.files import DEMO
 from mindalle_jax.training.metrics import PEAK_FLOPS, flops_per_sequence
 from scripts.bench.plan_training import compile_update

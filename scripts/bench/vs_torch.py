@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mindalle_jax.config.schema import load_config
+from mindalle_jax.config.file import load_config
 from mindalle_jax.runtime.devices import CPU_DEVICES
 
 ROOT = Path(__file__).parents[2]

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from mindalle_jax.cli import HelpFormatter, run_reporting
 from mindalle_jax.cli import main as mindalle
-from mindalle_jax.config.schema import ExperimentConfig, load_section
+from mindalle_jax.config.file import load_section
+from mindalle_jax.config.schema import ExperimentConfig
 from mindalle_jax.errors import MindalleError
 from mindalle_jax.interop.mindalle import copy_model
 from mindalle_jax.pipeline import Dalle

@@ -6,17 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mindalle_jax.config.schema import (
-    Config,
-    ExperimentConfig,
-    OptimizerConfig,
-    Stage2Config,
-    Stage2Hparams,
-    dump_config,
-    load_config,
-    load_section,
-    parse_config,
-)
+from mindalle_jax.config.file import dump_config, load_config, load_section, parse_config
+from mindalle_jax.config.schema import Config, ExperimentConfig, OptimizerConfig, Stage2Config, Stage2Hparams
 from mindalle_jax.errors import ConfigError
 from mindalle_jax.storage.files import DEMO
 from mindalle_jax.training.clip.run import ClipTrainConfig

@@ -23,7 +23,8 @@ import safetensors.numpy
 import yaml
 from conftest import random_tensors
 
-from mindalle_jax.config.schema import Config, dump_config, load_config
+from mindalle_jax.config.file import dump_config, load_config
+from mindalle_jax.config.schema import Config
 from mindalle_jax.errors import CheckpointError, ConfigError, MindalleError, OutputError
 from mindalle_jax.interop import mindalle
 from mindalle_jax.interop.key_maps import slots

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from mindalle_jax.config.schema import load_config
+from mindalle_jax.config.file import load_config
 from mindalle_jax.models.transformer import Transformer, unstack_blocks
 from mindalle_jax.sampling.decode import Settings, decode_segment, prefill, row_length, start_state
 from mindalle_jax.storage.weights import leaf_shapes

@@ -12,7 +12,7 @@ import pytest
 from training_runs import checkpoint_arrays, metrics, weights_crc32, write_code_set, write_config
 
 from mindalle_jax import Dalle, ImageGPT, cli
-from mindalle_jax.config.schema import load_config
+from mindalle_jax.config.file import load_config
 from mindalle_jax.storage.initialize import CODE_ROWS, order_rows, place_rows, write_fresh, write_vqgan
 from mindalle_jax.storage.weights import leaf_shapes, map_weights, read_manifest
 from mindalle_jax.text.tokenizer import VOCAB_FILE

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from tokenizers import Tokenizer
 
-from mindalle_jax.config.schema import load_config
+from mindalle_jax.config.file import load_config
 from mindalle_jax.errors import CheckpointError, ConfigError, DataError
 from mindalle_jax.interop.clip import ClipModel, check_clip_config, clip_leaf_shapes, write_clip
 from mindalle_jax.models.clip import CLIP, ClipConfig, ClipTextConfig

@@ -15,15 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mindalle_jax.config.schema import (
-    Config,
-    DatasetConfig,
-    Stage1Config,
-    Stage2Config,
-    Stage2Hparams,
-    load_config,
-    load_section,
-)
+from mindalle_jax.config.file import load_config, load_section
+from mindalle_jax.config.schema import Config, DatasetConfig, Stage1Config, Stage2Config, Stage2Hparams
 from mindalle_jax.data import codes
 from mindalle_jax.errors import ConfigError, DataError
 from mindalle_jax.interop.lpips import read_lpips

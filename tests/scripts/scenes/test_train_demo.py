@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mindalle_jax import ClipRanker, Dalle
-from mindalle_jax.config.schema import load_config
+from mindalle_jax.config.file import load_config
 from mindalle_jax.errors import MindalleError
 from mindalle_jax.interop.clip import clip_leaf_shapes
 from mindalle_jax.storage.weights import count_parameters, read_manifest

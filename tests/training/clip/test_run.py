@@ -20,7 +20,8 @@ from tokenizers.models import BPE
 from training_runs import ROOT, metrics
 
 from mindalle_jax import ClipRanker
-from mindalle_jax.config.schema import OptimizerConfig, load_config
+from mindalle_jax.config.file import load_config
+from mindalle_jax.config.schema import OptimizerConfig
 from mindalle_jax.errors import CheckpointError, ConfigError, DataError
 from mindalle_jax.interop.clip import ClipModel, _slots, clip_leaf_shapes, write_clip
 from mindalle_jax.models.clip import CLIP, PIXEL_MEAN, PIXEL_STD, ClipConfig, ClipTextConfig, ClipVisionConfig

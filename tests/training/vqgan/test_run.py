@@ -9,7 +9,8 @@ from PIL import Image
 from safetensors import safe_open
 from training_runs import metrics, start, write_code_set, write_pictures
 
-from mindalle_jax.config.schema import Config, load_config
+from mindalle_jax.config.file import load_config
+from mindalle_jax.config.schema import Config
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import ConfigError, DataError
 from mindalle_jax.storage.weights import read_manifest

@@ -1,0 +1,194 @@
+"""Reads and writes config.yaml: YAML, `section.key=value` overrides, and the types of the schema."""
+
+import contextlib
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import yaml
+
+from mindalle_jax.config.schema import Config, Stage1Hparams
+from mindalle_jax.errors import ConfigError
+
+
+class AnyFile(Protocol):
+    """A dataclass whose fields are the sections of a file."""
+
+    def check(self) -> None:
+        """Raises ConfigError for values that go together in no file."""
+        ...
+
+
+AnyConfig = TypeVar("AnyConfig", bound=AnyFile)
+
+
+Section = TypeVar("Section")
+
+
+def load_config(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    kind: type[AnyConfig] = Config,
+    defaults: Config | None = None,
+) -> AnyConfig:
+    """Reads a config.yaml, then applies `section.key=value` overrides in order.
+
+    kind: Config, or a dataclass with other sections. defaults: whose fields stand in for those of dataset, stage1 and
+    stage2 that the file leaves out; None: the published model's.
+    Raises ConfigError naming the file, the field and the nearest valid name or the type expected.
+    """
+    with _naming(path):
+        return parse_config(_read(path), overrides, kind, defaults)
+
+
+def load_section(path: str | Path, overrides: Iterable[str], name: str, kind: type[Section]) -> Section:
+    """One section of the file alone, where the others cannot be told yet; otherwise as load_config."""
+    with _naming(path):
+        tree = _overridden(_parse_yaml(_read(path)), overrides)
+        _check_mapping(tree, "the file")
+        section = tree.get(name)
+        return _build(kind, {} if section is None else section, f"{name}.")
+
+
+def parse_config(
+    text: str, overrides: Iterable[str] = (), kind: type[AnyConfig] = Config, defaults: Config | None = None
+) -> AnyConfig:
+    """load_config from the text of a config.yaml."""
+    tree = _parse_yaml(text)
+    if defaults is not None and isinstance(tree, dict):
+        plain, sections = _plain(defaults), typing.get_type_hints(kind)
+        tree = _merged({name: plain[name] for name in ("dataset", "stage1", "stage2") if name in sections}, tree)
+    config = _build(kind, _overridden(tree, overrides), "")
+    config.check()
+    return config
+
+
+def dump_config(config: Any) -> str:
+    """The text of a config.yaml that parse_config reads back to an equal Config.
+
+    The one field that the original does not know is left out where it has the original's value.
+    """
+    tree = _plain(config)
+    hparams = tree.get("stage1", {}).get("hparams", {})
+    if hparams.get("num_groups") == Stage1Hparams.num_groups:
+        del hparams["num_groups"]
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read: {error}") from None
+
+
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Puts the file before the message of a ConfigError."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as text for want of a dot; people and the original's recipes mean the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        tree = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())[:200]}") from None
+    return {} if tree is None else tree
+
+
+def _merged(under: Any, over: Any) -> Any:
+    """Two parsed files, the second on top of the first."""
+    if not isinstance(under, dict) or not isinstance(over, dict):
+        return over
+    return under | {key: _merged(under[key], value) if key in under else value for key, value in over.items()}
+
+
+def _overridden(tree: Any, overrides: Iterable[str]) -> Any:
+    for override in overrides:
+        _apply_override(tree, override)
+    return tree
+
+
+def _apply_override(tree: Any, override: str) -> None:
+    """Sets `section.key=value` in the parsed file, creating sections that it leaves out."""
+    path, equals, value = override.partition("=")
+    if not equals or not path.strip():
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    *sections, key = path.strip().split(".")
+    for section in sections:
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is not a section")
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+    if not isinstance(tree, dict):
+        raise ConfigError(f"override {override!r}: {path.strip()!r} is not a field of a section")
+    tree[key] = _parse_yaml(value)
+
+
+def _check_mapping(tree: Any, what: str) -> None:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{what} must be a mapping of fields, not {tree!r:.60}")
+
+
+def _build(cls: type, tree: Any, path: str) -> Any:
+    """A dataclass from a parsed mapping; `path` is where in the file we are, with a trailing dot."""
+    _check_mapping(tree, path.rstrip(".") or "the file")
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=2, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"the fields are {', '.join(hints)}"
+            raise ConfigError(f"unknown field {path}{key}; {hint}")
+    values = {}
+    for name, value in tree.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = _build(typing.cast(type, hint), {} if value is None else value, f"{path}{name}.")
+        else:
+            values[name] = _typed(value, hint, f"{path}{name}")
+    return cls(**values)
+
+
+def _typed(value: Any, hint: Any, path: str) -> Any:
+    """`value` if it is of the annotated type; ints pass for floats, lists for tuples, and bools never for numbers."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:  # X | None
+        return None if value is None else _typed(value, options[0], path)
+    if origin is Literal:
+        if value not in options:
+            raise ConfigError(f"{path} must be {' or '.join(map(repr, options))}, not {value!r:.60}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path} must be a list of {options[0].__name__}, not {value!r:.60}")
+        return tuple(_typed(item, options[0], f"{path}[{i}]") for i, item in enumerate(value))
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{path} must be of type {hint.__name__}, not {value!r:.60} ({type(value).__name__})")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses and tuples as the dicts and lists that YAML knows."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return list(value) if isinstance(value, tuple) else value
