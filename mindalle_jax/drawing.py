@@ -23,7 +23,7 @@ import mindalle_jax
 from mindalle_jax.config.file import load_config
 from mindalle_jax.config.schema import Stage1Config
 from mindalle_jax.errors import CheckpointError, UsageError
-from mindalle_jax.interop.mindalle import copy_model, find_model
+from mindalle_jax.hub.resolve import find_model
 from mindalle_jax.models.attention import default_backend
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.runtime.devices import (
@@ -43,6 +43,7 @@ from mindalle_jax.sampling.decode import (
     sample_codes,
 )
 from mindalle_jax.sampling.result import Generation, Progress
+from mindalle_jax.storage.model_folder import copy_model
 from mindalle_jax.storage.weights import MANIFEST, DiskDType, count_parameters, load_params, read_manifest
 
 Callback = Callable[[Progress], bool | None]

@@ -15,8 +15,8 @@ from mindalle_jax.config.file import dump_config
 from mindalle_jax.config.schema import Config, Stage2Config
 from mindalle_jax.drawing import Callback, Job, Model, Quantize, Ranker
 from mindalle_jax.errors import CheckpointError, UsageError
-from mindalle_jax.hub.download import cache_dir
-from mindalle_jax.interop.mindalle import find_model
+from mindalle_jax.hub.resolve import find_model
+from mindalle_jax.runtime.cache import cache_dir
 from mindalle_jax.runtime.devices import DType
 from mindalle_jax.sampling.codec import check_ids
 from mindalle_jax.sampling.decode import DEFAULT_TOP_K

@@ -34,14 +34,14 @@ from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.runtime.devices import matmul_precision, use_compilation_cache
 from mindalle_jax.storage.files import check_output, disk_errors
-from mindalle_jax.storage.initialize import write_model
+from mindalle_jax.storage.model_folder import write_model
 from mindalle_jax.storage.weights import Stage, leaf_shapes, load_stacked, nest
 from mindalle_jax.text.tokenizer import TextTokenizer
 from mindalle_jax.training.config import FinetuneConfig
 from mindalle_jax.training.finetune import read_finetune
-from mindalle_jax.training.losses import Terms, loss_sums, target_weights
 from mindalle_jax.training.optimizer import count_steps, learning_rate, make_optimizer
 from mindalle_jax.training.run_dir import check_base, start_folder
+from mindalle_jax.training.step import Terms, loss_sums, target_weights
 
 AXIS = "devices"
 

@@ -19,7 +19,7 @@ from mindalle_jax.data.codes import vqgan_digest, write_codes
 from mindalle_jax.data.samples import TASKS
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import UsageError
-from mindalle_jax.interop.mindalle import find_model
+from mindalle_jax.hub.resolve import find_model
 from mindalle_jax.runtime.devices import choose_devices, use_compilation_cache
 from mindalle_jax.sampling.codec import PictureCodec
 from mindalle_jax.storage.weights import load_params

@@ -28,12 +28,13 @@ import pytest  # noqa: E402
 from clip_oracle import random_model  # noqa: E402
 
 from mindalle_jax import Dalle  # noqa: E402
-from mindalle_jax.config.file import dump_config, parse_config
-from mindalle_jax.config.schema import Config
+from mindalle_jax.config.file import dump_config, parse_config  # noqa: E402
+from mindalle_jax.config.schema import Config  # noqa: E402
 from mindalle_jax.interop.clip import write_clip  # noqa: E402
 from mindalle_jax.interop.key_maps import slots  # noqa: E402
-from mindalle_jax.interop.mindalle import STAGE_FILES, import_checkpoint  # noqa: E402
+from mindalle_jax.interop.mindalle import import_checkpoint
 from mindalle_jax.interop.torch_archive import write_torch_archive  # noqa: E402
+from mindalle_jax.storage.model_folder import STAGE_FILES
 from mindalle_jax.storage.weights import Stage, leaf_shapes, nest  # noqa: E402
 from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE  # noqa: E402
 

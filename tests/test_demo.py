@@ -10,8 +10,7 @@ from PIL import Image
 from mindalle_jax import ClipRanker, Dalle
 from mindalle_jax.cli import main
 from mindalle_jax.errors import UsageError
-from mindalle_jax.interop.clip import find_clip
-from mindalle_jax.interop.mindalle import find_model
+from mindalle_jax.hub.resolve import find_clip, find_model
 from mindalle_jax.storage.files import DEMO, RANKER
 from scripts.scenes.accuracy import accuracy, draw_scenes
 from scripts.scenes.dataset import captions, make_scene

@@ -205,16 +205,11 @@ def run_convert(arguments: argparse.Namespace) -> None:
     """What `mindalle convert` does."""
     from mindalle_jax.hub.download import RELEASES, fetch_release
     from mindalle_jax.hub.huggingface import fetch_repo, is_repo_id
-    from mindalle_jax.interop.mindalle import (
-        MODEL_FILES,
-        MODEL_MARKS,
-        copy_model,
-        export_checkpoint,
-        find_model,
-        import_checkpoint,
-    )
+    from mindalle_jax.hub.resolve import find_model
+    from mindalle_jax.interop.mindalle import export_checkpoint, import_checkpoint
+    from mindalle_jax.storage.adapters import load_adapters
+    from mindalle_jax.storage.model_folder import MODEL_FILES, MODEL_MARKS, copy_model
     from mindalle_jax.storage.weights import MANIFEST
-    from mindalle_jax.training.lora import load_adapters
 
     check_output(arguments.target, arguments.overwrite, MODEL_MARKS)  # before gigabytes are downloaded
     source = arguments.source
@@ -308,7 +303,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 
     from mindalle_jax.config.file import load_config
     from mindalle_jax.drawing import check_batch_size, check_every
-    from mindalle_jax.interop.mindalle import find_model
+    from mindalle_jax.hub.resolve import find_model
     from mindalle_jax.pipeline import Dalle, ImageGPT, class_prefix
     from mindalle_jax.sampling.codec import check_keep_rows
     from mindalle_jax.sampling.decode import DEFAULT_TOP_K, Settings, check_num_candidates

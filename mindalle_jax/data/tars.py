@@ -14,7 +14,7 @@ from pathlib import Path
 from mindalle_jax.data.images import EXTENSIONS
 from mindalle_jax.data.samples import MAX_TEXT_BYTES, Report, Sample, Stored
 from mindalle_jax.errors import DataError, one_line
-from mindalle_jax.hub.unpack import BoundedHeader
+from mindalle_jax.storage.files import BoundedHeader
 
 CAPTION_KEYS = ("caption", "text")
 """Of key.json; a text, or a list of texts."""

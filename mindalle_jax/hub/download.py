@@ -35,6 +35,7 @@ from pathlib import Path
 
 from mindalle_jax.errors import DownloadError, MindalleError, OutputError, UsageError
 from mindalle_jax.hub.unpack import CHUNK_BYTES, FILES, LARGER_CACHE, progress, unpack
+from mindalle_jax.runtime.cache import cache_dir
 from mindalle_jax.storage.files import check_free_disk, disk_errors, reason, write_all
 
 TIMEOUT_S = 30.0
@@ -73,13 +74,6 @@ RELEASES = {
         unpacked_bytes=5_600_000_000,  # 1.367e9 float32 weights and what Lightning puts beside them.
     )
 }
-
-
-def cache_dir() -> Path:
-    """`$MINDALLE_CACHE`, else `$XDG_CACHE_HOME/mindalle-jax`, else `~/.cache/mindalle-jax`."""
-    if own := os.environ.get("MINDALLE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mindalle-jax"
 
 
 def fetch_release(name: str, *, source: str | None = None, cache: Path | None = None) -> Path:

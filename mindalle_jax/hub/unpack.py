@@ -13,7 +13,14 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from mindalle_jax.errors import CheckpointError, MindalleError, OutputError
-from mindalle_jax.storage.files import check_free_disk, disk_errors, reason, write_all
+from mindalle_jax.storage.files import (
+    MAX_EXTENSION_BYTES,
+    BoundedHeader,
+    check_free_disk,
+    disk_errors,
+    reason,
+    write_all,
+)
 
 FILES = (
     "config.yaml",
@@ -26,8 +33,6 @@ FILES = (
 CHUNK_BYTES = 1 << 20
 MAX_UNPACKED_BYTES = 16 << 30
 MAX_MEMBERS = 64
-MAX_EXTENSION_BYTES = 1 << 20
-"""Of a tar extension header (long names, pax records), which tarfile reads into memory, and of data after the end."""
 LARGER_CACHE = "set MINDALLE_CACHE to a folder on a larger disk"
 """What to do when the cache is full."""
 
@@ -61,18 +66,6 @@ def progress(name: str, total_bytes: int, done_bytes: int = 0) -> tqdm:
     """A bar on a terminal, nothing in a log."""
     total = None if total_bytes < 0 else total_bytes
     return tqdm(desc=name, total=total, initial=done_bytes, unit="B", unit_scale=True, disable=None)
-
-
-class BoundedHeader(tarfile.TarInfo):
-    """Refuses huge extension headers before tarfile reads them into memory."""
-
-    @classmethod
-    def frombuf(cls, buf, encoding, errors):
-        member = super().frombuf(buf, encoding, errors)
-        is_extension = member.type in (b"x", b"g", b"X", b"L", b"K")  # pax, pax global, Solaris pax, GNU long names
-        if is_extension and member.size > MAX_EXTENSION_BYTES:
-            raise tarfile.ReadError(f"extension header of {member.size} bytes")
-        return member
 
 
 def _copy_members(archive: Path, raw: BinaryIO, stream: gzip.GzipFile, folder: Path, root: str) -> None:

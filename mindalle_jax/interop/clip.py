@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,12 +22,11 @@ import safetensors
 import safetensors.numpy
 from tokenizers import Tokenizer
 
-from mindalle_jax.errors import CheckpointError, UsageError, one_line
-from mindalle_jax.hub.huggingface import fetch_repo, is_repo_id
+from mindalle_jax.errors import CheckpointError, one_line
 from mindalle_jax.interop.key_maps import SUFFIXES, check_shapes, to_float32
 from mindalle_jax.interop.torch_archive import TorchArchive
 from mindalle_jax.models.clip import CLIP, PIXEL_MEAN, PIXEL_STD, ClipConfig, ClipTextConfig, ClipVisionConfig
-from mindalle_jax.storage.files import DEMO, RANKER, check_apart, check_free_disk, check_output, new_folder
+from mindalle_jax.storage.files import check_apart, check_free_disk, check_output, new_folder
 from mindalle_jax.storage.weights import DiskDType, nest, numpy_dtype
 from mindalle_jax.text.clip_tokenizer import read_clip_tokenizer
 
@@ -81,32 +79,6 @@ class ClipModel(NamedTuple):
     """Nested by Flax name, float32 arrays of NumPy."""
     tokenizer: Tokenizer
     """Gives the ids of a text with its start and end token, neither padded nor cut."""
-
-
-def find_clip(
-    path_or_name: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
-) -> Path:
-    """The folder or file of a path, else for "demo" the ranker in the package, else of a repository of the Hugging Face
-    hub, of which one weights file is fetched.
-
-    revision, local_files_only: as fetch_repo. Raises CheckpointError, DownloadError, or UsageError for the revision of
-    a path.
-    """
-    path, name = Path(path_or_name).expanduser(), str(path_or_name)
-    if path.exists():
-        if revision is not None:
-            raise UsageError(f"{name} is a path and has no revision {revision!r}")
-        return path
-    if name == DEMO.name:
-        return DEMO / RANKER
-    if not is_repo_id(name):
-        raise CheckpointError(f"{name}: no such file or folder, and no OWNER/NAME of the hub")
-    for weights in WEIGHT_FILES:
-        wanted = ["config.json", "tokenizer.json", "vocab.json", "merges.txt", weights]
-        folder = fetch_repo(name, wanted, revision=revision, local_files_only=local_files_only)
-        if (folder / weights).is_file():
-            break
-    return folder  # read_clip says what is missing
 
 
 def read_clip(path: str | Path, tokenizer: str | Path | None = None) -> ClipModel:

@@ -6,10 +6,8 @@ by none.
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -23,57 +21,33 @@ from tqdm import tqdm
 import mindalle_jax
 from mindalle_jax.config.file import dump_config, load_config
 from mindalle_jax.config.schema import Config, Stage1Hparams
-from mindalle_jax.errors import CheckpointError, ConfigError, DownloadError, OutputError, UsageError
-from mindalle_jax.hub.download import RELEASES, cache_dir, fetch_release
-from mindalle_jax.hub.huggingface import fetch_repo, is_repo_id
+from mindalle_jax.errors import CheckpointError, ConfigError
 from mindalle_jax.interop.key_maps import Slot, check_keys, slots, to_float32
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
-from mindalle_jax.storage.files import DEMO, check_apart, check_free_disk, new_folder
+from mindalle_jax.storage.files import check_apart, check_free_disk, new_folder
+from mindalle_jax.storage.model_folder import (
+    MODEL_MARKS,
+    STAGE_FILES,
+    Report,
+    _copy_tokenizer,
+    _in_dtype,
+    _open_model,
+    _progress,
+    _verify,
+    _write_license_and_card,
+)
 from mindalle_jax.storage.weights import (
     FORMAT_VERSION,
     MANIFEST,
     DiskDType,
     Stage,
-    check_tensors,
     count_parameters,
     leaf_shapes,
     numpy_dtype,
-    read_manifest,
     read_weights,
     write_weights,
 )
-from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE, TextTokenizer
-from mindalle_jax.training.lora import Adapters, merged
-
-TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE)
-STAGE_FILES: dict[Stage, str] = {"stage1": "stage1_last.ckpt", "stage2": "stage2_last.ckpt"}
-MODEL_MARKS = (MANIFEST, STAGE_FILES["stage1"])
-"""A folder that holds one of these is a model, and may be replaced by another."""
-MODEL_FILES = (
-    *("config.yaml", MANIFEST, "LICENSE", "README.md", "*.ckpt"),
-    *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
-    *(f"{stage}.safetensors" for stage in STAGE_FILES),
-)
-"""What is read of a repository of the hub, in either format."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What a conversion did."""
-
-    target: Path
-    tensors: int
-    parameters: int
-    weight_bytes: int
-    write_s: float
-    verify_s: float
-
-    def __str__(self) -> str:
-        rate = self.weight_bytes / 1e9 / self.write_s
-        return (
-            f"{self.target}: {self.tensors} tensors, {self.parameters:,} parameters, {self.weight_bytes / 1e9:.2f} GB; "
-            f"written in {self.write_s:.1f} s ({rate:.2f} GB/s), verified in {self.verify_s:.1f} s"
-        )
+from mindalle_jax.text.tokenizer import TextTokenizer
 
 
 def import_checkpoint(
@@ -138,54 +112,6 @@ def import_checkpoint(
     return Report(target, tensors_written, parameters, weight_bytes, write_s, verify_s)
 
 
-def copy_model(
-    source: str | Path,
-    target: str | Path,
-    *,
-    dtype: DiskDType | None = None,
-    adapters: Adapters | None = None,
-    overwrite: bool = False,
-) -> Report:
-    """Writes a model folder again, shows progress, verifies what was written.
-
-    dtype: of the weights in the copy; None is that of the source. Half as many bytes are half the disk and download.
-    adapters: are added to the weights of the transformer, whose dtype is then float32 by default, as after a run.
-
-    Raises CheckpointError (also for values that dtype cannot hold), ConfigError, OutputError or UsageError; nothing
-    half-written is left behind.
-    """
-    source, target = Path(source), Path(target)
-    manifest, config, tensors = _open_model(source)
-    if adapters and "stage2" not in tensors:
-        raise CheckpointError(f"{source}: a VQGAN alone has no weights that adapters go with")
-    dtypes = {stage: _one_dtype(entries) if dtype is None else dtype for stage, entries in tensors.items()}
-    if adapters and dtype is None:
-        dtypes["stage2"] = "float32"
-    parameters = {stage: count_parameters(config, stage) for stage in tensors}
-    weight_bytes = sum(numpy_dtype(dtypes[stage]).itemsize * parameters[stage] for stage in tensors)
-    check_apart(source, target)
-    check_free_disk(target, weight_bytes + (64 << 20), "the copy of the model")
-    with new_folder(target, overwrite, MODEL_MARKS) as folder:
-        start = time.perf_counter()
-        with _progress(weight_bytes, "copying") as bar:
-            for stage, entries in tensors.items():
-                name = f"{stage}.safetensors"
-                added = adapters if stage == "stage2" else None
-                chunks = _copy_chunks(source / name, entries, dtypes[stage], added, bar)
-                shapes = leaf_shapes(config, stage)
-                manifest["tensors"][stage] = write_weights(folder / name, shapes, chunks, dtypes[stage])
-        write_s = time.perf_counter() - start
-        for name in ("config.yaml", "LICENSE", "README.md"):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-        if (source / "tokenizer").is_dir():
-            _copy_tokenizer(source / "tokenizer", folder / "tokenizer")
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        verify_s = _verify(folder, manifest, weight_bytes)
-    tensors_written = sum(len(entries) for entries in tensors.values())
-    return Report(target, tensors_written, sum(parameters.values()), weight_bytes, write_s, verify_s)
-
-
 def export_checkpoint(source: str | Path, target: str | Path, *, overwrite: bool = False) -> Report:
     """Writes a model folder in the original's format, float32, for `torch.load`; the inverse of import_checkpoint.
 
@@ -225,79 +151,6 @@ def export_checkpoint(source: str | Path, target: str | Path, *, overwrite: bool
                         bar.update(archive.read(ref).nbytes)  # reading checks the CRC-32 of each record
         verify_s = time.perf_counter() - start
     return Report(target, tensors_written, parameters, 4 * parameters, write_s, verify_s)
-
-
-def _open_model(source: Path) -> tuple[dict[str, Any], Config, dict[Stage, dict[str, Any]]]:
-    """The manifest and configuration of a model folder, and the tensors of each stage that it has, in order."""
-    manifest = read_manifest(source)
-    config = load_config(source / "config.yaml")
-    tensors: dict[Stage, dict[str, Any]] = {}
-    for stage in STAGE_FILES:
-        if stage in manifest["tensors"]:
-            tensors[stage] = check_tensors(source, stage, manifest["tensors"][stage], leaf_shapes(config, stage))
-    return manifest, config, tensors
-
-
-def _one_dtype(tensors: dict[str, Any]) -> str:
-    """The dtype of all tensors of a file, float32 where they differ: it holds every value of the others."""
-    dtypes = {entry["dtype"] for entry in tensors.values()}
-    return dtypes.pop() if len(dtypes) == 1 else "float32"
-
-
-def _verify(folder: Path, manifest: dict[str, Any], weight_bytes: int) -> float:
-    """Reads the weights of a folder, which checks each tensor; returns the seconds taken."""
-    start = time.perf_counter()
-    with _progress(weight_bytes, "verifying") as bar:
-        for stage, tensors in manifest["tensors"].items():
-            for _, _, array in read_weights(folder / f"{stage}.safetensors", tensors):
-                bar.update(array.nbytes)
-    return time.perf_counter() - start
-
-
-def find_model(
-    path_or_name: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
-) -> Path:
-    """The converted folder of a path, else of a known name, else of a repository of the Hugging Face hub.
-
-    Downloads, unless local_files_only, and converts, into the caches, as needed. revision: of the repository.
-    Raises UsageError for the revision of something else; otherwise see Dalle.from_pretrained.
-    """
-    path, name = Path(path_or_name).expanduser(), str(path_or_name)
-    if revision is not None and (path.exists() or name in (DEMO.name, *RELEASES)):
-        raise UsageError(f"{name} is {'a path' if path.exists() else 'a known name'} and has no revision {revision!r}")
-    if not path.exists():
-        if name == DEMO.name:
-            return DEMO
-        if name in RELEASES:
-            if local_files_only and not (cache_dir() / name).exists():
-                raise DownloadError(
-                    f"{name} is not in the cache {cache_dir()}, and nothing may be downloaded (local_files_only)"
-                )
-            path = fetch_release(name)
-        elif is_repo_id(name):
-            path = fetch_repo(name, MODEL_FILES, revision=revision, local_files_only=local_files_only)
-        else:
-            raise CheckpointError(
-                f"{name}: no such folder, and no known name ({', '.join([DEMO.name, *RELEASES])}) or OWNER/NAME of the "
-                "hub"
-            )
-    if (path / MANIFEST).is_file():
-        return path
-    # A file may be a link, as in the cache of the hub: it is its own name that lies beside config.yaml.
-    source = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
-    folder = source if source.is_dir() else source.parent
-    files = [*(source.glob("*.*") if source.is_dir() else [source, *folder.glob("config.yaml")])]
-    files += folder.glob("tokenizer/*")
-    stamps = sorted(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
-    key = hashlib.sha256("\n".join([str(source), *stamps]).encode()).hexdigest()[:16]
-    target = cache_dir() / "converted" / f"{source.name}-{key}"
-    if not target.exists():
-        try:
-            import_checkpoint(source, target)
-        except OutputError:
-            if not (target / MANIFEST).is_file():  # it is there if another process was quicker
-                raise
-    return target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,12 +220,6 @@ def _tokenizer_folder(source: Path) -> Path:
     return (source if source.is_dir() else source.parent) / "tokenizer"
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    target.mkdir()
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(source / name, target / name)
-
-
 def _import_chunks(tensors: _Tensors, table: list[Slot], dtype: str, bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
     """(Flax path, array in dtype) of each slot. The next tensor is read while the last is written."""
     with ThreadPoolExecutor(1) as reader:
@@ -391,34 +238,6 @@ def _import_chunks(tensors: _Tensors, table: list[Slot], dtype: str, bar: tqdm) 
                 array = _in_dtype(array, dtype, f"{tensors.file}: {key}")
             bar.update(array.nbytes)
             yield slot.path, slot.from_torch(array)
-
-
-def _copy_chunks(
-    path: Path, tensors: dict[str, Any], dtype: str, adapters: Adapters | None, bar: tqdm
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(Flax path, array in dtype) of each part of a weights file, its adapter added."""
-    for name, layer, array in read_weights(path, tensors):
-        before = array
-        if adapters:
-            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
-                array = merged(name, array, adapters.leaves, adapters.scale, layer)
-        if array is not before or array.dtype != numpy_dtype(dtype):  # else bit for bit
-            array = _in_dtype(array, dtype, f"{path}: {name}")
-        bar.update(array.nbytes)
-        yield name, array
-
-
-def _in_dtype(array: np.ndarray, dtype: str, what: str) -> np.ndarray:
-    """`array` in dtype, by way of float32. Raises CheckpointError if that is not finite."""
-    with np.errstate(over="ignore"):  # what is beyond a dtype becomes inf, which is refused below
-        array = array.astype(np.float32, copy=False)
-        # min and max carry NaN, and need no temporary array; those of 16 bits take ten times as long.
-        extremes = np.array([array.min(), array.max()] if array.size else []).astype(numpy_dtype(dtype))
-        array = array.astype(numpy_dtype(dtype), copy=False)
-    if not np.isfinite(extremes).all():
-        hint = "; bfloat16 has the range of float32" if dtype == "float16" else ""
-        raise CheckpointError(f"{what} holds NaN or infinite values (in {dtype}){hint}")
-    return array
 
 
 def _export_chunks(
@@ -445,73 +264,3 @@ def _in_order(arrays: Iterator[tuple[str, np.ndarray]]) -> Callable[[str], np.nd
         return array
 
     return read
-
-
-def _progress(total_bytes: int, what: str) -> tqdm:
-    return tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, unit_divisor=1000, mininterval=0.5)
-
-
-CODE_LICENSE_NOTE = """\
-Licence of the weights in this folder
-
-They were converted from "{source}" and keep the licence of that source.
-
-The published minDALL-E/1.3B weights (Kakao Brain, 2021), and any weights fine-tuned from them, are under
-CC BY-NC-SA 4.0 (https://creativecommons.org/licenses/by-nc-sa/4.0/): credit Kakao Brain, no commercial use, share
-derivatives alike. The VQGAN of stage 1 goes back to the f16-16384 model of Esser, Rombach and Ommer (2021).
-
-The mindalle-jax code is under Apache-2.0; that does not extend to these weights.
-"""
-
-CARD = """\
----
-library_name: mindalle-jax
-pipeline_tag: {task}
-license: other
-license_name: see-license-file
-license_link: LICENSE
----
-
-# {title}
-
-Converted from `{source}` by mindalle-jax {version}: {parameters:,} parameters.
-{example}
-- Pictures: {resolution} x {resolution} pixels only, {codes} codes out of {n_embed}.
-- {use}
-- Limits: trained on captions from the web; it reproduces their biases and errors, cannot spell, and counts badly.
-- Licence of the weights: see LICENSE.
-"""
-
-EXAMPLE = """
-    from mindalle_jax import {cls}
-    model = {cls}.from_pretrained("PATH-OF-THIS-FOLDER")
-"""
-
-
-def _write_license_and_card(source: Path, folder: Path, config: Config, parameters: int, draws: bool) -> None:
-    """The licence of the source if it has one, else what is known of it; and a model card."""
-    own = (source if source.is_dir() else source.parent) / "LICENSE"
-    if own.is_file():
-        shutil.copyfile(own, folder / "LICENSE")
-    else:
-        (folder / "LICENSE").write_text(CODE_LICENSE_NOTE.format(source=source.name), encoding="utf-8")
-    if not draws:
-        task, cls, use = "image-to-image", None, "A VQGAN alone: pictures to codes and back. Nothing in here draws."
-    elif config.image_only:
-        task, cls = "unconditional-image-generation", "ImageGPT"
-        use = "Pictures without text, by class or freely."
-    else:
-        task, cls, use = "text-to-image", "Dalle", "Text to image, English prompts."
-    card = CARD.format(
-        task=task,
-        title=source.name if source.is_dir() else source.stem,
-        source=source.name,
-        version=mindalle_jax.__version__,
-        parameters=parameters,
-        example=EXAMPLE.format(cls=cls) if cls else "",
-        resolution=config.stage1.hparams.resolution,
-        codes=config.stage1.code_size**2,
-        n_embed=config.stage1.n_embed,
-        use=use,
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mindalle_jax.errors import DeviceMemoryError, UsageError, one_line
-from mindalle_jax.hub.download import cache_dir
+from mindalle_jax.runtime.cache import cache_dir
 
 DType = Literal["bfloat16", "float32"]
 

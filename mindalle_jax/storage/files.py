@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import shutil
+import tarfile
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -160,3 +161,19 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+MAX_EXTENSION_BYTES = 1 << 20
+"""Of a tar extension header (long names, pax records), which tarfile reads into memory, and of data after the end."""
+
+
+class BoundedHeader(tarfile.TarInfo):
+    """Refuses huge extension headers before tarfile reads them into memory."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        member = super().frombuf(buf, encoding, errors)
+        is_extension = member.type in (b"x", b"g", b"X", b"L", b"K")  # pax, pax global, Solaris pax, GNU long names
+        if is_extension and member.size > MAX_EXTENSION_BYTES:
+            raise tarfile.ReadError(f"extension header of {member.size} bytes")
+        return member

@@ -1,31 +1,21 @@
-"""Model folders made from other models: the start of a transfer or from scratch, and the result of a run."""
+"""Fresh weights: the start of a transfer, or of a model from scratch."""
 
-import json
 import math
-import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-import mindalle_jax
-from mindalle_jax.config.file import dump_config, load_config
+from mindalle_jax.config.file import load_config
 from mindalle_jax.config.schema import Config
 from mindalle_jax.errors import ConfigError
-from mindalle_jax.storage.files import check_free_disk, new_folder
+from mindalle_jax.storage.files import new_folder
+from mindalle_jax.storage.model_folder import write_model
 from mindalle_jax.storage.weights import (
-    FORMAT_VERSION,
-    MANIFEST,
-    check_tensors,
-    count_parameters,
-    leaf_shapes,
     map_weights,
     read_manifest,
-    write_weights,
 )
 
 SHARED = ("tok_emb_img/", "pos_emb_img/", "blocks/", "ln_f/")
@@ -133,64 +123,3 @@ def _waves(length: int, count: int) -> np.ndarray:
     """f64[length, 2 count]: first the sines, then the cosines."""
     angles = 2 * np.pi * np.arange(length)[:, None] / np.geomspace(2.5, 4 * length, count)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
-
-def write_model(
-    base: Path, config: Config, folder: Path, leaf: Callable[[str, tuple[int, ...]], np.ndarray], source: str
-) -> None:
-    """Writes a model into an existing folder: stage 2 from leaf(path, shape), what is not there as in the model `base`.
-
-    The manifest is replaced last, so a folder with an old model in it holds one of the two.
-    """
-    shapes = leaf_shapes(config, "stage2")
-    stage1_bytes = (base / "stage1.safetensors").stat().st_size
-    check_free_disk(folder, 4 * count_parameters(config, "stage2") + stage1_bytes, "the fine-tuned model")
-    manifest = read_manifest(base)
-    stage1 = check_tensors(base, "stage1", manifest["tensors"]["stage1"], leaf_shapes(config, "stage1"))
-
-    def chunks() -> Iterator[tuple[str, np.ndarray]]:
-        for path, shape in shapes.items():
-            array = np.asarray(leaf(path, shape), np.float32)
-            if not np.isfinite(array.min() + array.max()):
-                raise AssertionError(f"{path} is not finite and would be saved")
-            yield path, array
-
-    partial = folder / "stage2.safetensors.partial"
-    partial.unlink(missing_ok=True)
-    stage2 = write_weights(partial, shapes, chunks())
-    for name in ("LICENSE", "README.md"):
-        if (base / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(base / name, folder / name)
-    if not config.image_only and not (folder / "tokenizer").exists():
-        shutil.copytree(base / "tokenizer", folder / "tokenizer")
-    if not (folder / "stage1.safetensors").exists():
-        shutil.copyfile(base / "stage1.safetensors", folder / "stage1.safetensors")
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    _replace(folder, "stage2.safetensors", {"stage1": stage1, "stage2": stage2}, source)
-
-
-def write_vqgan(config: Config, folder: Path, params: Mapping[str, np.ndarray], source: str) -> None:
-    """Writes a VQGAN alone into an existing folder. params: its parameters by path, float32."""
-    shapes = leaf_shapes(config, "stage1")
-    check_free_disk(folder, 4 * count_parameters(config, "stage1"), "the trained VQGAN")
-    partial = folder / "stage1.safetensors.partial"
-    partial.unlink(missing_ok=True)
-    stage1 = write_weights(partial, shapes, ((path, params[path]) for path in shapes))
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    _replace(folder, "stage1.safetensors", {"stage1": stage1}, source)
-
-
-def _replace(folder: Path, weights: str, tensors: dict[str, Any], source: str) -> None:
-    """Puts the weights `NAME.partial` in their place, and a manifest of these tensors."""
-    text = json.dumps(
-        {
-            "format_version": FORMAT_VERSION,
-            "writer": f"mindalle-jax {mindalle_jax.__version__}",
-            "source": source,
-            "tensors": tensors,
-        },
-        indent=1,
-    )
-    (folder / f"{MANIFEST}.partial").write_text(text, encoding="utf-8")
-    os.replace(folder / f"{weights}.partial", folder / weights)
-    os.replace(folder / f"{MANIFEST}.partial", folder / MANIFEST)

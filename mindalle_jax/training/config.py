@@ -23,6 +23,7 @@ from mindalle_jax.config.schema import (
 from mindalle_jax.errors import ConfigError
 from mindalle_jax.models.transformer import Remat
 from mindalle_jax.runtime.sharding import AXES, Strategy
+from mindalle_jax.storage.adapters import LoraConfig
 
 SCRATCH = "scratch"
 """The name under training.init_from that stands for no model."""
@@ -41,18 +42,6 @@ class DataConfig:
     group_size: int = 1
     """Samples in a row that stay together when the others are shuffled: of pictures that differ little CLIP learns in
     one batch what they differ in."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters in place of training the weights themselves (Hu et al., 2021)."""
-
-    rank: int = 0
-    """0: off."""
-    alpha: float = 16.0
-    """An adapter's product is scaled by alpha / rank."""
-    targets: tuple[str, ...] = ("blocks/qkv/weight", "blocks/proj/weight", "blocks/fc1/weight", "blocks/fc2/weight")
-    """Patterns of the parameters that get one; a parameter is adapted if one of them matches its whole path."""
 
 
 @dataclasses.dataclass(frozen=True)

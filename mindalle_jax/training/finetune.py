@@ -18,17 +18,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mindalle_jax.config.file import load_config, load_section
 from mindalle_jax.data.codes import vqgan_digest
 from mindalle_jax.errors import ConfigError
-from mindalle_jax.interop.mindalle import find_model
+from mindalle_jax.hub.resolve import find_model
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.runtime.devices import matmul_precision
 from mindalle_jax.runtime.sharding import BATCH, SplitByBatch, param_shardings
-from mindalle_jax.storage.initialize import write_model
+from mindalle_jax.storage.adapters import adapter_shapes, matches, merged
+from mindalle_jax.storage.model_folder import write_model
 from mindalle_jax.storage.weights import MANIFEST, leaf_shapes, load_params, load_stacked, map_weights, read_manifest
 from mindalle_jax.text.tokenizer import TextTokenizer
-from mindalle_jax.training import lora
 from mindalle_jax.training.config import SCRATCH, FinetuneConfig, TrainingConfig, load_finetune_config
 from mindalle_jax.training.loop import Batch, Rows, Run, whole
+from mindalle_jax.training.lora import init_adapters
 from mindalle_jax.training.metrics import flops_per_sequence
 from mindalle_jax.training.optimizer import make_optimizer
 from mindalle_jax.training.previews import RECONSTRUCTIONS, Sampler
@@ -63,14 +64,14 @@ class FinetuneRun(Run):
         training = config.training
         self.shapes = leaf_shapes(self.model_config, "stage2")
         for pattern in training.freeze:
-            if not any(lora.matches(path, [pattern]) for path in self.shapes):
+            if not any(matches(path, [pattern]) for path in self.shapes):
                 raise ConfigError(f"training.freeze: {pattern!r} matches none of {', '.join(self.shapes)}")
         if training.lora.rank:
             if training.freeze:
                 raise ConfigError("training.freeze goes without training.lora, beside which nothing else is trained")
-            trained = lora.adapter_shapes(self.shapes, training.lora)
+            trained = adapter_shapes(self.shapes, training.lora)
         else:
-            trained = {path: shape for path, shape in self.shapes.items() if not lora.matches(path, training.freeze)}
+            trained = {path: shape for path, shape in self.shapes.items() if not matches(path, training.freeze)}
         if not trained:
             raise ConfigError(
                 f"training.freeze {list(training.freeze)} matches every parameter: nothing is left to train"
@@ -115,7 +116,7 @@ class FinetuneRun(Run):
         leaves = load_stacked(self.base, "stage2", self.model_config, dtypes, shardings)
         params = {path: leaves.pop(path) for path in self.trained_shapes if path in leaves}
         if config.training.lora.rank:
-            adapters = lora.init_adapters(self.trained_shapes, config.training.seed)
+            adapters = init_adapters(self.trained_shapes, config.training.seed)
             everywhere = NamedSharding(self.mesh, PartitionSpec())
             params = {path: jax.device_put(array, everywhere) for path, array in adapters.items()}
         self.frozen = leaves
@@ -176,7 +177,7 @@ class FinetuneRun(Run):
 
         def leaf(path: str, shape: tuple[int, ...]) -> np.ndarray:
             weight = trained[path] if path in trained else np.asarray(before[path], np.float32)
-            return lora.merged(path, weight, trained, scale)
+            return merged(path, weight, trained, scale)
 
         write_model(self.base, self.model_config, self.out, leaf, f"fine-tuned from {self.base.name}")
         if self.config.training.lora.rank:

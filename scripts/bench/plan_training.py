@@ -75,8 +75,8 @@ def compile_update(
     from mindalle_jax.config.schema import Config
     from mindalle_jax.models.transformer import Transformer
     from mindalle_jax.runtime.sharding import BATCH, SplitByBatch, batch_devices, make_mesh, param_shardings
+    from mindalle_jax.storage.adapters import adapter_shapes, matches
     from mindalle_jax.storage.weights import leaf_shapes
-    from mindalle_jax.training import lora
     from mindalle_jax.training.config import load_finetune_config
     from mindalle_jax.training.optimizer import learning_rate, make_optimizer
     from mindalle_jax.training.step import Task, TrainState, compile_train_step, state_shardings
@@ -85,9 +85,9 @@ def compile_update(
     training, strategy = config.training, config.sharding.strategy
     mesh = make_mesh(strategy, config.sharding.sizes(), devices)
     shapes = leaf_shapes(config.model_config(), "stage2")
-    trained = {path: shape for path, shape in shapes.items() if not lora.matches(path, training.freeze)}
+    trained = {path: shape for path, shape in shapes.items() if not matches(path, training.freeze)}
     if training.lora.rank:
-        trained = lora.adapter_shapes(shapes, training.lora)
+        trained = adapter_shapes(shapes, training.lora)
     dtype = jnp.dtype("bfloat16" if config.experiment.use_amp else "float32")
     schedule = learning_rate(config.optimizer, 0, 1_000)
     task = Task(

@@ -24,9 +24,10 @@ import numpy as np
 from mindalle_jax.config.file import dump_config, load_config
 from mindalle_jax.config.schema import Config
 from mindalle_jax.interop.key_maps import slots
-from mindalle_jax.interop.mindalle import STAGE_FILES, export_checkpoint, import_checkpoint
+from mindalle_jax.interop.mindalle import export_checkpoint, import_checkpoint
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
 from mindalle_jax.storage.files import check_free_disk, check_output
+from mindalle_jax.storage.model_folder import STAGE_FILES
 from mindalle_jax.storage.weights import Stage, count_parameters
 from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE
 

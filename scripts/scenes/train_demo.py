@@ -27,10 +27,10 @@ from mindalle_jax.cli import main as mindalle
 from mindalle_jax.config.file import load_section
 from mindalle_jax.config.schema import ExperimentConfig
 from mindalle_jax.errors import MindalleError
-from mindalle_jax.interop.mindalle import copy_model
 from mindalle_jax.pipeline import Dalle
 from mindalle_jax.ranking.ranker import ClipRanker
 from mindalle_jax.runtime.devices import training_devices
+from mindalle_jax.storage.model_folder import copy_model
 from scripts.scenes.accuracy import accuracy, draw_scenes, nearest
 from scripts.scenes.dataset import captions, draw, make_scene, write_scenes
 from scripts.scenes.judge import judge

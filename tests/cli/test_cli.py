@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from mindalle_jax import ClipRanker, Dalle, ImageGPT, cli, errors
+from mindalle_jax.hub import resolve
 from mindalle_jax.interop import mindalle
 from mindalle_jax.interop.mindalle import import_checkpoint
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
@@ -264,8 +265,8 @@ def test_another_process_may_convert_first(tmp_path, tiny_folder, monkeypatch):
         import_checkpoint(source, target)  # the other process
         return import_checkpoint(source, target)
 
-    monkeypatch.setattr(mindalle, "import_checkpoint", slower)
-    assert (mindalle.find_model(source) / "manifest.json").is_file()
+    monkeypatch.setattr(resolve, "import_checkpoint", slower)
+    assert (resolve.find_model(source) / "manifest.json").is_file()
 
 
 # Image-only models

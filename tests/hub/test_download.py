@@ -30,8 +30,9 @@ import pytest
 from mindalle_jax.errors import CheckpointError, DownloadError, OutputError, UsageError
 from mindalle_jax.hub import download as module
 from mindalle_jax.hub import unpack as unpack_module
-from mindalle_jax.hub.download import RELEASES, Release, cache_dir, download, fetch_release
+from mindalle_jax.hub.download import RELEASES, Release, download, fetch_release
 from mindalle_jax.hub.unpack import FILES, unpack
+from mindalle_jax.runtime.cache import cache_dir
 
 NAME = "minDALL-E/1.3B"
 BODY = random.Random(0).randbytes(300_000)

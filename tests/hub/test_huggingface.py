@@ -15,11 +15,11 @@ from huggingface_hub import constants
 
 from mindalle_jax import ClipRanker, Dalle, cli
 from mindalle_jax.errors import CheckpointError, DownloadError, UsageError
-from mindalle_jax.hub import download
+from mindalle_jax.hub import download, resolve
 from mindalle_jax.hub.huggingface import fetch_repo, is_repo_id
-from mindalle_jax.interop import mindalle
-from mindalle_jax.interop.clip import WEIGHT_FILES, find_clip
-from mindalle_jax.interop.mindalle import MODEL_FILES, find_model
+from mindalle_jax.hub.resolve import find_clip, find_model
+from mindalle_jax.interop.clip import WEIGHT_FILES
+from mindalle_jax.storage.model_folder import MODEL_FILES
 
 REPO = "somebody/tiny.model"
 
@@ -222,7 +222,7 @@ def test_the_originals_format_is_converted_into_the_cache(
         stage2 = "stage2.safetensors"
         assert (folder / stage2).read_bytes() == (tiny_model_folder / stage2).read_bytes()
     assert folder.parent == tmp_path / "cache" / "converted"
-    monkeypatch.setattr(mindalle, "import_checkpoint", lambda *_, **__: pytest.fail("converted again"))
+    monkeypatch.setattr(resolve, "import_checkpoint", lambda *_, **__: pytest.fail("converted again"))
     assert find_model(snapshot / "stage1_last.ckpt" if file else REPO) == folder
 
 

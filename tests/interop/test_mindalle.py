@@ -28,8 +28,9 @@ from mindalle_jax.config.schema import Config
 from mindalle_jax.errors import CheckpointError, ConfigError, MindalleError, OutputError
 from mindalle_jax.interop import mindalle
 from mindalle_jax.interop.key_maps import slots
-from mindalle_jax.interop.mindalle import STAGE_FILES, export_checkpoint, import_checkpoint
+from mindalle_jax.interop.mindalle import export_checkpoint, import_checkpoint
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
+from mindalle_jax.storage.model_folder import STAGE_FILES
 from mindalle_jax.storage.weights import leaf_shapes
 from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE
 

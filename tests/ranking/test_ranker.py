@@ -14,7 +14,8 @@ from mindalle_jax.errors import CheckpointError, DeviceMemoryError, NonFiniteErr
 from mindalle_jax.interop.clip import ClipModel
 from mindalle_jax.models.clip import CLIP, PIXEL_MEAN, PIXEL_STD, ClipConfig, ClipTextConfig, ClipVisionConfig
 from mindalle_jax.ranking import ranker as rerank
-from mindalle_jax.ranking.ranker import ClipRanker, resampling_taps, resize_and_crop, resize_square
+from mindalle_jax.ranking.ranker import ClipRanker
+from mindalle_jax.ranking.resize import resampling_taps, resize_and_crop, resize_square
 
 WORDS = ["<start>", "a", "red", "cat", "dog", "on", "the", "moon", "<unk>", "<end>"]
 START, END = 0, 9

@@ -20,9 +20,8 @@ from mindalle_jax.runtime.sharding import (
     param_shardings,
     param_spec,
 )
+from mindalle_jax.storage.adapters import LoraConfig, adapter_shapes
 from mindalle_jax.storage.weights import leaf_shapes, load_stacked
-from mindalle_jax.training.config import LoraConfig
-from mindalle_jax.training.lora import adapter_shapes
 
 KINDS = {
     "text": Config(),  # the released 1.3B

@@ -15,8 +15,9 @@ import safetensors.numpy
 
 from mindalle_jax import Dalle, ImageGPT, cli
 from mindalle_jax.errors import CheckpointError, OutputError, UsageError
-from mindalle_jax.interop import mindalle
-from mindalle_jax.interop.mindalle import copy_model, import_checkpoint
+from mindalle_jax.interop.mindalle import import_checkpoint
+from mindalle_jax.storage import model_folder
+from mindalle_jax.storage.model_folder import copy_model
 from mindalle_jax.storage.weights import MANIFEST, leaf_shapes, read_manifest, write_weights
 
 
@@ -213,7 +214,7 @@ def test_an_interruption_leaves_nothing(model, tmp_path, monkeypatch, error):
     def stop(*_):
         raise error
 
-    monkeypatch.setattr(mindalle, "_in_dtype", stop)
+    monkeypatch.setattr(model_folder, "_in_dtype", stop)
     before = tree(tmp_path)
     with pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt):
         copy_model(model, tmp_path / "deep" / "a", dtype="bfloat16")

@@ -33,7 +33,8 @@ from checkpoint_helpers import (
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mindalle_jax.errors import CheckpointError, DeviceMemoryError, OutputError, UsageError
-from mindalle_jax.training.checkpoint import Checkpoints, Restored, stop_on_signals
+from mindalle_jax.training.checkpoint import Checkpoints, Restored
+from mindalle_jax.training.loop import stop_on_signals
 
 # What Orbax leaves of its tasks and event loops when a read or a write fails.
 pytestmark = [

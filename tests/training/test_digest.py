@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from checkpoint_helpers import MESHES, mesh_of, sharding_of
 
-from mindalle_jax.digest import digests
+from mindalle_jax.training.checkpoint import digests
 
 
 def digest(array) -> str:

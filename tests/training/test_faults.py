@@ -20,10 +20,11 @@ from training_runs import (
 )
 
 from mindalle_jax import cli
-from mindalle_jax.interop.mindalle import STAGE_FILES, import_checkpoint
+from mindalle_jax.interop.mindalle import import_checkpoint
 from mindalle_jax.interop.torch_archive import write_torch_archive
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.runtime.sharding import make_mesh, param_shardings
+from mindalle_jax.storage.model_folder import STAGE_FILES
 from mindalle_jax.storage.weights import leaf_shapes, load_stacked
 from mindalle_jax.training.optimizer import learning_rate, make_optimizer
 from mindalle_jax.training.step import Task, init_state, train_step

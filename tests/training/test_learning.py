@@ -23,8 +23,8 @@ from mindalle_jax.data.sources import open_source
 from mindalle_jax.interop.mindalle import import_checkpoint
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.runtime.sharding import make_mesh, param_shardings
+from mindalle_jax.storage.adapters import matches
 from mindalle_jax.storage.weights import count_parameters, leaf_shapes, load_stacked, map_weights, nest, read_manifest
-from mindalle_jax.training.lora import matches
 from mindalle_jax.training.optimizer import learning_rate, make_optimizer
 from mindalle_jax.training.step import Task, init_state, train_step
 

@@ -19,11 +19,11 @@ from mindalle_jax.config.file import load_config, load_section
 from mindalle_jax.config.schema import Config, DatasetConfig, Stage1Config, Stage2Config, Stage2Hparams
 from mindalle_jax.data import codes
 from mindalle_jax.errors import ConfigError, DataError
+from mindalle_jax.hub.resolve import find_model
 from mindalle_jax.interop.lpips import read_lpips
-from mindalle_jax.interop.mindalle import find_model
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.sampling.codec import PictureCodec
-from mindalle_jax.storage.initialize import write_vqgan
+from mindalle_jax.storage.model_folder import write_vqgan
 from mindalle_jax.storage.weights import MANIFEST, leaf_shapes, load_stacked, nest
 from mindalle_jax.training.config import SCRATCH
 from mindalle_jax.training.loop import Batch, Rows, Run, whole

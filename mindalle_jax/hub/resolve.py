@@ -1,0 +1,87 @@
+"""From what a person calls a model, a path or a name, to the folder or file that holds it."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from mindalle_jax.errors import CheckpointError, DownloadError, OutputError, UsageError
+from mindalle_jax.hub.download import RELEASES, fetch_release
+from mindalle_jax.hub.huggingface import fetch_repo, is_repo_id
+from mindalle_jax.interop.clip import WEIGHT_FILES
+from mindalle_jax.interop.mindalle import import_checkpoint
+from mindalle_jax.runtime.cache import cache_dir
+from mindalle_jax.storage.files import DEMO, RANKER
+from mindalle_jax.storage.model_folder import MODEL_FILES
+from mindalle_jax.storage.weights import MANIFEST
+
+
+def find_model(
+    path_or_name: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
+) -> Path:
+    """The converted folder of a path, else of a known name, else of a repository of the Hugging Face hub.
+
+    Downloads, unless local_files_only, and converts, into the caches, as needed. revision: of the repository.
+    Raises UsageError for the revision of something else; otherwise see Dalle.from_pretrained.
+    """
+    path, name = Path(path_or_name).expanduser(), str(path_or_name)
+    if revision is not None and (path.exists() or name in (DEMO.name, *RELEASES)):
+        raise UsageError(f"{name} is {'a path' if path.exists() else 'a known name'} and has no revision {revision!r}")
+    if not path.exists():
+        if name == DEMO.name:
+            return DEMO
+        if name in RELEASES:
+            if local_files_only and not (cache_dir() / name).exists():
+                raise DownloadError(
+                    f"{name} is not in the cache {cache_dir()}, and nothing may be downloaded (local_files_only)"
+                )
+            path = fetch_release(name)
+        elif is_repo_id(name):
+            path = fetch_repo(name, MODEL_FILES, revision=revision, local_files_only=local_files_only)
+        else:
+            raise CheckpointError(
+                f"{name}: no such folder, and no known name ({', '.join([DEMO.name, *RELEASES])}) or OWNER/NAME of the "
+                "hub"
+            )
+    if (path / MANIFEST).is_file():
+        return path
+    # A file may be a link, as in the cache of the hub: it is its own name that lies beside config.yaml.
+    source = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+    folder = source if source.is_dir() else source.parent
+    files = [*(source.glob("*.*") if source.is_dir() else [source, *folder.glob("config.yaml")])]
+    files += folder.glob("tokenizer/*")
+    stamps = sorted(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+    key = hashlib.sha256("\n".join([str(source), *stamps]).encode()).hexdigest()[:16]
+    target = cache_dir() / "converted" / f"{source.name}-{key}"
+    if not target.exists():
+        try:
+            import_checkpoint(source, target)
+        except OutputError:
+            if not (target / MANIFEST).is_file():  # it is there if another process was quicker
+                raise
+    return target
+
+
+def find_clip(
+    path_or_name: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
+) -> Path:
+    """The folder or file of a path, else for "demo" the ranker in the package, else of a repository of the Hugging Face
+    hub, of which one weights file is fetched.
+
+    revision, local_files_only: as fetch_repo. Raises CheckpointError, DownloadError, or UsageError for the revision of
+    a path.
+    """
+    path, name = Path(path_or_name).expanduser(), str(path_or_name)
+    if path.exists():
+        if revision is not None:
+            raise UsageError(f"{name} is a path and has no revision {revision!r}")
+        return path
+    if name == DEMO.name:
+        return DEMO / RANKER
+    if not is_repo_id(name):
+        raise CheckpointError(f"{name}: no such file or folder, and no OWNER/NAME of the hub")
+    for weights in WEIGHT_FILES:
+        wanted = ["config.json", "tokenizer.json", "vocab.json", "merges.txt", weights]
+        folder = fetch_repo(name, wanted, revision=revision, local_files_only=local_files_only)
+        if (folder / weights).is_file():
+            break
+    return folder  # read_clip says what is missing

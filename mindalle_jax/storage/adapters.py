@@ -1,0 +1,135 @@
+"""Low-rank adapters: their shapes and files, and adding them to weights.
+
+W x becomes W x + alpha / rank B A x: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021. A weight
+[(l,) *out, in] has `lora_a` [(l,) r, in] and `lora_b` [(l,) *out, r] beside it.
+"""
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+
+from mindalle_jax.config.file import load_config
+from mindalle_jax.errors import CheckpointError, ConfigError, one_line
+from mindalle_jax.storage.weights import MANIFEST, leaf_shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in place of training the weights themselves (Hu et al., 2021)."""
+
+    rank: int = 0
+    """0: off."""
+    alpha: float = 16.0
+    """An adapter's product is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ("blocks/qkv/weight", "blocks/proj/weight", "blocks/fc1/weight", "blocks/fc2/weight")
+    """Patterns of the parameters that get one; a parameter is adapted if one of them matches its whole path."""
+
+
+def matches(path: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns matches the whole path."""
+    return any(re.fullmatch(pattern, path) for pattern in patterns)
+
+
+def adapter_shapes(shapes: Mapping[str, tuple[int, ...]], lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the adapters by path. Raises ConfigError where the targets match nothing, or what is no matrix."""
+    targets = [path for path in shapes if matches(path, lora.targets)]
+    if not targets:
+        raise ConfigError(f"training.lora.targets {list(lora.targets)} match none of {', '.join(shapes)}")
+    adapters = {}
+    for path in targets:
+        module, _, last = path.rpartition("/")
+        if last != "weight":
+            raise ConfigError(f"training.lora.targets match {path}, which is not a weight of a linear layer")
+        lead = 1 if path.startswith("blocks/") else 0
+        layers, (*out, width) = shapes[path][:lead], shapes[path][lead:]
+        adapters[f"{module}/lora_a"] = (*layers, lora.rank, width)
+        adapters[f"{module}/lora_b"] = (*layers, *out, lora.rank)
+    return adapters
+
+
+def merged(
+    path: str,
+    weight: np.ndarray,
+    adapters: Mapping[str, np.ndarray | jax.Array],
+    scale: float,
+    layer: int | None = None,
+) -> np.ndarray:
+    """The weight at `path`, or that layer of it, with its adapter added, float32; as it is if it has none."""
+    module, _, last = path.rpartition("/")
+    if last != "weight" or f"{module}/lora_a" not in adapters:
+        return weight
+    if path.startswith("blocks/") and layer is None:
+        # One by one, so that a run and who merges layer by layer get the same bits.
+        return np.stack([merged(path, part, adapters, scale, i) for i, part in enumerate(weight)])
+    a, b = (np.asarray(adapters[f"{module}/lora_{name}"], np.float32) for name in "ab")
+    a, b = (a, b) if layer is None else (a[layer], b[layer])
+    return weight.astype(np.float32, copy=False) + np.float32(scale) * np.einsum("...r,ri->...i", b, a)
+
+
+class Adapters(NamedTuple):
+    """The adapters of a run, as `load_adapters` reads them."""
+
+    leaves: dict[str, np.ndarray]
+    """float32 `lora_a` and `lora_b` by path."""
+    scale: float
+
+
+def load_adapters(file: Path, base: Path) -> Adapters:
+    """The adapters.safetensors of a run that began from the model folder `base`.
+
+    Raises CheckpointError for a file that is missing, damaged or not of a run, that belongs to another model than
+    `base`, or whose adapters do not fit its weights: all that differ are listed.
+    """
+    try:
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            about = opened.metadata() or {}
+            leaves = {path: opened.get_tensor(path) for path in opened.keys()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: missing") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: truncated or damaged: {one_line(error)}") from None
+    try:
+        scale, theirs = float(about["lora_scale"]), about["base_sha256"]
+    except (KeyError, ValueError):
+        raise CheckpointError(
+            f"{file}: not the adapters of a run: lora_scale and base_sha256 are not in its metadata"
+        ) from None
+    ours = hashlib.sha256((base / MANIFEST).read_bytes()).hexdigest()
+    if theirs != ours:
+        raise CheckpointError(
+            f"{file}: adapters of another model than {base}: the SHA-256 of its {MANIFEST} was {theirs} and is {ours}"
+        )
+    odd = _misfits(leaves, leaf_shapes(load_config(base / "config.yaml"), "stage2"))
+    if odd or not leaves:
+        raise CheckpointError(f"{file}: does not fit the weights of {base}: {'; '.join(odd) or 'it is empty'}")
+    infinite = [path for path, leaf in leaves.items() if not np.isfinite(leaf).all()]
+    if infinite or not math.isfinite(scale):
+        raise CheckpointError(f"{file}: NaN or infinite values in {', '.join(infinite) or 'lora_scale'}")
+    return Adapters(leaves, scale)
+
+
+def _misfits(leaves: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with the paths, shapes and dtypes of adapters, in words."""
+    odd = []
+    for module in sorted({path.rpartition("/")[0] for path in leaves}):
+        names = {path.rpartition("/")[2] for path in leaves if path.rpartition("/")[0] == module}
+        if names != {"lora_a", "lora_b"} or f"{module}/weight" not in shapes:
+            odd += [f"{module}/{name} is unknown, or without its other half" for name in sorted(names)]
+            continue
+        a, b = leaves[f"{module}/lora_a"], leaves[f"{module}/lora_b"]
+        rank = a.shape[-2] if a.ndim > 1 else 1
+        fitting = adapter_shapes(shapes, LoraConfig(rank=rank, targets=(re.escape(f"{module}/weight"),)))
+        odd += [
+            f"{path} is {leaf.dtype}{list(leaf.shape)}, wanted float32{list(fitting[path])}"
+            for path, leaf in ((f"{module}/lora_a", a), (f"{module}/lora_b", b))
+            if leaf.shape != fitting[path] or leaf.dtype != np.float32
+        ]
+    return odd
