@@ -12,7 +12,8 @@ https://arena.kakaocdn.net/brainrepo/models/minDALL-E/57b008f02ceaa02b779c8b7463
 import argparse
 import sys
 
-from mindalle_jax.cli import add_convert_arguments, run_convert, run_reporting
+from mindalle_jax.cli import run_reporting
+from mindalle_jax.cli.convert import add_convert_arguments, run_convert
 
 
 def main() -> int:

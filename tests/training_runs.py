@@ -74,7 +74,7 @@ def start(
     # XLA's threads. By default there are as many as devices, on a small machine: one that is busy with something else
     # is then missed by the others of a collective, for ever.
     env["NPROC"] = str(2 * devices + 2)
-    command = [sys.executable, "-m", "mindalle_jax.cli", verb, "--config", config, "--out", out, *overrides]
+    command = [sys.executable, "-m", "mindalle_jax", verb, "--config", config, "--out", out, *overrides]
     return subprocess.Popen(
         list(map(str, command)), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -35,7 +35,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/xla"}
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # as mindalle sample does in its own cache
-        command = [sys.executable, "-m", "mindalle_jax.cli", "sample", arguments.prompt, "--model", arguments.model]
+        command = [sys.executable, "-m", "mindalle_jax", "sample", arguments.prompt, "--model", arguments.model]
         command += ["--num-candidates", arguments.num_candidates, *arguments.options, "--out"]
         for run in range(1 + arguments.warm):
             start = time.perf_counter()

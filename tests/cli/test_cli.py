@@ -877,7 +877,7 @@ def python(*arguments, **options) -> subprocess.CompletedProcess:
 
 def test_the_command_in_a_process(tmp_path, tiny_folder):
     (tmp_path / "out").write_text("taken")
-    done = python("-m", "mindalle_jax.cli", "sample", "a cat", "--model", "x", "--out", tmp_path / "out")
+    done = python("-m", "mindalle_jax", "sample", "a cat", "--model", "x", "--out", tmp_path / "out")
     assert (done.returncode, done.stdout) == (6, "")
     out = tmp_path / "out"
     assert message(done.stderr) == f"{out}: {out} is not a folder that can be written to; name another place"
@@ -894,7 +894,7 @@ def test_ctrl_c_in_a_process(tmp_path):
     """A named pipe as prompts file: the command waits in it for as long as the test likes."""
     pipe = tmp_path / "prompts"
     os.mkfifo(pipe)
-    command = [sys.executable, "-m", "mindalle_jax.cli", "sample", "--model", "x", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "mindalle_jax", "sample", "--model", "x", "--out", str(tmp_path / "out")]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
     child = subprocess.Popen([*command, "--prompts-file", str(pipe)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, before)
