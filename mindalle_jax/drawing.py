@@ -30,10 +30,9 @@ from mindalle_jax.runtime.devices import (
     DType,
     choose_devices,
     device_memory,
-    divide_cpu,
     first_devices,
     matmul_precision,
-    use_compilation_cache,
+    prepare_process,
 )
 from mindalle_jax.sampling.codec import PictureCodec, check_ids, check_keep_rows, check_picture
 from mindalle_jax.sampling.decode import (
@@ -100,7 +99,6 @@ class Model:
         self._small = count_parameters(self.config, "stage2") <= SMALL
         self.mesh, self.dtype = choose_devices(mesh, dtype, small=self._small)
         self.backend = self.mesh.devices.flat[0].platform
-        use_compilation_cache()
         compute = jnp.dtype(self.dtype)
         int8_cache = quantize == "weights+cache"
         self._transformer = Transformer(
@@ -145,7 +143,7 @@ class Model:
         Raises CheckpointError, ConfigError, DownloadError, OutputError or UsageError with the file and the reason, and
         DeviceMemoryError.
         """
-        divide_cpu()
+        prepare_process()
         folder = find_model(path_or_name, revision=revision, local_files_only=local_files_only)
         return cls(folder, dtype, mesh, quantize)
 

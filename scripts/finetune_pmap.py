@@ -32,7 +32,7 @@ from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import ConfigError, MindalleError, NonFiniteError
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
-from mindalle_jax.runtime.devices import matmul_precision, use_compilation_cache
+from mindalle_jax.runtime.devices import matmul_precision, prepare_process
 from mindalle_jax.storage.files import check_output, disk_errors
 from mindalle_jax.storage.model_folder import write_model
 from mindalle_jax.storage.weights import Stage, leaf_shapes, load_stacked, nest
@@ -132,7 +132,7 @@ def finetune(
     config, base = read_finetune(config_file, overrides)
     check(config, len(devices))
     check_output(out, overwrite=out.is_dir())  # an empty folder may be used
-    use_compilation_cache()
+    prepare_process()
 
     # ---- data: batches of the size of an update
     model_config, experiment = config.model_config(), config.experiment

@@ -20,7 +20,7 @@ from mindalle_jax.data.samples import TASKS
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import UsageError
 from mindalle_jax.hub.resolve import find_model
-from mindalle_jax.runtime.devices import choose_devices, use_compilation_cache
+from mindalle_jax.runtime.devices import choose_devices, prepare_process
 from mindalle_jax.sampling.codec import PictureCodec
 from mindalle_jax.storage.weights import load_params
 
@@ -34,7 +34,7 @@ def main(arguments: argparse.Namespace) -> None:
     folder = find_model(arguments.model)
     config = load_config(folder / "config.yaml")
     mesh, _ = choose_devices(None, "float32")
-    use_compilation_cache()
+    prepare_process()
     params = load_params(folder, "stage1", config, jnp.dtype("float32"), mesh)
     codec = PictureCodec(config.stage1, params, jnp.dtype("float32"), mesh)
     vqgan = vqgan_digest(folder)

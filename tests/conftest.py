@@ -15,28 +15,28 @@ os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={DEVI
 # Where a person told JAX to keep compiled programs is none of the tests' business: they count compilations.
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
-import dataclasses  # noqa: E402
-import json  # noqa: E402
-import string  # noqa: E402
-from collections.abc import Iterator, Mapping  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import dataclasses
+import json
+import string
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from clip_oracle import random_model  # noqa: E402
+import jax
+import numpy as np
+import pytest
+from clip_oracle import random_model
 
-from mindalle_jax import Dalle  # noqa: E402
-from mindalle_jax.config.file import dump_config, parse_config  # noqa: E402
-from mindalle_jax.config.schema import Config  # noqa: E402
-from mindalle_jax.interop.clip import write_clip  # noqa: E402
-from mindalle_jax.interop.key_maps import slots  # noqa: E402
+from mindalle_jax import Dalle
+from mindalle_jax.config.file import dump_config, parse_config
+from mindalle_jax.config.schema import Config
+from mindalle_jax.interop.clip import write_clip
+from mindalle_jax.interop.key_maps import slots
 from mindalle_jax.interop.mindalle import import_checkpoint
-from mindalle_jax.interop.torch_archive import write_torch_archive  # noqa: E402
+from mindalle_jax.interop.torch_archive import write_torch_archive
 from mindalle_jax.storage.model_folder import STAGE_FILES
-from mindalle_jax.storage.weights import Stage, leaf_shapes, nest  # noqa: E402
-from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE  # noqa: E402
+from mindalle_jax.storage.weights import Stage, leaf_shapes, nest
+from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 

@@ -1,9 +1,7 @@
 """`mindalle VERB`: a thin layer over the functions that do the work. Results go to stdout, all else to stderr."""
 
 import argparse
-import re
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +10,8 @@ from typing import Any
 from mindalle_jax.cli.convert import add_convert_arguments, run_convert
 from mindalle_jax.cli.sample import _or_off, _sample
 from mindalle_jax.cli.train import _finetune, _train_clip, _train_tokenizer, _train_vqgan
-from mindalle_jax.errors import MindalleError, OutputError, UsageError
-from mindalle_jax.storage.files import DEMO, RANKER, check_output, check_writable
+from mindalle_jax.errors import MindalleError
+from mindalle_jax.storage.files import DEMO
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,9 +30,8 @@ from mindalle_jax.runtime.devices import (
     DType,
     choose_devices,
     device_memory,
-    divide_cpu,
     matmul_precision,
-    use_compilation_cache,
+    prepare_process,
 )
 from mindalle_jax.sampling.codec import check_pixels
 from mindalle_jax.storage.weights import DiskDType
@@ -52,7 +51,6 @@ class ClipRanker:
         """dtype, mesh: see from_pretrained. Weights are copied to the devices in the compute dtype."""
         self.config, self.tokenizer, self.source = model.config, model.tokenizer, "in memory"
         self.mesh, self.dtype = choose_devices(mesh, dtype)
-        use_compilation_cache()
         self._clip = CLIP(self.config, dtype=jnp.dtype(self.dtype))
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(self.dtype)), model.params)
         self._params = jax.device_put(params, NamedSharding(self.mesh, P()))
@@ -81,7 +79,7 @@ class ClipRanker:
 
         Raises CheckpointError or DownloadError with the file and the reason, UsageError for another dtype or mesh.
         """
-        divide_cpu()
+        prepare_process()
         path = find_clip(path_or_name, revision=revision, local_files_only=local_files_only)
         model = read_clip(path, None if tokenizer is None else Path(tokenizer).expanduser())
         ranker = cls(model, dtype=dtype, mesh=mesh)

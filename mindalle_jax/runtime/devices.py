@@ -1,9 +1,9 @@
-"""Where a network runs, and how precisely: what models and rankers decide alike."""
+"""Where a network runs and how precisely, and how our work is kept apart from the settings of the process."""
 
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +14,93 @@ from mindalle_jax.errors import DeviceMemoryError, UsageError, one_line
 from mindalle_jax.runtime.cache import cache_dir
 
 DType = Literal["bfloat16", "float32"]
+Item = TypeVar("Item")
 
 
 CPU_DEVICES = min(8, os.cpu_count() or 1)
-"""Devices that the cores of a CPU make. Products of a small network do not keep two cores busy, nor does attention,
-which XLA computes on one: on two cores, two devices take two thirds of the time of one. docs/log.md has more."""
+"""Number of virtual CPU devices for a small network. It runs faster with one device per core, because XLA computes
+attention on one core: on two cores, two devices take two thirds of the time of one. docs/log.md has more."""
+
+_set_here: set[str] = set()
+"""Names of the JAX options that prepare_process has set."""
+
+
+def prepare_process() -> None:
+    """Sets what JAX knows for the whole process only, each where nobody has set it, and looks for devices.
+
+    - jax_num_cpu_devices = CPU_DEVICES, unless the option, JAX_NUM_CPU_DEVICES or XLA_FLAGS says how many, or JAX has
+      looked for devices already.
+    - jax_compilation_cache_dir = a folder in our cache, and jax_persistent_cache_min_compile_time_secs = 0, unless the
+      option or JAX_COMPILATION_CACHE_DIR says where compiled programs are kept, or that they are not.
+
+    Everything that loads a model or trains one calls it first. Raises UsageError if JAX finds no device.
+    """
+    if jax.config.values["jax_num_cpu_devices"] < 0 and "xla_force_host_platform_device_count" not in os.environ.get(
+        "XLA_FLAGS", ""
+    ):
+        with contextlib.suppress(RuntimeError):  # JAX has looked already
+            jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
+            _set_here.add("jax_num_cpu_devices")
+    if jax.config.values["jax_compilation_cache_dir"] is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+        # A small model has many programs that compile in less than the second below which JAX keeps none.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        platforms = jax.config.values["jax_platforms"]
+        said = f"JAX_PLATFORMS={platforms}: " if platforms else ""
+        remedy = "unset it, or set it to cpu" if platforms else "set JAX_PLATFORMS=cpu to do without it"
+        raise UsageError(f"{said}JAX cannot use the device: {one_line(error)}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def pinned(dtype: Any = None) -> Iterator[None]:
+    """Around our work with arrays: it is the same whatever the process has set for its own.
+
+    dtype: float32 multiplies in float32; GPUs and TPUs would otherwise multiply in fewer bits. Options that only report
+    (jax_log_compiles, jax_check_tracer_leaks) stay as they are. Never held across a `yield` to a caller: see `steps`.
+    """
+    with contextlib.ExitStack() as stack:
+        for option in (
+            jax.enable_x64(False),
+            jax.numpy_rank_promotion("allow"),
+            jax.numpy_dtype_promotion("standard"),
+            jax.transfer_guard("allow"),
+            jax.disable_jit(False),
+            jax.debug_nans(False),  # what is not finite is our own error, with its place
+            jax.debug_infs(False),
+            jax.debug_key_reuse(False),
+            jax.threefry_partitionable(True),
+            matmul_precision("float32" if dtype is None else dtype),
+        ):
+            stack.enter_context(option)
+        yield
+
+
+def pinned_steps(items: Iterator[Item], dtype: Any = None) -> Iterator[Item]:
+    """The same items, each made within `pinned`; between them the caller has its own settings."""
+    end = object()
+    while True:
+        with pinned(dtype):
+            item: Any = next(items, end)
+        if item is end:
+            return
+        yield item
 
 
 def choose_devices(mesh: Mesh | None, dtype: DType | None, *, small: bool = False) -> tuple[Mesh, DType]:
     """The mesh and the compute dtype: by default the first device, float32 on CPU and bfloat16 elsewhere.
 
-    small: of a network that is: on CPU all devices, see CPU_DEVICES.
-    Raises UsageError for a mesh with other axes than "data", and for another dtype.
+    small: whether the network is small; on CPU it takes all devices, see CPU_DEVICES.
+    Raises UsageError for a mesh with other axes than "data", for another dtype, and as prepare_process.
     """
     if mesh is not None and mesh.axis_names != ("data",):
         raise UsageError(f"mesh must have the one axis 'data', not {mesh.axis_names}")
     if dtype not in ("float32", "bfloat16", None):
         raise UsageError(f"dtype must be 'bfloat16', 'float32' or None, not {dtype!r}")
+    prepare_process()
     if mesh is None:
-        divide_cpu()
         devices = jax.devices()
         devices = devices[: CPU_DEVICES if small and devices[0].platform == "cpu" else 1]
     else:
@@ -58,27 +126,14 @@ def first_devices(mesh: Mesh, count: int, replicated: Any) -> tuple[Mesh, Any]:
     return fewer, jax.tree.map(narrow, replicated)
 
 
-def divide_cpu() -> None:
-    """Lets JAX see CPU_DEVICES, unless somebody said how many there are, or it has looked already.
-
-    To be called before anything of JAX: the first array, or key, makes it look.
-    """
-    told = jax.config.values["jax_num_cpu_devices"] >= 0
-    if not told and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
-            global _divided
-            _divided = True
-
-
-_divided = False
-
-
 def training_devices() -> list[Any]:
-    """All devices that somebody gave JAX: of a CPU that divide_cpu divided the first, so that a run is the same after
-    a model was loaded and before."""
+    """The devices of a training run: all that a person gave JAX.
+
+    Of CPU devices that prepare_process made it is the first, so that a run is the same with and without them.
+    """
+    prepare_process()
     devices = jax.devices()
-    return devices[:1] if _divided and devices[0].platform == "cpu" else devices
+    return devices[:1] if "jax_num_cpu_devices" in _set_here and devices[0].platform == "cpu" else devices
 
 
 def matmul_precision(dtype: Any) -> Any:
@@ -95,14 +150,6 @@ def device_memory(message: str) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise DeviceMemoryError(message) from error
-
-
-def use_compilation_cache() -> None:
-    """Compiled programs are kept on disk, unless JAX was told where to keep them, or not to."""
-    if jax.config.values["jax_compilation_cache_dir"] is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
-        # A small model has many programs that compile in less than the second below which JAX keeps none.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def join_processes() -> None:

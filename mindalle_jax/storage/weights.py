@@ -9,6 +9,7 @@ stacked. Both sides work in chunks of at most one layer, so memory stays far bel
 """
 
 import functools
+import hashlib
 import json
 import math
 import mmap
@@ -210,6 +211,20 @@ def _check_entries(tensors: dict[str, Any]) -> None:
             sizes = [*entry["shape"], entry["crc32"]]
             if entry["dtype"] not in _DTYPE_NAMES or not all(type(size) is int and size >= 0 for size in sizes):
                 raise ValueError(f"{name}: {entry}")
+
+
+def fingerprint(tensors: Mapping[str, Mapping[str, Any]]) -> str:
+    """SHA-256, hexadecimal, of a model: of the dtype, shape and CRC-32 of every tensor, by stage and name.
+
+    tensors: {stage: {name: {dtype, shape, crc32}}}, as a manifest has them. The same weights have the same fingerprint,
+    whoever wrote the folder and whatever else the manifest says.
+    """
+    rows = [
+        [stage, name, entry["dtype"], list(entry["shape"]), entry["crc32"]]
+        for stage, entries in sorted(tensors.items())
+        for name, entry in sorted(entries.items())
+    ]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def check_tensors(

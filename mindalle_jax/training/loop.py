@@ -27,7 +27,7 @@ from mindalle_jax.data.samples import Source
 from mindalle_jax.data.samples import Task as DataTask
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from mindalle_jax.runtime.devices import device_memory, matmul_precision, training_devices, use_compilation_cache
+from mindalle_jax.runtime.devices import device_memory, matmul_precision, prepare_process, training_devices
 from mindalle_jax.runtime.sharding import BATCH, batch_devices, make_mesh
 from mindalle_jax.training.checkpoint import Checkpoints
 from mindalle_jax.training.config import RunConfig
@@ -59,7 +59,7 @@ class Run(abc.ABC):
         Raises ConfigError, DataError or UsageError before anything is written.
         """
         self._config, self.out, self.tokenizer, self._image_size = config, out, tokenizer, image_size
-        use_compilation_cache()
+        prepare_process()
 
         # ---- mesh and batches
         self.mesh = make_mesh(config.sharding.strategy, config.sharding.sizes())
