@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mindalle_jax.cli.convert import add_convert_arguments, run_convert
+from mindalle_jax.cli.prepare_codes import add_prepare_codes_arguments, run_prepare_codes
 from mindalle_jax.cli.sample import _or_off, _sample
 from mindalle_jax.cli.train import _finetune, _train_clip, _train_tokenizer, _train_vqgan
 from mindalle_jax.errors import MindalleError
@@ -171,6 +172,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=["mindalle", "clip"],
         help="for the transformer that draws, or for a CLIP model",
     )
+
+    text = "compute the codes of a data set once, so that fine-tuning need not run the VQGAN in every step"
+    add_prepare_codes_arguments(verb("prepare-codes", run_prepare_codes, text))
 
     convert = verb("convert", run_convert, "convert weights from PyTorch, or back to it, without PyTorch")
     add_convert_arguments(convert)

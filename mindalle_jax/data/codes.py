@@ -60,7 +60,7 @@ def vqgan_digest(model: Path) -> str:
 
 
 class Codec(Protocol):
-    """What encodes: pictures.PictureCodec."""
+    """The encoder of a VQGAN: sampling/codec.py has one."""
 
     size: int
     """Height and width of the pictures, in pixels."""
@@ -123,14 +123,14 @@ def code_samples(folder: Path, vqgan: str | None) -> tuple[Iterator[Sample], lis
     if vqgan != manifest.vqgan:
         raise DataError(
             f"{folder}: codes of another VQGAN ({manifest.vqgan[:8]}) than that of the model ({vqgan[:8]}); "
-            "compute them again with scripts/prepare_codes.py --model"
+            "compute them again with mindalle prepare-codes --model"
         )
     num_shards = -(-manifest.samples // manifest.shard_samples)
     missing = [shard for shard in range(num_shards) if not (folder / f"{shard:05}.json").exists()]
     if missing:
         raise DataError(
-            f"{folder}: {len(missing)} of {num_shards} shards are not there; the same scripts/prepare_codes.py command "
-            "goes on where it was interrupted"
+            f"{folder}: {len(missing)} of {num_shards} shards are not there; the same mindalle prepare-codes command "
+            "resumes where it was interrupted"
         )
     samples = (sample for shard in range(num_shards) for sample in _read_shard(folder, shard, manifest))
     return samples, manifest.classes
@@ -179,7 +179,7 @@ def _read_shard(folder: Path, shard: int, manifest: Manifest) -> Iterator[Sample
         yield Sample(name, None, codes=row, captions=captions, label=label)
 
 
-_AGAIN = "remove its .json and run the same scripts/prepare_codes.py command again"
+_AGAIN = "remove its .json and run the same mindalle prepare-codes command again"
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindalle_jax.data.images import EXTENSIONS
-from mindalle_jax.data.samples import MAX_TEXT_BYTES, Report, Sample, Stored, Task
+from mindalle_jax.data.samples import MAX_TEXT_BYTES, DatasetReport, DataTask, Sample, Stored
 from mindalle_jax.errors import DataError, one_line
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -17,7 +17,7 @@ OTHER_FORMATS = (".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".j
 """Pictures that are not read, but whose owner would miss them."""
 
 
-def folder_samples(folder: Path, task: Task, report: Report) -> Iterator[Sample]:
+def folder_samples(folder: Path, task: DataTask, report: DatasetReport) -> Iterator[Sample]:
     """Every picture below a folder, with the lines of name.txt as captions for the task "text"."""
     files = _walk(folder)
     texts = {name for name in files if name.endswith(".txt")}
@@ -54,7 +54,7 @@ def class_names(folder: Path, known: list[str] | None) -> list[str]:
     return known
 
 
-def class_samples(folder: Path, classes: list[str], report: Report) -> Iterator[Sample]:
+def class_samples(folder: Path, classes: list[str], report: DatasetReport) -> Iterator[Sample]:
     """Every picture below a folder; its label is the position of the topmost subfolder in `classes`."""
     labels = {name: label for label, name in enumerate(classes)}
     files = _walk(folder)
@@ -72,7 +72,7 @@ def find_metadata(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def metadata_samples(metadata: Path, report: Report) -> Iterator[Sample]:
+def metadata_samples(metadata: Path, report: DatasetReport) -> Iterator[Sample]:
     """The pictures that a metadata file lists: file_name, text (in a .jsonl also a list of captions), label.
 
     A picture listed on several lines is one sample with all their captions.
@@ -174,7 +174,7 @@ def _walk(folder: Path) -> dict[str, int]:
     return files
 
 
-def _pictures(files: dict[str, int], report: Report) -> Iterator[str]:
+def _pictures(files: dict[str, int], report: DatasetReport) -> Iterator[str]:
     """The names of pictures, sorted; those in other formats are counted."""
     for name in sorted(files):
         extension = os.path.splitext(name)[1].lower()
@@ -184,7 +184,7 @@ def _pictures(files: dict[str, int], report: Report) -> Iterator[str]:
             report.drop("in a format other than JPEG, PNG and WebP", name)
 
 
-def _read_captions(path: Path, report: Report, name: str) -> list[str] | None:
+def _read_captions(path: Path, report: DatasetReport, name: str) -> list[str] | None:
     """The lines of a file; None, counted under the picture's name, if it is no text."""
     try:
         with open(path, "rb") as file:
@@ -198,7 +198,7 @@ def _read_captions(path: Path, report: Report, name: str) -> list[str] | None:
         return None
 
 
-def _rows(metadata: Path, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(metadata: Path, report: DatasetReport) -> Iterator[tuple[str, dict[str, Any]]]:
     """("line 3", fields) of each line of a metadata file. Raises DataError if the file is no such thing."""
     try:
         with open(metadata, encoding="utf-8-sig", newline="") as file:
@@ -225,7 +225,7 @@ def _rows(metadata: Path, report: Report) -> Iterator[tuple[str, dict[str, Any]]
         raise DataError(f"{metadata}: cannot be read: {one_line(error)}") from None
 
 
-def _find(folder: Path, name: str, report: Report) -> Stored | None:
+def _find(folder: Path, name: str, report: DatasetReport) -> Stored | None:
     """The picture of a line of a metadata file, not outside the folder; None, counted, if there is none."""
     if os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
         report.drop("lines whose file_name leads out of the folder", name)

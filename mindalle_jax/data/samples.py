@@ -13,7 +13,7 @@ import numpy as np
 from mindalle_jax.errors import DataError, UsageError
 from mindalle_jax.text.tokenizer import check_prompt
 
-Task = Literal["text", "class", "unconditional"]
+DataTask = Literal["text", "class", "unconditional"]
 """What a model is taught to draw from, and so what each sample must have: captions, a label, or neither."""
 TASKS = ("text", "class", "unconditional")
 MAX_TEXT_BYTES = 64 << 10
@@ -56,7 +56,7 @@ class Sample:
     label: int | None = None
 
 
-class Report:
+class DatasetReport:
     """How many samples there are, and what was left out while a data set was opened, and why."""
 
     def __init__(self) -> None:
@@ -83,9 +83,9 @@ class Source:
     def __init__(
         self,
         path: str,
-        task: Task,
+        task: DataTask,
         samples: Iterable[Sample],
-        report: Report,
+        report: DatasetReport,
         *,
         num_classes: int | None = None,
         classes: list[str] | None = None,
@@ -137,7 +137,7 @@ class Source:
         return digest.hexdigest()
 
 
-def _fit(sample: Sample, task: Task, report: Report) -> Sample | None:
+def _fit(sample: Sample, task: DataTask, report: DatasetReport) -> Sample | None:
     """The sample without captions that cannot be used, or None, counted, if it lacks what the task needs."""
     try:
         sample.id.encode()
