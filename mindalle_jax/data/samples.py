@@ -95,7 +95,8 @@ class Source:
         classes: names of the labels, where they have names. Raises DataError if nothing is left, or if labels are not
         in [0, num_classes).
         """
-        self.path, self.task, self.report, self.classes = path, task, report, classes
+        self.path, self.report, self.classes = path, report, classes
+        self.task: DataTask = task
         self.samples = [kept for sample in samples if (kept := _fit(sample, task, report)) is not None]
         self.report.kept = len(self.samples)
         if not self.samples:

@@ -18,7 +18,8 @@ import safetensors
 
 from mindalle_jax.config.file import load_config
 from mindalle_jax.errors import CheckpointError, ConfigError, one_line
-from mindalle_jax.storage.weights import MANIFEST, leaf_shapes
+from mindalle_jax.storage import weights
+from mindalle_jax.storage.weights import leaf_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +103,11 @@ def load_adapters(file: Path, base: Path) -> Adapters:
         raise CheckpointError(
             f"{file}: not the adapters of a run: lora_scale and base_sha256 are not in its metadata"
         ) from None
-    ours = hashlib.sha256((base / MANIFEST).read_bytes()).hexdigest()
+    ours = hashlib.sha256((base / weights.MANIFEST).read_bytes()).hexdigest()
     if theirs != ours:
         raise CheckpointError(
-            f"{file}: adapters of another model than {base}: the SHA-256 of its {MANIFEST} was {theirs} and is {ours}"
+            f"{file}: adapters of another model than {base}: the SHA-256 of its {weights.MANIFEST} was {theirs} and is "
+            f"{ours}"
         )
     odd = _misfits(leaves, leaf_shapes(load_config(base / "config.yaml"), "stage2"))
     if odd or not leaves:

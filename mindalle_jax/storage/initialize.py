@@ -12,7 +12,7 @@ from mindalle_jax.config.file import load_config
 from mindalle_jax.config.schema import Config
 from mindalle_jax.errors import ConfigError
 from mindalle_jax.storage.files import new_folder
-from mindalle_jax.storage.model_folder import write_model
+from mindalle_jax.storage.results import write_model
 from mindalle_jax.storage.weights import (
     map_weights,
     read_manifest,

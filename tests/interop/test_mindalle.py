@@ -726,7 +726,9 @@ def test_too_little_disk_is_told_before_anything_is_written(source, model, tmp_p
 @pytest.mark.parametrize("limit_bytes", [0, 100, 100_000, 900_000])
 def test_a_disk_that_fills_up_leaves_nothing(source, model, tmp_path, monkeypatch, kind, limit_bytes):
     """The kernel itself refuses to write on, here for a limit of the size of a file."""
-    monkeypatch.setattr(mindalle, "_progress", lambda *_: Interrupter(0, AssertionError()))  # output may be a file too
+    monkeypatch.setattr(
+        mindalle, "weights_progress", lambda *_: Interrupter(0, AssertionError())
+    )  # output may be a file too
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with unchanged(tmp_path), pytest.raises(OutputError, match="File too large") as caught:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
@@ -765,7 +767,7 @@ class Interrupter:
 def test_an_interruption_leaves_nothing(source, model, tmp_path, monkeypatch, kind, at, error, expected):
     """First and second tensor, the middle of each stage, and the verification."""
     bar = Interrupter(at, error)
-    monkeypatch.setattr(mindalle, "_progress", lambda *_: bar)
+    monkeypatch.setattr(mindalle, "weights_progress", lambda *_: bar)
     with unchanged(tmp_path), pytest.raises(expected) as caught:
         convert(kind, source, model, tmp_path / "deep" / "a")
     if expected is OutputError:
@@ -776,7 +778,7 @@ def test_an_interruption_leaves_nothing(source, model, tmp_path, monkeypatch, ki
 @kinds
 def test_an_interruption_keeps_the_model_that_was_to_be_replaced(source, model, tmp_path, monkeypatch, kind):
     shutil.copytree(model, tmp_path / "old")
-    monkeypatch.setattr(mindalle, "_progress", lambda *_: Interrupter(20, KeyboardInterrupt()))
+    monkeypatch.setattr(mindalle, "weights_progress", lambda *_: Interrupter(20, KeyboardInterrupt()))
     with unchanged(tmp_path), pytest.raises(KeyboardInterrupt):
         convert(kind, source, model, tmp_path / "old", overwrite=True)
 
