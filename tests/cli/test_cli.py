@@ -931,7 +931,7 @@ def test_the_examples_of_the_documentation_are_commands():
     blocks = re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
     assert {command[1] for command in commands} == {
-        "sample", "finetune", "train-tokenizer", "train-vqgan", "train-clip", "convert"
+        "sample", "finetune", "train-tokenizer", "train-vqgan", "train-clip", "prepare-codes", "convert"
     }  # fmt: skip
     for command in commands:
         assert command[0] == "mindalle"
