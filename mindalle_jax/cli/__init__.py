@@ -11,8 +11,12 @@ from mindalle_jax.cli.convert import add_convert_arguments, run_convert
 from mindalle_jax.cli.prepare_codes import add_prepare_codes_arguments, run_prepare_codes
 from mindalle_jax.cli.sample import _or_off, _sample
 from mindalle_jax.cli.train import _finetune, _train_clip, _train_tokenizer, _train_vqgan
-from mindalle_jax.errors import MindalleError
+from mindalle_jax.errors import MindalleError, UsageError
 from mindalle_jax.storage.files import DEMO
+
+
+TRAINING_MODULES = ("optax", "orbax", "grain", "tensorboardX")
+"""Modules of the extra [train]."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +35,12 @@ def run_reporting(command: str, run: Callable[[], None]) -> int:
         except MindalleError as error:
             print(f"{command}: {error}", file=sys.stderr)
             return error.exit_code
+        except ModuleNotFoundError as error:
+            module = (error.name or "").partition(".")[0]
+            if module not in TRAINING_MODULES:
+                raise
+            print(f"{command}: needs {module}: pip install 'mindalle-jax[train]'", file=sys.stderr)
+            return UsageError.exit_code
         except OSError as error:
             print(f"{command}: {error}", file=sys.stderr)
             return MindalleError.exit_code
