@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mindalle_jax.cli.convert import add_convert_arguments, run_convert
+from mindalle_jax.cli.logs import quiet_libraries
 from mindalle_jax.cli.prepare_codes import add_prepare_codes_arguments, run_prepare_codes
 from mindalle_jax.cli.sample import _or_off, _sample
 from mindalle_jax.cli.train import _finetune, _train_clip, _train_tokenizer, _train_vqgan
 from mindalle_jax.errors import MindalleError, UsageError
 from mindalle_jax.storage.files import DEMO
-
 
 TRAINING_MODULES = ("optax", "orbax", "grain", "tensorboardX")
 """Modules of the extra [train]."""
@@ -22,7 +22,8 @@ TRAINING_MODULES = ("optax", "orbax", "grain", "tensorboardX")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code (docs/cli.md has the table)."""
     arguments = _parser().parse_args(argv)
-    return run_reporting(f"mindalle {arguments.verb}", lambda: arguments.run(arguments))
+    with quiet_libraries(arguments.verbose):
+        return run_reporting(f"mindalle {arguments.verb}", lambda: arguments.run(arguments))
 
 
 def run_reporting(command: str, run: Callable[[], None]) -> int:
@@ -188,6 +189,9 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = verb("convert", run_convert, "convert weights from PyTorch, or back to it, without PyTorch")
     add_convert_arguments(convert)
+
+    for sub in verbs.choices.values():
+        sub.add_argument("--verbose", action="store_true", help="show what JAX, Orbax and other libraries log")
     return parser
 
 
