@@ -42,7 +42,7 @@ class Manifest:
     vqgan: str
     """vqgan_digest of the model."""
     data: str
-    """Fingerprint of the pictures' source."""
+    """Fingerprint of the images' source."""
     image_size: int
     codes: int
     """T"""
@@ -63,24 +63,24 @@ class Codec(Protocol):
     """The encoder of a VQGAN: sampling/codec.py has one."""
 
     size: int
-    """Height and width of the pictures, in pixels."""
+    """Height and width of the images, in pixels."""
     side: int
     """h and w."""
     vocab_size: int
 
     def encode(self, images: Any, *, batch_size: int) -> np.ndarray:
-        """Codes int32[n, h, w] of pictures uint8[n, size, size, 3]."""
+        """Codes int32[n, h, w] of images uint8[n, size, size, 3]."""
         ...
 
 
 def write_codes(
     source: Source, codec: Codec, out: Path, *, vqgan: str, batch_size: int, threads: int | None = None
 ) -> None:
-    """Writes the codes of every picture of a source, or goes on where an earlier call was interrupted.
+    """Writes the codes of every image of a source, or goes on where an earlier call was interrupted.
 
-    Pictures are cropped in the middle, so training on codes has no random crops. vqgan: vqgan_digest of the model.
-    batch_size, threads: as Loader. Damaged pictures are left out. Raises OutputError if `out` holds anything else than
-    the beginning of the same work, DataError if too many pictures are damaged.
+    Images are cropped in the middle, so training on codes has no random crops. vqgan: vqgan_digest of the model.
+    batch_size, threads: as Loader. Damaged images are left out. Raises OutputError if `out` holds anything else than
+    the beginning of the same work, DataError if too many images are damaged.
     """
     manifest = Manifest(
         format_version=FORMAT_VERSION,

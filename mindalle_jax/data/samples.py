@@ -1,4 +1,4 @@
-"""What a data set is made of: samples that are reached by number, and what was left out. Nothing here reads pixels."""
+"""The samples of a data set, reached by number, and a report of those that were left out. Nothing here reads pixels."""
 
 import copy
 import dataclasses
@@ -14,14 +14,14 @@ from mindalle_jax.errors import DataError, UsageError
 from mindalle_jax.text.tokenizer import check_prompt
 
 DataTask = Literal["text", "class", "unconditional"]
-"""What a model is taught to draw from, and so what each sample must have: captions, a label, or neither."""
+"""The condition of a model: each sample must have captions, a label, or neither."""
 TASKS = ("text", "class", "unconditional")
 MAX_TEXT_BYTES = 64 << 10
-"""Of a file with captions or a label; what is longer is something else."""
+"""Size limit of a file with captions or a label; a longer file is something else."""
 
 
 class Location(Protocol):
-    """Where the encoded picture of a sample is."""
+    """Where the encoded image of a sample is."""
 
     def read(self) -> bytes:
         """The bytes of the file. Raises OSError."""
@@ -29,7 +29,7 @@ class Location(Protocol):
 
 
 class Stored(NamedTuple):
-    """Part of a file: a whole picture, or a member of a tar."""
+    """Part of a file: a whole image, or a member of a tar."""
 
     file: str
     offset: int
@@ -45,7 +45,7 @@ class Stored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """One picture, encoded or as codes, and what is known of it."""
+    """One image, encoded or as codes, and what is known of it."""
 
     id: str
     """Stable and unique: the path below the data set."""
@@ -90,7 +90,7 @@ class Source:
         num_classes: int | None = None,
         classes: list[str] | None = None,
     ):
-        """Keeps the samples that have what the task needs, and counts the others in the report.
+        """Keeps the samples that have what the task needs, and counts the rest in the report.
 
         classes: names of the labels, where they have names. Raises DataError if nothing is left, or if labels are not
         in [0, num_classes).
@@ -123,13 +123,13 @@ class Source:
 
     @property
     def has_codes(self) -> bool:
-        """Whether the samples are codes, and not pictures."""
+        """Whether the samples are codes, and not images."""
         return self.samples[0].codes is not None
 
     def fingerprint(self) -> str:
         """Hexadecimal digest of task, ids, sizes, captions and labels, in order: another one means other data.
 
-        Reads no pictures, so one that changed and kept its size goes unseen.
+        Reads no images, so one that changed and kept its size goes unseen.
         """
         digest = hashlib.sha256(json.dumps([self.task, self.classes]).encode())
         for sample in self.samples:

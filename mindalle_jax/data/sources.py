@@ -5,11 +5,11 @@ What a path holds is found out from its content, and serves these tasks:
     name.jpg (or .jpeg, .png, .webp) beside name.txt, one caption a line; in nested folders too    text
     metadata.jsonl or metadata.csv with file_name and text, label                                  text, class
     one folder a class                                                                             class
-    pictures alone, in nested folders too                                                          unconditional
+    images alone, in nested folders too                                                          unconditional
     tars as webdataset writes them: key.jpg with key.txt, key.json or key.cls                      text, class
     codes that mindalle prepare-codes wrote; what `datasets` saved to disk                       text, class
 
-Each of them can be used for unconditional pictures too.
+Each of them can be used for unconditional images too.
 """
 
 from collections.abc import Iterator

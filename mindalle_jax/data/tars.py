@@ -17,7 +17,7 @@ from mindalle_jax.errors import DataError, one_line
 from mindalle_jax.storage.files import BoundedHeader
 
 CAPTION_KEYS = ("caption", "text")
-"""Of key.json; a text, or a list of texts."""
+"""Field of key.json with the caption: a text, or a list of texts."""
 
 
 def find_tars(name: str) -> list[str]:
@@ -40,7 +40,7 @@ def find_tars(name: str) -> list[str]:
 
 
 def tar_samples(files: list[str], report: DatasetReport) -> Iterator[Sample]:
-    """The samples of each tar, in the order of their pictures. Raises DataError for a damaged or compressed tar."""
+    """The samples of each tar, in the order of their images. Raises DataError for a damaged or compressed tar."""
     for file in files:
         short = Path(file).name
         for key, parts in _index(file, report).items():

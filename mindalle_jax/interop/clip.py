@@ -34,11 +34,11 @@ CLIP_MARKS = ("preprocessor_config.json",)
 CLIP_KEYS = ("visual.", "vision_model.", "text_model.")
 """Some key of every torch file of a CLIP model starts with one of these, and none of minDALL-E or of a VQGAN does."""
 WEIGHT_FILES = ("model.safetensors", "flax_model.msgpack", "pytorch_model.bin")
-"""Of a Hugging Face folder, in the order of preference."""
+"""Names of the weights in a Hugging Face folder, in the order of preference."""
 
 
 class ClipModel(NamedTuple):
-    """All that is needed to score pictures with texts."""
+    """All that is needed to score images with texts."""
 
     config: ClipConfig
     params: dict[str, Any]

@@ -46,7 +46,7 @@ class Slot(NamedTuple):
     """One parameter and its place in a file."""
 
     path: str
-    """Of the Flax parameter, joined by `/`."""
+    """Path of the Flax parameter, joined by `/`."""
     key: str
     """In the file. OpenAI has queries, keys and values under one."""
     shape: tuple[int, ...]

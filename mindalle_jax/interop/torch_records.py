@@ -1,4 +1,4 @@
-"""What the pickle inside a torch.save() file is decoded into: plain data with these records, and the dtypes they name.
+"""Records that the pickle inside a torch.save() file is decoded into, beside plain data, and the dtypes they name.
 
 torch_pickle.py builds the records and checks each of them; torch_archive.py turns a TensorRef into an array.
 """
@@ -48,7 +48,7 @@ class Global:
 
 @dataclass(frozen=True)
 class Opaque:
-    """What calling or instantiating an unknown Global would have given. Holds nothing but that name."""
+    """Stands for the result of calling an unknown Global. Holds nothing but that name."""
 
     path: str
 

@@ -24,7 +24,7 @@ from mindalle_jax.storage.weights import leaf_shapes
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters in place of training the weights themselves (Hu et al., 2021)."""
+    """Low-rank adapters, trained instead of the weights themselves (Hu et al., 2021)."""
 
     rank: int = 0
     """0: off."""
@@ -119,7 +119,7 @@ def load_adapters(file: Path, base: Path) -> Adapters:
 
 
 def _misfits(leaves: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What is wrong with the paths, shapes and dtypes of adapters, in words."""
+    """Lists the faults in the paths, shapes and dtypes of adapters, in words."""
     odd = []
     for module in sorted({path.rpartition("/")[0] for path in leaves}):
         names = {path.rpartition("/")[2] for path in leaves if path.rpartition("/")[0] == module}

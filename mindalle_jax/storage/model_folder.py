@@ -41,12 +41,12 @@ MODEL_FILES = (
     *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
     *(f"{stage}.safetensors" for stage in STAGE_FILES),
 )
-"""What is read of a repository of the hub, in either format."""
+"""Patterns of the files that are fetched from a repository of the hub, in either format."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did."""
+    """Result of a conversion: sizes and times."""
 
     target: Path
     tensors: int
@@ -112,7 +112,7 @@ def copy_model(
 
 
 def _one_dtype(tensors: dict[str, Any]) -> str:
-    """The dtype of all tensors of a file, float32 where they differ: it holds every value of the others."""
+    """The dtype of all tensors of a file, float32 where they differ: it holds every value of the other dtypes."""
     dtypes = {entry["dtype"] for entry in tensors.values()}
     return dtypes.pop() if len(dtypes) == 1 else "float32"
 
