@@ -21,7 +21,7 @@ from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import UsageError
 from mindalle_jax.hub.resolve import find_model
 from mindalle_jax.runtime.devices import choose_devices, prepare_process
-from mindalle_jax.sampling.codec import PictureCodec
+from mindalle_jax.sampling.codec import ImageCodec
 from mindalle_jax.storage.weights import load_params
 
 
@@ -36,7 +36,7 @@ def main(arguments: argparse.Namespace) -> None:
     mesh, _ = choose_devices(None, "float32")
     prepare_process()
     params = load_params(folder, "stage1", config, jnp.dtype("float32"), mesh)
-    codec = PictureCodec(config.stage1, params, jnp.dtype("float32"), mesh)
+    codec = ImageCodec(config.stage1, params, dtype="float32", mesh=mesh)
     vqgan = vqgan_digest(folder)
     write_codes(source, codec, arguments.out, vqgan=vqgan, batch_size=arguments.batch_size)
     written = open_source(arguments.out, arguments.task, vqgan=vqgan)  # checks every CRC-32

@@ -88,6 +88,11 @@ class TextTokenizer:
             np.asarray(rows, np.int32).reshape(len(prompts), self.context_length), num_tokens, num_unknown
         )
 
+    def save(self, folder: Path) -> None:
+        """Writes the two files of the vocabulary into a new folder, for TextTokenizer to read."""
+        folder.mkdir(parents=True)
+        self._tokenizer.model.save(str(folder), VOCAB_FILE.removesuffix("-vocab.json"))
+
 
 def char_bpe(model: models.BPE) -> Tokenizer:
     """What CharBPETokenizer(lowercase=True) builds, without registering the special tokens for matching."""
