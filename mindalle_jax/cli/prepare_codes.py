@@ -33,7 +33,7 @@ def run_prepare_codes(arguments: argparse.Namespace) -> None:
     from mindalle_jax.data.prepare import open_images, prepare_codes
     from mindalle_jax.hub.resolve import find_model
     from mindalle_jax.runtime.devices import choose_devices, prepare_process
-    from mindalle_jax.sampling.codec import PictureCodec
+    from mindalle_jax.sampling.codec import ImageCodec
     from mindalle_jax.storage.weights import load_params
 
     source = open_images(arguments.data, arguments.task)
@@ -43,6 +43,6 @@ def run_prepare_codes(arguments: argparse.Namespace) -> None:
     mesh, _ = choose_devices(None, "float32")
     prepare_process()
     params = load_params(folder, "stage1", config, jnp.dtype("float32"), mesh)
-    codec = PictureCodec(config.stage1, params, jnp.dtype("float32"), mesh)
+    codec = ImageCodec(config.stage1, params, dtype="float32", mesh=mesh)
     report = prepare_codes(source, codec, arguments.out, vqgan=vqgan_digest(folder), batch_size=arguments.batch_size)
     print(f"{arguments.out}: {report}")

@@ -164,8 +164,8 @@ def _umask() -> int:
 
 
 MAX_EXTENSION_BYTES = 1 << 20
-"""Size limit of a tar extension header (long names, pax records), which tarfile reads into memory, and of data after the
-end."""
+"""Size limit of a tar extension header (long names, pax records), which tarfile reads into memory, and of data after
+the end."""
 
 
 class BoundedHeader(tarfile.TarInfo):

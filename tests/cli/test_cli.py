@@ -18,11 +18,12 @@ import pytest
 from PIL import Image
 
 from mindalle_jax import ClipRanker, Dalle, ImageGPT, cli, errors
+from mindalle_jax.cli import sample as sample_module
 from mindalle_jax.hub import resolve
 from mindalle_jax.interop import mindalle
 from mindalle_jax.interop.mindalle import import_checkpoint
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
-from mindalle_jax.sampling import decode as sampling
+from mindalle_jax.sampling import generate
 from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -395,14 +396,14 @@ def test_what_cannot_be_completed_is_told_before_the_model_is_loaded(sample, not
 def test_previews_are_seen_and_go(sample, out, monkeypatch):
     """preview.png is there while it draws, and the folder is as without in the end."""
     seen = []
-    write = cli._write_preview
+    write = sample_module._write_preview
 
     def spy(generation, path):
         write(generation, path)
         with Image.open(path) as image:
             seen.append((image.size, (generation.codes >= 0).sum(axis=-1).tolist()))
 
-    monkeypatch.setattr(cli, "_write_preview", spy)
+    monkeypatch.setattr(sample_module, "_write_preview", spy)
     assert sample("a cat", "--preview-every", 24)[0] == 0
     with Image.open(out / "grid.png") as image:
         size = image.size
@@ -419,7 +420,7 @@ def test_out_of_memory_is_exit_code_8(sample, monkeypatch, tmp_path):
     def exhausted(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 68719476736 bytes.")
 
-    monkeypatch.setattr(sampling, "start_state", exhausted)
+    monkeypatch.setattr(generate, "start_decode", exhausted)
     code, stdout, err = sample("a cat", "--batch-size", 2)
     assert (code, stdout) == (8, "") and "try batch_size 1 " in err.splitlines()[-1]
     assert tree(tmp_path) == []

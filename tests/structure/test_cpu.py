@@ -8,7 +8,8 @@ import pytest
 
 from mindalle_jax.config.file import load_config
 from mindalle_jax.models.transformer import Transformer, unstack_blocks
-from mindalle_jax.sampling.decode import Settings, decode_segment, prefill, row_length, start_state
+from mindalle_jax.sampling.decode import prefill, row_length, sample_row, start_decode
+from mindalle_jax.sampling.filters import Rows
 from mindalle_jax.storage.weights import leaf_shapes
 
 BATCH = 4
@@ -29,13 +30,15 @@ def loop(request):
     rows = 2 if request.param else 1
     prefix_ids = np.zeros((rows, h.ctx_len_txt) if request.param else h.ctx_len_txt, np.int32)
     prefix = prefill(model, params, prefix_ids, np.zeros(0, np.int32), 0)
-    state = start_state(model, mesh, BATCH, h.ctx_len_img, prefix, 0)
-    traced = Settings.make(64, seed=0, temperature=1.0, top_k=16, top_p=None, guidance_scale=rows).traced(64)
-    steps = row_length(h.ctx_len_img)
-    guess = np.zeros((BATCH, steps), np.int32)
-    arguments = (params, prefix.kv, np.arange(BATCH, dtype=np.int32), traced, state, guess)
-    jaxpr = jax.make_jaxpr(decode_segment, static_argnums=(0, 1, 2, 3))(model, mesh, steps, False, *arguments)
-    return config, rows, str(jaxpr), decode_segment.lower(model, mesh, steps, False, *arguments).compile()
+    state = start_decode(model, mesh, BATCH, h.ctx_len_img, request.param, prefix, 0)
+    settings = Rows(
+        np.arange(BATCH, dtype=np.int32), np.zeros(BATCH, np.uint32), np.ones(BATCH, np.float32),
+        np.full(BATCH, 16, np.int32), np.ones(BATCH, np.float32), np.full(BATCH, rows, np.float32),
+    )  # fmt: skip
+    guess = np.zeros((BATCH, row_length(h.ctx_len_img)), np.int32)
+    arguments = (params, prefix.kv, settings, state, guess)
+    jaxpr = jax.make_jaxpr(sample_row, static_argnums=(0, 1, 2))(model, mesh, False, *arguments)
+    return config, rows, str(jaxpr), sample_row.lower(model, mesh, False, *arguments).compile()
 
 
 def test_one_scan_over_the_positions(loop):

@@ -22,7 +22,7 @@ from mindalle_jax.errors import ConfigError, DataError
 from mindalle_jax.hub.resolve import find_model
 from mindalle_jax.interop.lpips import read_lpips
 from mindalle_jax.models.vqgan import VQGAN
-from mindalle_jax.sampling.codec import PictureCodec
+from mindalle_jax.sampling.codec import ImageCodec
 from mindalle_jax.storage.results import write_vqgan
 from mindalle_jax.storage.weights import MANIFEST, leaf_shapes, load_stacked, nest
 from mindalle_jax.training.config import SCRATCH
@@ -163,7 +163,7 @@ class VqganRun(Run):
         images = next(iter(self.load_rows(part, train=False)))["image"][: len(part)]
         mesh = Mesh(np.array(jax.local_devices()[:1]), ("data",))
         params = jax.device_put(nest(state.ema or state.params), NamedSharding(mesh, PartitionSpec()))
-        codec = PictureCodec(self.config.stage1, params, self.dtype, mesh)
+        codec = ImageCodec(self.config.stage1, params, dtype=str(self.dtype), mesh=mesh)  # type: ignore[arg-type]
         path = self.out / "samples" / f"step_{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
         write_reconstructions(codec, images, path)
