@@ -18,8 +18,10 @@ N ?= 16
 
 # Tests with programs that are optimised, as those of a user are; those of the others are not, see tests/conftest.py.
 OPTIMISED := tests/test_golden.py tests/test_demo.py tests/models/test_transformer.py
-# One test of each kind that a change breaks first, under 90 s with lint and types on two idle cores.
-CHECKED := tests/test_layout.py tests/test_contributing.py tests/config tests/text tests/storage tests/interop/test_clip_config.py
+# Layout, configuration, files, data, and parity with the original in training; `check` adds parity in sampling. With lint
+# and types about a minute on two idle cores (docs/log.md).
+CHECKED := tests/test_layout.py tests/test_contributing.py tests/config tests/text tests/storage tests/data \
+	tests/training/test_step.py
 
 .PHONY: sample check lint test test-structure
 
@@ -33,6 +35,7 @@ lint: $(VENV)/installed-test
 
 check: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(CHECKED)
+	XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -q -n 2 --dist load tests/test_golden.py
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(OPTIMISED:%=--ignore=%)
