@@ -59,7 +59,7 @@ def pinned(dtype: Any = None) -> Iterator[None]:
     """Around our work with arrays: it is the same whatever the process has set for its own.
 
     dtype: float32 multiplies in float32; GPUs and TPUs would otherwise multiply in fewer bits. Options that only report
-    (jax_log_compiles, jax_check_tracer_leaks) stay as they are. Never held across a `yield` to a caller: see `steps`.
+    (jax_log_compiles, jax_check_tracer_leaks) stay as they are. Never held across a `yield` to a caller: see pinned_steps.
     """
     with contextlib.ExitStack() as stack:
         for option in (

@@ -229,7 +229,7 @@ def test_a_folder_in_the_originals_format_is_converted_into_the_cache(
 ):
     assert sample("a cat", model=tiny_folder)[0] == 0
     np.testing.assert_array_equal(codes(out), tiny_dalle.generate_codes("a cat", num_candidates=2))
-    converted = mindalle.find_model(tiny_folder)
+    converted = resolve.find_model(tiny_folder)
     assert converted.parent == cache_folder / "converted" and (converted / "manifest.json").is_file()
 
 
@@ -237,10 +237,10 @@ def test_a_folder_in_the_originals_format_is_converted_into_the_cache(
 def test_a_source_that_changed_is_converted_again(tmp_path, tiny_folder, changed):
     """Changes of the tokenizer once went unseen."""
     source = Path(shutil.copytree(tiny_folder, tmp_path / "source"))
-    first = mindalle.find_model(source)
-    assert mindalle.find_model(source) == first
+    first = resolve.find_model(source)
+    assert resolve.find_model(source) == first
     os.utime(source / changed, ns=(0, 0))
-    assert mindalle.find_model(source) != first
+    assert resolve.find_model(source) != first
 
 
 def test_a_source_file_that_changed_is_converted_again(tmp_path, tiny_igpt_config, write_folder):
@@ -252,11 +252,11 @@ def test_a_source_file_that_changed_is_converted_again(tmp_path, tiny_igpt_confi
             both |= {f"{stage}.{key}": archive.read(ref) for key, ref in archive.state_dict().items()}
     path = tmp_path / "both.ckpt"
     write_torch_archive(path, [(key, a.dtype, a.shape) for key, a in both.items()], both.__getitem__)
-    first = mindalle.find_model(path)
+    first = resolve.find_model(path)
     (tmp_path / "unrelated.txt").write_text("x")
-    assert mindalle.find_model(path) == first
+    assert resolve.find_model(path) == first
     os.utime(path, ns=(0, 0))
-    assert mindalle.find_model(path) != first
+    assert resolve.find_model(path) != first
 
 
 def test_another_process_may_convert_first(tmp_path, tiny_folder, monkeypatch):
