@@ -34,7 +34,7 @@ from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.runtime.devices import matmul_precision, prepare_process
 from mindalle_jax.storage.files import check_output, disk_errors
-from mindalle_jax.storage.model_folder import write_model
+from mindalle_jax.storage.results import write_model
 from mindalle_jax.storage.weights import Stage, leaf_shapes, load_stacked, nest
 from mindalle_jax.text.tokenizer import TextTokenizer
 from mindalle_jax.training.config import FinetuneConfig

@@ -8,6 +8,8 @@ from typing import Any
 
 import mindalle_jax
 from mindalle_jax.cli.convert import add_convert_arguments, run_convert
+from mindalle_jax.cli.logs import quiet_libraries
+from mindalle_jax.cli.prepare_codes import add_prepare_codes_arguments, run_prepare_codes
 from mindalle_jax.cli.sample import add_sample_arguments, run_sample
 from mindalle_jax.cli.train import (
     add_run_arguments,
@@ -17,7 +19,7 @@ from mindalle_jax.cli.train import (
     run_tokenizer,
     run_vqgan,
 )
-from mindalle_jax.errors import MindalleError
+from mindalle_jax.errors import MindalleError, UsageError
 
 VERBS: list[tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None], str]] = [
     ("sample", add_sample_arguments, run_sample, "draw images of prompts and write them to a folder"),
@@ -25,15 +27,24 @@ VERBS: list[tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argp
     ("train-vqgan", add_run_arguments, run_vqgan, "train the network that turns images into codes, or resume a run"),
     ("train-clip", add_run_arguments, run_clip, "train a CLIP model, which ranks images, or resume a run"),
     ("train-tokenizer", add_tokenizer_arguments, run_tokenizer, "make a tokenizer from the captions of a data set"),
+    (
+        "prepare-codes",
+        add_prepare_codes_arguments,
+        run_prepare_codes,
+        "compute the codes of a data set once, so that fine-tuning need not run the VQGAN in every step",
+    ),
     ("convert", add_convert_arguments, run_convert, "convert weights from PyTorch, or back to it, without PyTorch"),
 ]
 """Name, arguments, work and one-line help of each verb."""
+TRAINING_MODULES = ("optax", "orbax", "grain", "tensorboardX")
+"""Modules of the extra [train]."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code (docs/cli.md has the table)."""
     arguments = _parser().parse_args(argv)
-    return run_reporting(f"mindalle {arguments.verb}", lambda: arguments.run(arguments))
+    with quiet_libraries(arguments.verbose):
+        return run_reporting(f"mindalle {arguments.verb}", lambda: arguments.run(arguments))
 
 
 def run_reporting(command: str, run: Callable[[], None]) -> int:
@@ -46,6 +57,12 @@ def run_reporting(command: str, run: Callable[[], None]) -> int:
         except MindalleError as error:
             print(f"{command}: {error}", file=sys.stderr)
             return error.exit_code
+        except ModuleNotFoundError as error:
+            module = (error.name or "").partition(".")[0]
+            if module not in TRAINING_MODULES:
+                raise
+            print(f"{command}: needs {module}: pip install 'mindalle-jax[train]'", file=sys.stderr)
+            return UsageError.exit_code
         except OSError as error:
             print(f"{command}: {error}", file=sys.stderr)
             return MindalleError.exit_code
@@ -68,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, add_arguments, run, text in VERBS:
         sub = verbs.add_parser(name, help=text, description=text, formatter_class=HelpFormatter)
         add_arguments(sub)
+        sub.add_argument("--verbose", action="store_true", help="show what JAX, Orbax and other libraries log")
         sub.set_defaults(run=run)
     return parser
 

@@ -42,7 +42,7 @@ def run_vqgan(arguments: argparse.Namespace) -> None:
     from mindalle_jax.training.vqgan.run import train_vqgan
 
     _run(train_vqgan, arguments)
-    print(f"{arguments.out}: a VQGAN; scripts/prepare_codes.py --model {arguments.out}, or training.vqgan of finetune")
+    print(f"{arguments.out}: a VQGAN; mindalle prepare-codes --model {arguments.out}, or training.vqgan of finetune")
 
 
 def run_clip(arguments: argparse.Namespace) -> None:

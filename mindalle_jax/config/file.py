@@ -47,7 +47,7 @@ def load_config(
 
 
 def load_section(path: str | Path, overrides: Iterable[str], name: str, kind: type[Section]) -> Section:
-    """One section of the file alone, where the others cannot be told yet; otherwise as load_config."""
+    """One section of the file alone, where the rest cannot be read yet; otherwise as load_config."""
     with _naming(path):
         tree = _overridden(_parse_yaml(_read(path)), overrides)
         _check_mapping(tree, "the file")

@@ -18,12 +18,13 @@ import safetensors
 
 from mindalle_jax.config.file import load_config
 from mindalle_jax.errors import CheckpointError, ConfigError, one_line
-from mindalle_jax.storage.weights import MANIFEST, leaf_shapes
+from mindalle_jax.storage import weights
+from mindalle_jax.storage.weights import leaf_shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters in place of training the weights themselves (Hu et al., 2021)."""
+    """Low-rank adapters, trained instead of the weights themselves (Hu et al., 2021)."""
 
     rank: int = 0
     """0: off."""
@@ -102,10 +103,11 @@ def load_adapters(file: Path, base: Path) -> Adapters:
         raise CheckpointError(
             f"{file}: not the adapters of a run: lora_scale and base_sha256 are not in its metadata"
         ) from None
-    ours = hashlib.sha256((base / MANIFEST).read_bytes()).hexdigest()
+    ours = hashlib.sha256((base / weights.MANIFEST).read_bytes()).hexdigest()
     if theirs != ours:
         raise CheckpointError(
-            f"{file}: adapters of another model than {base}: the SHA-256 of its {MANIFEST} was {theirs} and is {ours}"
+            f"{file}: adapters of another model than {base}: the SHA-256 of its {weights.MANIFEST} was {theirs} and is "
+            f"{ours}"
         )
     odd = _misfits(leaves, leaf_shapes(load_config(base / "config.yaml"), "stage2"))
     if odd or not leaves:
@@ -117,7 +119,7 @@ def load_adapters(file: Path, base: Path) -> Adapters:
 
 
 def _misfits(leaves: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What is wrong with the paths, shapes and dtypes of adapters, in words."""
+    """Lists the faults in the paths, shapes and dtypes of adapters, in words."""
     odd = []
     for module in sorted({path.rpartition("/")[0] for path in leaves}):
         names = {path.rpartition("/")[2] for path in leaves if path.rpartition("/")[0] == module}

@@ -12,7 +12,7 @@ from mindalle_jax.config.file import load_config
 from mindalle_jax.config.schema import Config
 from mindalle_jax.errors import ConfigError
 from mindalle_jax.storage.files import new_folder
-from mindalle_jax.storage.model_folder import write_model
+from mindalle_jax.storage.results import write_model
 from mindalle_jax.storage.weights import (
     map_weights,
     read_manifest,
@@ -104,7 +104,7 @@ def write_fresh(vqgan: Path, tokenizer: Path, config: Config, target: Path, *, s
 def place_rows(side: int, width: int) -> np.ndarray:
     """f32[side * side, width]: `order_rows` of the row and of the column of each code, row by row.
 
-    What is so many codes away is found in the same way from everywhere.
+    A code at a fixed distance is found in the same way from every place.
     """
     axis = _waves(side, math.ceil(width / 4))
     rows = np.concatenate([np.repeat(axis, side, axis=0), np.tile(axis, (side, 1))], axis=1)[:, :width]

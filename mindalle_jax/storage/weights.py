@@ -42,7 +42,7 @@ FORMAT_VERSION = 1
 STAGES = ("stage1", "stage2")
 
 DiskDType = Literal["float32", "float16", "bfloat16"]
-"""What weights may be on disk, whatever they are computed in. float16 ends at 65504."""
+"""Dtype of weights on disk, whatever they are computed in. float16 ends at 65504."""
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """NumPy's names of the dtypes that weights may have -> those of safetensors."""
 

@@ -95,7 +95,7 @@ class TextTokenizer:
 
 
 def char_bpe(model: models.BPE) -> Tokenizer:
-    """What CharBPETokenizer(lowercase=True) builds, without registering the special tokens for matching."""
+    """The tokenizer of CharBPETokenizer(lowercase=True), without registering the special tokens for matching."""
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.BertNormalizer(lowercase=False), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -34,7 +34,7 @@ class DataConfig:
     """Where the pictures are; docs/fine-tuning.md shows the formats."""
 
     train: str = ""
-    """Folder, tar files, or codes from scripts/prepare_codes.py."""
+    """Folder, tar files, or codes from mindalle prepare-codes."""
     valid: str | None = None
     """The same for validation; None: no validation."""
     threads: int = 8

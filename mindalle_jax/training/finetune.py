@@ -24,7 +24,7 @@ from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.runtime.devices import matmul_precision
 from mindalle_jax.runtime.sharding import BATCH, SplitByBatch, param_shardings
 from mindalle_jax.storage.adapters import adapter_shapes, matches, merged
-from mindalle_jax.storage.model_folder import write_model
+from mindalle_jax.storage.results import write_model
 from mindalle_jax.storage.weights import MANIFEST, leaf_shapes, load_params, load_stacked, map_weights, read_manifest
 from mindalle_jax.text.tokenizer import TextTokenizer
 from mindalle_jax.training.config import SCRATCH, FinetuneConfig, TrainingConfig, load_finetune_config

@@ -23,8 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mindalle_jax.data.loader import Loader
-from mindalle_jax.data.samples import Source
-from mindalle_jax.data.samples import Task as DataTask
+from mindalle_jax.data.samples import DataTask, Source
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from mindalle_jax.runtime.devices import device_memory, matmul_precision, prepare_process, training_devices

@@ -932,8 +932,26 @@ def test_the_examples_of_the_documentation_are_commands():
     blocks = re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
     assert {command[1] for command in commands} == {
-        "sample", "finetune", "train-tokenizer", "train-vqgan", "train-clip", "convert"
+        "sample", "finetune", "train-tokenizer", "train-vqgan", "train-clip", "prepare-codes", "convert"
     }  # fmt: skip
     for command in commands:
         assert command[0] == "mindalle"
         cli._parser().parse_args(command[1:])  # exits where it does not parse
+
+
+@pytest.mark.parametrize("module", ["optax", "orbax.checkpoint", "grain"])
+def test_a_missing_extra_is_one_sentence(capsys, module):
+    def train():
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    assert cli.run_reporting("mindalle finetune", train) == 2
+    told = f"mindalle finetune: needs {module.split('.')[0]}: pip install 'mindalle-jax[train]'\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_missing_module_of_another_kind_is_a_fault_of_ours():
+    def train():
+        raise ModuleNotFoundError("No module named 'mindalle_jax.none'", name="mindalle_jax.none")
+
+    with pytest.raises(ModuleNotFoundError):
+        cli.run_reporting("mindalle finetune", train)

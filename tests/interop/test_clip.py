@@ -27,7 +27,9 @@ from tokenizers import Tokenizer
 
 from mindalle_jax.errors import CheckpointError, OutputError, UsageError
 from mindalle_jax.interop import clip
-from mindalle_jax.interop.clip import _parse_config, convert_clip, read_clip, write_clip
+from mindalle_jax.interop.clip import convert_clip, read_clip, write_clip
+from mindalle_jax.interop.clip_config import parse_clip_config
+from mindalle_jax.interop.clip_layouts import clip_slots
 from mindalle_jax.interop.torch_archive import write_torch_archive
 from mindalle_jax.models.clip import ClipConfig
 from mindalle_jax.text import clip_tokenizer
@@ -270,14 +272,14 @@ CONFIG_FILES = {
 
 
 def test_our_defaults_are_those_of_vit_b_32():
-    assert _parse_config({"model_type": "clip"}, "x") == ClipConfig()
+    assert parse_clip_config({"model_type": "clip"}, "x") == ClipConfig()
 
 
 @pytest.mark.parametrize("case", CONFIG_FILES)
 def test_configs_mean_what_they_mean_to_transformers(case):
     import transformers
 
-    ours, theirs = _parse_config(CONFIG_FILES[case], "x"), transformers.CLIPConfig.from_dict(CONFIG_FILES[case])
+    ours, theirs = parse_clip_config(CONFIG_FILES[case], "x"), transformers.CLIPConfig.from_dict(CONFIG_FILES[case])
     assert ours.projection_dim == theirs.projection_dim
     for tower, other in ((ours.text, theirs.text_config), (ours.vision, theirs.vision_config)):
         assert dataclasses.asdict(tower) == {name: getattr(other, name) for name in dataclasses.asdict(tower)}
@@ -530,7 +532,7 @@ BAD_OPENAI = {
 
 
 def openai_state() -> dict[str, np.ndarray]:
-    slots = clip._slots(clip_oracle.CONFIGS["openai"], "openai")
+    slots = clip_slots(clip_oracle.CONFIGS["openai"], "openai")
     return {slot.key: np.zeros(slot.shape, np.float32) for slot in slots}
 
 
@@ -678,4 +680,4 @@ def test_the_script_converts_and_gives_the_exit_codes_of_mindalle(folder, vocab_
     done = run(folder, tmp_path / "new", "--tokenizer", vocab_folder)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"{tmp_path / 'new'}: CLIP with")
     done = run(tmp_path / "none", tmp_path / "other")
-    assert (done.returncode, done.stderr) == (4, f"convert.clip: {tmp_path / 'none'}: No such file or directory\n")
+    assert (done.returncode, done.stderr) == (4, f"convert.clip: {tmp_path / 'none'}: no such file or folder\n")

@@ -14,7 +14,7 @@ from training_runs import checkpoint_arrays, metrics, weights_crc32, write_code_
 from mindalle_jax import Dalle, ImageGPT, cli
 from mindalle_jax.config.file import load_config
 from mindalle_jax.storage.initialize import CODE_ROWS, order_rows, place_rows, write_fresh
-from mindalle_jax.storage.model_folder import write_vqgan
+from mindalle_jax.storage.results import write_vqgan
 from mindalle_jax.storage.weights import leaf_shapes, map_weights, read_manifest
 from mindalle_jax.text.tokenizer import VOCAB_FILE
 from mindalle_jax.training.finetune import FinetuneRun, read_finetune

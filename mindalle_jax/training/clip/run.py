@@ -19,7 +19,9 @@ from tokenizers import Tokenizer
 
 from mindalle_jax.config.file import load_config
 from mindalle_jax.errors import CheckpointError, ConfigError, DataError
-from mindalle_jax.interop.clip import ClipModel, check_clip_config, clip_leaf_shapes, write_clip
+from mindalle_jax.interop.clip import ClipModel, write_clip
+from mindalle_jax.interop.clip_config import check_clip_config
+from mindalle_jax.interop.clip_layouts import clip_leaf_shapes
 from mindalle_jax.models.clip import CLIP, ClipConfig, ClipTextConfig
 from mindalle_jax.storage.files import disk_errors
 from mindalle_jax.storage.weights import nest

@@ -23,7 +23,7 @@ from mindalle_jax.hub.resolve import find_model
 from mindalle_jax.interop.lpips import read_lpips
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.sampling.codec import ImageCodec
-from mindalle_jax.storage.model_folder import write_vqgan
+from mindalle_jax.storage.results import write_vqgan
 from mindalle_jax.storage.weights import MANIFEST, leaf_shapes, load_stacked, nest
 from mindalle_jax.training.config import SCRATCH
 from mindalle_jax.training.loop import Batch, Rows, Run, whole

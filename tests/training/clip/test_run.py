@@ -23,7 +23,8 @@ from mindalle_jax import ClipRanker
 from mindalle_jax.config.file import load_config
 from mindalle_jax.config.schema import OptimizerConfig
 from mindalle_jax.errors import CheckpointError, ConfigError, DataError
-from mindalle_jax.interop.clip import ClipModel, _slots, clip_leaf_shapes, write_clip
+from mindalle_jax.interop.clip import ClipModel, write_clip
+from mindalle_jax.interop.clip_layouts import clip_leaf_shapes, clip_slots
 from mindalle_jax.models.clip import CLIP, PIXEL_MEAN, PIXEL_STD, ClipConfig, ClipTextConfig, ClipVisionConfig
 from mindalle_jax.runtime.sharding import BATCH, make_mesh
 from mindalle_jax.storage.weights import nest
@@ -139,7 +140,7 @@ def test_loss_and_gradients_are_those_of_pytorch(model, params, batch, tmp_path)
         loss, grads = jax.jit(jax.value_and_grad(mean), compiler_options=LIGHT)(params)
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     named = dict(theirs.named_parameters())
-    for slot in _slots(CONFIG, "torch"):
+    for slot in clip_slots(CONFIG, "torch"):
         other = named[slot.key].grad.numpy()
         # float32: features of two programs differ by 1e-6 of their size, gradients of a sum of many by a little more;
         # where the exact gradient is 0 (biases of keys) both have noise of that size.

@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors import safe_open
 from training_runs import metrics, start, write_code_set, write_pictures
 
+from mindalle_jax.cli import main
 from mindalle_jax.config.file import load_config
 from mindalle_jax.config.schema import Config
 from mindalle_jax.data.sources import open_source
@@ -123,16 +124,14 @@ def test_training_further_starts_at_the_loss_of_the_weights(trained, config_file
 
 
 def test_the_result_makes_codes_and_carries_a_fresh_transformer(trained, pictures, tmp_path, request):
-    """prepare_codes.py loads the VQGAN alone; training from scratch takes it for its stage 1."""
-    import prepare_codes
-
+    """`mindalle prepare-codes` loads the VQGAN alone; training from scratch takes it for its stage 1."""
     from mindalle_jax.data.codes import vqgan_digest
     from mindalle_jax.storage.initialize import write_fresh
     from mindalle_jax.training.finetune import read_finetune
 
     arguments = ["--model", str(trained), "--data", str(pictures), "--out", str(tmp_path / "codes"),
                  "--task", "unconditional"]  # fmt: skip
-    prepare_codes.main(prepare_codes.parser().parse_args(arguments))
+    assert main(["prepare-codes", *arguments]) == 0
     source = open_source(tmp_path / "codes", "unconditional", vqgan=vqgan_digest(trained))
     assert len(source) == 16 and source[0].codes is not None and source[0].codes.shape == (64,)
 
