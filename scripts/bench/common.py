@@ -1,4 +1,4 @@
-"""What all benches and planners share: presets, random weights, the decoding loop, timing, and the report at the end.
+"""Shared by all benches and planners: presets, random weights, the decoding loop, timing, and the report at the end.
 
 The rest of scripts/bench calls no function of mindalle_jax/sampling/decode.py but by way of DecodeLoop. Importing this
 file starts no JAX backend.
@@ -96,11 +96,10 @@ def conditions(
     device: a jax Device, or text that describes one. batch: rows of one compiled call on one device. versions: of other
     packages that were measured. more: other conditions of the run.
     """
-    on_device = not isinstance(device, str | None)
+    named = {"device": device} if isinstance(device, str) else {}
     return {
         "bench": bench,
-        "device": device.device_kind if on_device else device,
-        "platform": device.platform if on_device else (device or "").partition(",")[0],
+        **(named or {"device": device.device_kind, "platform": device.platform}),
         "dtype": None if dtype is None else jnp.dtype(dtype).name,
         "batch": batch,
         **more,

@@ -132,10 +132,10 @@ def bandwidth(
     """Bytes of a pass beside the copy bandwidth of the device."""
     ends = np.arange(1, rows + 1) * loop.side
     exact = float(np.mean(ends) - (loop.side - 1) / 2)  # the positions that are filled, on average
-    whole = float(np.mean([next(size for size in loop.capacities if size >= end) for end in ends]))
+    allocated = float(np.mean([next(size for size in loop.capacities if size >= end) for end in ends]))
     itemsize, mode = jnp.dtype(dtype).itemsize, arguments.quantize
     prefixes = loop.batch if arguments.attention in PRIVATE_PREFIX else 1
-    read = exact if arguments.attention in EXACT_LENGTH else whole
+    read = exact if arguments.attention in EXACT_LENGTH else allocated
     moved = loop.mesh.size * bytes_per_pass(config, loop.batch, itemsize, mode, read, prefixes)
     floor = loop.mesh.size * bytes_per_pass(config, loop.batch, itemsize, mode, exact)
     copy = common.copy_bandwidth(loop.mesh.devices.flat[0])
