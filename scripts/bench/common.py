@@ -96,10 +96,13 @@ def conditions(
     device: a jax Device, or text that describes one. batch: rows of one compiled call on one device. versions: of other
     packages that were measured. more: other conditions of the run.
     """
-    named = {"device": device} if isinstance(device, str) else {}
+    if isinstance(device, str):
+        named = {"device": device}
+    else:
+        named = {"device": device.device_kind, "platform": device.platform}
     return {
         "bench": bench,
-        **(named or {"device": device.device_kind, "platform": device.platform}),
+        **named,
         "dtype": None if dtype is None else jnp.dtype(dtype).name,
         "batch": batch,
         **more,

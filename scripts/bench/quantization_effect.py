@@ -5,8 +5,9 @@
 
 Samples images of captions of scenes, and runs their codes through the network again in full precision and quantized,
 row by row against the cache. Reports, over all codes, the divergence KL(full precision || quantized) of the
-distribution of a code in nats, and how often both find the same code most probable. --accuracy also samples with the quantized model,
-and counts images in which the judge of scripts/scenes/judge.py finds everything right; use it with a model of scenes.
+distribution of a code in nats, and how often both find the same code most probable. --accuracy also samples with
+the quantized model, and counts images in which the judge of scripts/scenes/judge.py finds everything right; use it with
+a model of scenes.
 Prints a table, then one JSON line.
 """
 
