@@ -86,7 +86,7 @@ class ImageCodec:
         """Codes int32[n, h, w] from [n, h, w] or [n, h * w]; raises UsageError for anything else."""
         side = self.side
         shapes = f"codes must be [n, {side}, {side}] or [n, {side * side}]"
-        codes = as_array(codes, f"{shapes}, and what holds them")
+        codes = as_array(codes, shapes)
         if codes.ndim not in (2, 3) or len(codes) == 0 or codes.shape[1:] not in ((side, side), (side * side,)):
             raise UsageError(f"{shapes}, not {list(codes.shape)}")
         check_ids(codes, self.vocab_size, "codes")

@@ -134,7 +134,7 @@ def test_prompts_come_in_lists_tuples_and_arrays():
 def test_what_is_no_image_is_told(tiny_dalle, image):
     """One sentence with the type and the remedy."""
     for call in (tiny_dalle.encode_images, lambda image: tiny_dalle.complete("the cat", image, keep_rows=2)):
-        with pytest.raises(UsageError, match="is an array of numbers or a PIL image, not") as raised:
+        with pytest.raises(UsageError, match="an array of numbers or a PIL image is wanted, not") as raised:
             call(image)
         assert "\n" not in str(raised.value)
     if isinstance(image, (str, Path, bytes)):
