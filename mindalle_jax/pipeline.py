@@ -39,6 +39,7 @@ from mindalle_jax.sampling.options import (
     Quantize,
     SamplingKeywords,
     SamplingOptions,
+    as_array,
     as_prompts,
     check_every,
     check_ids,
@@ -204,10 +205,12 @@ class Model:
         int[h * w] or [h, w]. keep_rows: in [1, h - 1]. Raises UsageError.
         """
         keep_rows = check_keep_rows(keep_rows, self.config.stage1)
-        if isinstance(image, Image.Image) or getattr(image, "ndim", 0) == 3 or np.ndim(image) == 3:
+        if not isinstance(image, Image.Image):
+            image = as_array(image, f"codes must be [{self.code_size}, {self.code_size}] or [{self.code_size**2}]")
+        if isinstance(image, Image.Image) or image.ndim == 3:
             codes = self._codec.encode(check_image(image, self.image_size)[None])
         else:
-            codes = self._codec.check_codes([image] if isinstance(image, list) else np.asarray(image)[None])
+            codes = self._codec.check_codes(image[None])
         return codes[0, :keep_rows].reshape(-1)
 
     kept_codes = prompt_codes

@@ -11,6 +11,7 @@ import numpy as np
 
 from mindalle_jax.interop.key_maps import SUFFIXES
 from mindalle_jax.models.clip import CLIP, ClipConfig
+from mindalle_jax.runtime.devices import pinned
 
 # (part of Hugging Face's key, what OpenAI's has in its place), to be applied from top to bottom.
 OPENAI_NAMES = [
@@ -98,6 +99,7 @@ def clip_leaf_shapes(config: ClipConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter by its path. Allocates nothing."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     pixels = jax.ShapeDtypeStruct((1, config.vision.image_size, config.vision.image_size, 3), jnp.float32)
-    variables = jax.eval_shape(CLIP(config).init, jax.random.key(0), ids, pixels)
+    with pinned():
+        variables = jax.eval_shape(CLIP(config).init, jax.random.key(0), ids, pixels)
     flat: dict[str, Any] = flax.traverse_util.flatten_dict(variables["params"], sep="/")
     return {path: tuple(leaf.shape) for path, leaf in flat.items()}

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from mindalle_jax.config.schema import Stage1Config
 from mindalle_jax.errors import UsageError
 from mindalle_jax.models.vqgan import VQGAN
-from mindalle_jax.runtime.devices import DType, choose_devices, first_devices, pinned
+from mindalle_jax.runtime.devices import DType, choose_devices, first_devices, pinned, pinned_steps
 from mindalle_jax.sampling.options import as_array, check_ids, check_pixels
 
 DECODER = ("codebook", "post_quant_conv", "decoder")
@@ -70,22 +70,23 @@ class ImageCodec:
 
         Truncated, not rounded, as the original does before it saves or ranks.
         """
-        return _fetch((_to_uint8(images), count) for images, count in self._decode(codes))
+        return pinned_steps(_fetch((_to_uint8(x), count) for x, count in self._decode(codes)), self.decoder.dtype)
 
     def start_decode(self, codes: np.ndarray) -> jax.Array:
         """Dispatches decoding of `decode_rows` images, and does not wait: uint8[n, H, W, 3] on the devices."""
-        ((images, _),) = self._decode(codes)
-        return _to_uint8(images)
+        with pinned(self.decoder.dtype):
+            ((images, _),) = self._decode(codes)
+            return _to_uint8(images)
 
     def decode_floats(self, codes: np.ndarray) -> Iterator[np.ndarray]:
         """As decode, f32[m, H, W, 3] in [0, 1]."""
-        return _fetch(self._decode(codes))
+        return pinned_steps(_fetch(self._decode(codes)), self.decoder.dtype)
 
     def check_codes(self, codes: Any) -> np.ndarray:
         """Codes int32[n, h, w] from [n, h, w] or [n, h * w]; raises UsageError for anything else."""
         side = self.side
         shapes = f"codes must be [n, {side}, {side}] or [n, {side * side}]"
-        codes = as_array(codes, f"{shapes}, and what holds them")
+        codes = as_array(codes, shapes)
         if codes.ndim not in (2, 3) or len(codes) == 0 or codes.shape[1:] not in ((side, side), (side * side,)):
             raise UsageError(f"{shapes}, not {list(codes.shape)}")
         check_ids(codes, self.vocab_size, "codes")
@@ -96,10 +97,8 @@ class ImageCodec:
         by_row = NamedSharding(self.mesh, P("data"))
         for first in range(0, len(codes), self.decode_rows):
             chunk = codes[first : first + self.decode_rows]
-            with pinned(self.decoder.dtype):
-                padded = jax.device_put(_filled(chunk, self.decode_rows), by_row)
-                images = decode_images(self.decoder, self.mesh, self.params, padded)
-            yield images, len(chunk)
+            padded = jax.device_put(_filled(chunk, self.decode_rows), by_row)
+            yield decode_images(self.decoder, self.mesh, self.params, padded), len(chunk)
 
 
 def _filled(chunk: np.ndarray, rows: int) -> np.ndarray:

@@ -350,7 +350,8 @@ def as_array(value: Any, what: str) -> np.ndarray:
     except ValueError:  # lists of different lengths
         array = np.asarray(None)
     if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
-        raise UsageError(f"{what} is an array of numbers or a PIL image, not {type(value).__name__}; {remedy}")
+        kind = type(value).__name__
+        raise UsageError(f"{what}: an array of numbers or a PIL image is wanted, not {kind}; {remedy}")
     return array
 
 

@@ -1,118 +1,273 @@
-"""Runs every benchmark that this project has a goal for on one GPU or TPU, one after the other, and prints the table.
+"""Runs every benchmark that this project has a goal for, in the order of their worth, and prints the table of goals.
 
-    python -m scripts.bench.goals --out goals.jsonl
-    python -m scripts.bench.goals --preset demo --only "attention xla" --out rehearsal.jsonl        # on a CPU too
+    python -m scripts.bench.goals --out DIR --budget 600
+    python -m scripts.bench.goals --out DIR --budget 600 --peer ~/minDALL-E      # and the original's loop beside ours
+    python -m scripts.bench.goals --out DIR --preset tiny --only "96 candidates" # a rehearsal, on a CPU too
 
-Each is a process of its own, of which the last line is kept in --out as it ends, so that an interruption loses one. One
-that fails, because a backend of attention is not for this device or an update does not fit, is told and left out of the
-table. A goal that has been missed says so. The goals are for the 1.3B model on one H100.
+For whoever has an accelerator for a quarter of an hour. Each stage is a process of its own with a time limit. A stage
+that fails is recorded, and the next one runs. DIR has results.jsonl (one line per stage, written as the stage ends),
+table.md (replaced after every stage), and logs/; an interruption loses the running stage only, and exits with 130. What
+no longer fits into the budget is listed as not reached. The goals are for the 1.3B model on one H100. After the table
+comes the line that names the best default. Needs no data set and no checkpoint.
 """
 
 import argparse
-import json
-import subprocess
+import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-SCRIPTS = Path(__file__).parent
-BACKENDS = ("xla", "xla-private", "cudnn", "pallas")
-TRAINING = (
-    [],
-    ["training.flash_attention=true"],
-    ["training.flash_attention=true", "training.remat=none"],
-    ["training.flash_attention=true", "experiment.local_batch_size=32", "experiment.total_batch_size=32"],
+from scripts.bench.peer import missing
+from scripts.bench.stages import RESULTS, TABLE, Folder, Record, Stage, interruptible, run_stages
+
+BACKENDS = ("xla", "pallas", "cudnn", "xla-private")
+TRAINING: tuple[tuple[str, ...], ...] = (
+    ("training.flash_attention=true",),
+    (),
+    ("training.flash_attention=true", "training.remat=none"),
+    ("training.flash_attention=true", "experiment.local_batch_size=32", "experiment.total_batch_size=32"),
 )
-
-Figure = Callable[[dict[str, Any]], float | None]
-
-# What, its goal, whether less is better, and the runs that it is the best of.
-GOALS: list[tuple[str, float, bool, Figure]] = [
-    ("codes of 96, s", 0.64, True, lambda run: sampling(run, "codes_s", 96, None)),
-    ("codes of 96, int8 weights and cache, s", 0.40, True, lambda run: sampling(run, "codes_s", 96, "weights+cache")),
-    ("prompt to 96 ranked pictures, s", 0.80, True, lambda run: sampling(run, "prompt_to_ranked_pictures_s", 96, None)),
-    (
-        "prompt to 96 ranked pictures, int8, s", 0.55, True,
-        lambda run: sampling(run, "prompt_to_ranked_pictures_s", 96, "weights+cache"),
-    ),
-    ("codes of one, s", 0.40, True, lambda run: sampling(run, "codes_s", 1, None)),
-    ("codes of one, int8 weights and cache, s", 0.20, True, lambda run: sampling(run, "codes_s", 1, "weights+cache")),
-    ("share of the floor at 96", 0.75, False, lambda run: sampling(run, "share_of_floor", 96, None)),
-    ("decoding 96 pictures, s", 0.11, True, lambda run: each(run, "decode_one_picture_ms")),
-    ("ranking 96 pictures, s", 0.008, True, lambda run: each(run, "rank_one_picture_ms")),
-    ("fine-tuning, MFU", 0.45, False, lambda run: run.get("MFU")),
-    ("fine-tuning, sequences/s", 188, False, lambda run: run.get("sequences_per_s")),
-]  # fmt: skip
+LIMITS_S = {"golden": 120.0, "peer": 150.0, "images": 120.0, "training": 150.0}
+"""Longest time of a stage, by its kind; 180 of others."""
+LEAST_S = {"1.3b": 20.0, "demo": 5.0, "tiny": 1.0}
+"""With less of the budget left no stage is started, by preset."""
 
 
-def sampling(run: dict[str, Any], name: str, candidates: int, quantize: str | None) -> float | None:
-    """A figure of a run of bench_sampling.py, if it is one of these."""
-    same = run["bench"] == "sampling" and (run["candidates"], run["quantize"]) == (candidates, quantize)
-    return run[name] if same else None
+# ---------------------------------------- stages
 
 
-def each(run: dict[str, Any], name: str) -> float | None:
-    """Seconds of 96 of what takes so many milliseconds."""
-    value = sampling(run, name, 96, None)
-    return None if value is None else 96 * value / 1e3
+def stages(preset: str, peer: Path | None) -> list[Stage]:
+    """All of them, the most worth first."""
+
+    def stage(kind: str, name: str, *command: str) -> Stage:
+        script, *options = command
+        named = [] if script == "golden" else ["--preset", preset]
+        return Stage(kind, name, (script, *options, *named), LIMITS_S.get(kind, 180.0), LEAST_S[preset])
+
+    found = [stage("golden", "golden parity", "golden")]
+    if peer is not None:
+        found.append(stage("peer", "the original's loop, 96", "peer_sampling", str(peer.resolve())))
+    for kind, name, options in sampling_runs():
+        found.append(stage(kind, name, "sampling", "--codes-only", *options))
+    found.append(stage("images", "decoding and ranking, 96 images", "images", "--images", "96"))
+    for changes in TRAINING:
+        name = "training, " + (", ".join(change.partition(".")[2] for change in changes) or "defaults")
+        found.append(stage("training", name, "training", "--steps", "5", *changes))
+    return found
 
 
-def commands(preset: str) -> list[list[str]]:
-    """Those to run; what the headline needs comes first."""
+def sampling_runs() -> Iterator[tuple[str, str, list[str]]]:
+    """(kind, name, options) of each run of the decoding loop."""
+    modes = [(None, BACKENDS), ("weights+cache", ("xla", "pallas", "xla-private")), ("weights", BACKENDS)]
+    for quantize, backends in modes:
+        for attention in backends:
+            yield sampling_run("96", quantize, attention)
+    for attention in BACKENDS:
+        yield sampling_run("1", None, attention)
+    for attention in ("xla", "pallas"):
+        yield sampling_run("1", "weights+cache", attention)
+    yield sampling_run("1", None, None, jacobi=True)
+    yield sampling_run("1", "weights+cache", None, jacobi=True)
+
+
+def sampling_run(
+    candidates: str, quantize: str | None, attention: str | None, jacobi: bool = False
+) -> tuple[str, str, list[str]]:
+    """One of sampling_runs; attention None is the default of the device."""
+    kind = f"codes {candidates}" + (" int8" if quantize == "weights+cache" else " int8 weights" if quantize else "")
+    options = ["--candidates", candidates]
+    options += ["--attention", attention] if attention else []
+    options += ["--quantize", quantize] if quantize else []
+    options += ["--jacobi"] if jacobi else []
+    parts = [attention or "default attention", f"int8 {quantize}" if quantize else None, "jacobi" if jacobi else None]
+    return kind, f"{candidates} candidates, " + ", ".join(part for part in parts if part), options
+
+
+# ---------------------------------------- the table of goals
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """A line of the table."""
+
+    what: str
+    goal: float
+    kind: str
+    """the stages that measure it"""
+    metric: str | Callable[[dict[str, Any]], float | None]
+    """of a result; a name, or a function of it"""
+    more: bool = False
+    """whether more is better"""
+    with_images: bool = False
+    """whether the seconds of decoding and ranking 96 images, which are another stage, are added"""
+
+
+def per_96(metric: str) -> Callable[[dict[str, Any]], float]:
+    """Seconds for 96 images, from milliseconds for one."""
+    return lambda result: 96 * result[metric] / 1e3
+
+
+GOALS = (
+    Goal("codes of 96, s", 0.64, "codes 96", "codes_s"),
+    Goal("codes of 96, int8 weights and cache, s", 0.40, "codes 96 int8", "codes_s"),
+    Goal("prompt to 96 ranked images, s", 0.80, "codes 96", "codes_s", with_images=True),
+    Goal("prompt to 96 ranked images, int8, s", 0.55, "codes 96 int8", "codes_s", with_images=True),
+    Goal("share of the floor at 96", 0.75, "codes 96", "share_of_floor", more=True),
+    Goal("codes of one, s", 0.40, "codes 1", "codes_s"),
+    Goal("codes of one, int8 weights and cache, s", 0.20, "codes 1 int8", "codes_s"),
+    Goal("decoding 96 images, s", 0.11, "images", per_96("decode_one_image_ms")),
+    Goal("ranking 96 images, s", 0.008, "images", per_96("rank_one_image_ms")),
+    Goal("fine-tuning, MFU", 0.45, "training", "MFU", more=True),
+    Goal("fine-tuning, sequences/s", 188, "training", "sequences_per_s", more=True),
+    Goal("largest difference from the original, float32", 1e-4, "golden", "largest_difference"),
+)
+PEER = "times as fast as the original's loop at 96"
+
+
+def measured(goal: Goal, records: list[Record]) -> list[tuple[float, Record]]:
+    """The values of a goal's metric, the best first, and the records that they are from."""
     found = []
-    for candidates in ("96", "1"):
-        for quantize in (None, "weights+cache"):
-            for attention in BACKENDS:
-                if attention == "cudnn" and quantize:  # it reads no int8
-                    continue
-                command = ["sampling.py", "--candidates", candidates, "--attention", attention]
-                found.append(command + (["--quantize", quantize] if quantize else []))
-        found.append(["sampling.py", "--candidates", candidates, "--quantize", "weights"])
-    found.append(["sampling.py", "--candidates", "1", "--jacobi"])
-    found += [["training.py", *changes] for changes in TRAINING]
-    return [[command[0], "--preset", preset, *command[1:]] for command in found]
+    for record in of_kind(records, goal.kind):
+        result = record.result or {}
+        value = result.get(goal.metric) if isinstance(goal.metric, str) else goal.metric(result)
+        if value is not None:
+            found.append((float(value), record))
+    return sorted(found, key=lambda pair: pair[0], reverse=goal.more)
 
 
-def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: each goal, the best of the runs that have to do with it, and how that run was made."""
+def of_kind(records: list[Record], kind: str) -> list[Record]:
+    """Those that have a result. Golden parity has one even if it failed."""
+    return [record for record in records if record.kind == kind and record.result is not None]
+
+
+def table(records: list[Record]) -> str:
+    """Markdown: each goal with the best run that measured it, what was not reached, and the best default."""
     lines = ["| what | goal | measured | by |", "|---|---|---|---|"]
-    for what, goal, less, figure in GOALS:
-        values = [(value, run) for run in runs if (value := figure(run)) is not None]
-        if not values:
-            lines.append(f"| {what} | {goal:g} | not measured | |")
-            continue
-        best, run = (min if less else max)(values, key=lambda pair: pair[0])
-        missed = "" if (best <= goal if less else best >= goal) else ", missed"
-        lines.append(f"| {what} | {goal:g} | {best:.4g}{missed} | {run['device']}, {' '.join(run['command'][3:])} |")
-    return "\n".join(lines)
+    for goal in GOALS:
+        lines.append(goal_line(goal, records))
+    lines += peer_line(records)
+    undone = [record for record in records if record.status != "done"]
+    if undone:
+        lines += ["", "| stage that is not done | how it ended | why |", "|---|---|---|"]
+        lines += [f"| {record.name} | {record.status} | {cell(record.reason)} |" for record in undone]
+    return "\n".join([*lines, "", best_default(records)])
+
+
+def goal_line(goal: Goal, records: list[Record]) -> str:
+    """A row of the table."""
+    found, images = measured(goal, records), of_kind(records, "images")
+    if not found or (goal.with_images and not images):
+        reason = why_not(records, goal.kind if not found else "images")
+        return f"| {goal.what} | {goal.goal:g} | not measured | {cell(reason)} |"
+    best, record = found[0]
+    by = command(record)
+    if goal.with_images:
+        result = images[0].result or {}
+        best += per_96("decode_one_image_ms")(result) + per_96("rank_one_image_ms")(result)
+        by += f" + {command(images[0])}"
+    reached = best >= goal.goal if goal.more else best <= goal.goal
+    return f"| {goal.what} | {goal.goal:g} | {best:.4g}, {'met' if reached else 'missed'} | {cell(by)} |"
+
+
+def peer_line(records: list[Record]) -> list[str]:
+    """The row that compares with the original's loop, where --peer was given."""
+    peers = [record for record in records if record.kind == "peer"]
+    if not peers:
+        return []
+    ours = measured(GOALS[0], records)
+    if not of_kind(peers, "peer") or not ours:
+        reason = why_not(records, "codes 96" if of_kind(peers, "peer") else "peer")
+        return [f"| {PEER} | 1 | not measured | {cell(reason)} |"]
+    ratio = (peers[0].result or {})["peer_codes_s"] / ours[0][0]
+    by = f"{command(peers[0])} beside {command(ours[0][1])}"
+    return [f"| {PEER} | 1 | {ratio:.4g}, {'met' if ratio >= 1 else 'missed'} | {cell(by)} |"]
+
+
+def why_not(records: list[Record], kind: str) -> str:
+    """Why no stage of a kind measured anything."""
+    counts: dict[str, list[Record]] = {}
+    for record in records:
+        if record.kind == kind:
+            counts.setdefault(record.status, []).append(record)
+    if not counts:
+        return "not asked for"
+    if list(counts) == ["done"]:
+        return "not known for this device"
+    undone = {status: some for status, some in counts.items() if status != "done"}
+    return "; ".join(f"{len(some)} {status}: {some[0].reason}" for status, some in undone.items())
+
+
+def command(record: Record) -> str:
+    """The device, and the command without what is the same in all."""
+    device = (record.result or {}).get("device", "")
+    return f"{device}: {' '.join(word for word in record.command if word != '--codes-only')}"
+
+
+def cell(text: str) -> str:
+    """Text that does not end a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def best_default(records: list[Record]) -> str:
+    """The attention with the fastest codes of 96 in the dtype that is not quantized, and the next one."""
+    found = measured(GOALS[0], records)
+    if not found:
+        return f"best default: not known; {why_not(records, 'codes 96')}"
+    (seconds, record), *others = found
+    result = record.result or {}
+    text = f"best default: attention={result['attention']}, cache sizes={len(result['cache_lengths'])}, "
+    text += f"dtype={result['dtype']}, batch={result['batch']}: codes of {result['candidates']} in {seconds:.4g} s on "
+    text += str(result["device"])
+    if others:
+        text += f"; next {(others[0][1].result or {})['attention']}, {others[0][0]:.4g} s"
+    return text
+
+
+# ---------------------------------------- the command
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line, checked before anything runs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where results go; must not have any yet")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="time for all stages (default: no limit)")
+    parser.add_argument("--preset", choices=LEAST_S, default="1.3b", help="the network (default: %(default)s)")
+    parser.add_argument("--peer", type=Path, metavar="DIR", help="a clone of the original repository, timed as well")
+    parser.add_argument("--only", default="", metavar="TEXT", help="stages with this in their name or command")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
+    arguments = parser.parse_args()
+    if arguments.peer and (reason := missing(arguments.peer)):
+        parser.error(f"--peer {arguments.peer}: {reason}")
+    arguments.stages = [
+        stage
+        for stage in stages(arguments.preset, arguments.peer)
+        if arguments.only in stage.name or arguments.only in " ".join(stage.command)
+    ]
+    if not arguments.stages:
+        parser.error(f"no stage has {arguments.only!r} in its name or command; --dry-run lists them")
+    if not arguments.dry_run and arguments.out is None:
+        parser.error("--out DIR is needed, for the results")
+    if arguments.out is not None and (arguments.out / RESULTS).exists():
+        parser.error(f"{arguments.out} has results already; name another folder")
+    return arguments
 
 
 def main() -> None:
-    """Parses the command line, runs, prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=["1.3b", "demo"], default="1.3b", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="one JSON line a run; a new file")
-    parser.add_argument("--only", metavar="TEXT", help="commands with this in them (default: all)")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
-    arguments = parser.parse_args()
-    todo = [command for command in commands(arguments.preset) if (arguments.only or "") in " ".join(command)]
+    """Parses the command line, runs the stages, prints the table."""
+    arguments = parse_arguments()
     if arguments.dry_run:
-        print("\n".join("python scripts/" + " ".join(command) for command in todo))
+        for stage in arguments.stages:
+            print(f"python -m scripts.bench.{' '.join(stage.command)}    # {stage.name}, {stage.limit_s:.0f} s at most")
         return
-    if arguments.out.exists():
-        parser.error(f"{arguments.out} exists; name another file")
-    runs = []
-    with arguments.out.open("x") as out:
-        for number, (script, *options) in enumerate(todo, 1):
-            print(f"[{number}/{len(todo)}] {script} {' '.join(options)}", file=sys.stderr, flush=True)
-            done = subprocess.run([sys.executable, str(SCRIPTS / script), *options], stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                print(f"failed with {done.returncode}; the reason is above", file=sys.stderr)
-                continue
-            runs.append(json.loads(done.stdout.splitlines()[-1]) | {"command": [script, *options]})
-            print(json.dumps(runs[-1]), file=out, flush=True)
-    print(table(runs))
+    folder = Folder(arguments.out)
+    with interruptible():
+        records, interrupted = run_stages(arguments.stages, folder, arguments.budget, table)
+    print((folder.path / TABLE).read_text(encoding="utf-8"), end="")
+    done = sum(record.status == "done" for record in records)
+    print(f"{done} of {len(records)} stages done; results in {folder.path}", file=sys.stderr)
+    if interrupted:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

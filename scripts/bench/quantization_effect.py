@@ -1,18 +1,17 @@
-"""What int8 weights and an int8 cache change: logits, and how often pictures of scenes are right.
+"""Measures how int8 weights and an int8 cache change the logits, and how often images of scenes are right.
 
     python -m scripts.bench.quantization_effect --prompts 100 --accuracy
     python -m scripts.bench.quantization_effect --model minDALL-E/1.3B --prompts 4 --dtype bfloat16
 
-Draws pictures of captions of scenes, and runs their codes through the network again as it is and quantised, row by row
-against the cache. Reports, over all codes, the divergence KL(as it is || quantised) of the distribution of a code in
-nats, and how often both find the same code most probable. --accuracy also draws with the quantised model, and counts
-pictures in which the judge of scripts/scenes/judge.py finds everything right; it goes with a model of scenes. Prints a
-table, then one JSON line.
+Samples images of captions of scenes, and runs their codes through the network again in full precision and quantized,
+row by row against the cache. Reports, over all codes, the divergence KL(full precision || quantized) of the
+distribution of a code in nats, and how often both find the same code most probable. --accuracy also samples with
+the quantized model, and counts images in which the judge of scripts/scenes/judge.py finds everything right; use it with
+a model of scenes.
+Prints a table, then one JSON line.
 """
 
-import argparse
-import json
-import platform
+import math
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from mindalle_jax import Dalle
 from mindalle_jax.models.transformer import Transformer
-from mindalle_jax.sampling.decode import prefill, row_length
+from scripts.bench import common
 from scripts.scenes.accuracy import accuracy, draw_scenes
 from scripts.scenes.dataset import captions, make_scene
 
@@ -32,61 +31,69 @@ MODES: Any = (None, "weights", "weights+cache")
 
 @partial(jax.jit, static_argnames=("model", "steps"))
 def logits_of_rows(model: Transformer, steps: int, params: Any, text_ids: jax.Array, codes: jax.Array) -> jax.Array:
-    """f32[n, h * w, v]: of each code int32[n, h * w] given those before it and text int32[p], by way of the cache."""
-    prefix = prefill(model, params, text_ids, jnp.zeros(0, jnp.int32), jnp.int32(0))
-    cache = model.new_cache(len(codes), prefix=prefix.kv)
-    parts = [jnp.broadcast_to(prefix.logits, (len(codes), 1, len(prefix.logits)))]
+    """Logits f32[n, h * w, v] of codes int32[n, h * w], given text int32[p] and, by way of the cache, earlier codes."""
+    none = jnp.zeros(0, jnp.int32)
+    outputs: Any = model.apply({"params": params}, text_ids, none, jnp.int32(0), method="prefill")
+    first, prefix, _ = outputs
+    cache = model.new_cache(len(codes), prefix=prefix)
+    parts = [jnp.broadcast_to(first, (len(codes), 1, len(first)))]
     for t in range(0, codes.shape[1], steps):
         row = codes[:, t : t + steps]
-        logits, cache = model.apply({"params": params}, row, t, prefix.kv, cache, method="step")  # type: ignore[misc]
+        logits, cache = model.apply({"params": params}, row, t, prefix, cache, method="step")  # type: ignore[misc]
         parts.append(logits)
     return jnp.concatenate(parts, axis=1)[:, :-1]
 
 
 def main() -> None:
     """Parses the command line, runs, prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.make_parser(__doc__)
     parser.add_argument("--model", default="demo", help="as of mindalle sample (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=100, help="captions, one picture each (default: %(default)s)")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 on CPU, else bfloat16")
-    parser.add_argument("--accuracy", action="store_true", help="draw with the quantised model too, and judge")
+    parser.add_argument("--prompts", type=int, default=100, help="captions, one image each (default: %(default)s)")
+    parser.add_argument("--dtype", choices=common.DTYPES, help="default: float32 on CPU, else bfloat16")
+    parser.add_argument("--accuracy", action="store_true", help="sample with the quantized model too, and judge")
     arguments = parser.parse_args()
 
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     logits: dict[Any, list[np.ndarray]] = {mode: [] for mode in MODES}
-    drawn: list[tuple[np.ndarray, np.ndarray]] = []
+    sampled: list[tuple[np.ndarray, np.ndarray]] = []
     for mode in MODES:
         model = Dalle.from_pretrained(arguments.model, dtype=arguments.dtype, quantize=mode)
-        steps = row_length(model.code_size**2)
         if mode is None:
-            prompts = [captions(make_scene("valid", index))[0] for index in range(arguments.prompts)]
-            for prompt in tqdm(prompts, desc="draw", unit="prompt", disable=None):
-                drawn.append((model.tokenize(prompt)[0], model.generate_codes(prompt, num_candidates=1)))
-        for text_ids, codes in tqdm(drawn, desc=f"logits, {mode}", unit="prompt", disable=None):
+            sampled = sample_captions(model, arguments.prompts)
+        for text_ids, codes in tqdm(sampled, desc=f"logits, {mode}", unit="prompt", disable=None):
+            steps = math.isqrt(codes.shape[1])
             logits[mode].append(np.asarray(logits_of_rows(model._transformer, steps, model._stage2, text_ids, codes)))
         if mode:
-            figures[mode] = compare(logits[None], logits[mode])
+            metrics[mode] = compare(logits[None], logits[mode])
         if arguments.accuracy:
-            for split in ("valid", "heldout"):
-                pictures = draw_scenes(model, split, arguments.prompts, num_candidates=1)
-                right = accuracy(one.first_verdict for one in pictures)["all"]
-                figures.setdefault(str(mode), {})[f"right, {split}"] = round(right, 4)
-    for mode, values in figures.items():
-        print(f"{mode:>16}  " + "  ".join(f"{name} {value}" for name, value in values.items()))
-    conditions = {
-        "bench": "quantization",
-        "model": arguments.model,
-        "prompts": arguments.prompts,
-        "device": jax.devices()[0].device_kind,
-        "dtype": model.dtype,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-    }
-    print(json.dumps(conditions | figures))
+            metrics.setdefault(str(mode), {}).update(share_right(model, arguments.prompts))
+    dtype = model.dtype
+    common.report(
+        common.conditions("quantization", jax.devices()[0], dtype, 1, model=arguments.model, prompts=arguments.prompts),
+        {"by_mode": metrics},
+    )
+
+
+def sample_captions(model: Dalle, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(text ids, codes of one image) of each of the first `count` captions."""
+    prompts = [captions(make_scene("valid", index))[0] for index in range(count)]
+    return [
+        (model.tokenize(prompt)[0], model.generate_codes(prompt, num_candidates=1))
+        for prompt in tqdm(prompts, desc="sample", unit="prompt", disable=None)
+    ]
+
+
+def share_right(model: Dalle, count: int) -> dict[str, float]:
+    """The share of images in which the judge finds everything right, by split."""
+    shares = {}
+    for split in ("valid", "heldout"):
+        judged = draw_scenes(model, split, count, num_candidates=1)
+        shares[f"right, {split}"] = round(accuracy(one.first_verdict for one in judged)["all"], 4)
+    return shares
 
 
 def compare(exact: list[np.ndarray], other: list[np.ndarray]) -> dict[str, float]:
-    """Of logits f32[n, t, v] a prompt: mean and largest KL in nats, share of equal arg max."""
+    """Mean and largest KL in nats, and share of equal arg max, of two lists of logits f32[n, t, v], one per prompt."""
     divergence, same = [], []
     for a, b in zip(exact, other, strict=True):
         p, q = jax.nn.log_softmax(a), jax.nn.log_softmax(b)

@@ -2,14 +2,13 @@
 
     python -m scripts.bench.rehearse_full_size --work /tmp/rehearsal
 
-Nothing is downloaded. Each stage runs in a process of its own, so that its memory is its own. Prints a table, then one
-JSON line. Needs 17 GB of disk at full size, of which nothing is left unless --keep is given.
+Nothing is downloaded. Each stage runs in a process of its own, so that its memory is its own. Needs 17 GB of disk at
+full size, and leaves none of it in use unless --keep is given. Prints a table, then one JSON line.
 """
 
 import argparse
 import contextlib
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -30,8 +29,9 @@ from mindalle_jax.storage.files import check_free_disk, check_output
 from mindalle_jax.storage.model_folder import STAGE_FILES
 from mindalle_jax.storage.weights import Stage, count_parameters
 from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE
+from scripts.bench import common
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+STAGES = ("make", "convert", "sample", "export", "compare")
 
 
 def make(config: Config, folder: Path) -> dict[str, Any]:
@@ -59,17 +59,11 @@ def make(config: Config, folder: Path) -> dict[str, Any]:
 
 def convert(source: Path, target: Path) -> dict[str, Any]:
     """`mindalle convert`."""
-    report = import_checkpoint(source, target)
-    return {
-        "bytes": _size(target),
-        "write_s": round(report.write_s, 2),
-        "verify_s": round(report.verify_s, 2),
-        "GB_per_s": round(report.weight_bytes / 1e9 / report.write_s, 3),
-    }
+    return _transfer(import_checkpoint(source, target), target)
 
 
 def sample(folder: Path, out: Path) -> dict[str, Any]:
-    """Loads the model and draws one picture of one candidate, from prompt to PNG."""
+    """Loads the model and samples one image, from prompt to PNG."""
     import jax
 
     from mindalle_jax import Dalle
@@ -78,16 +72,16 @@ def sample(folder: Path, out: Path) -> dict[str, Any]:
     model = Dalle.from_pretrained(folder)
     loaded = time.perf_counter()
     generation = model.generate("a painting of a cat", num_candidates=1, progress=True)
-    drawn = time.perf_counter()
+    first = time.perf_counter()
     again = model.generate("another prompt", num_candidates=1, seed=1, progress=True)
     done = time.perf_counter()
-    (picture,) = generation.save(out)
+    (image,) = generation.save(out)
     return {
         "load_s": round(loaded - start, 2),
-        "first_picture_s": round(drawn - loaded, 2),
-        "second_picture_s": round(done - drawn, 2),
+        "first_image_s": round(first - loaded, 2),
+        "second_image_s": round(done - first, 2),
         "different_codes": int((generation.codes != again.codes).sum()),
-        "picture_bytes": picture.stat().st_size,
+        "image_bytes": image.stat().st_size,
         "device": jax.devices()[0].device_kind,
         "dtype": model.dtype,
     }
@@ -95,7 +89,10 @@ def sample(folder: Path, out: Path) -> dict[str, Any]:
 
 def export(folder: Path, target: Path) -> dict[str, Any]:
     """`mindalle convert --to torch`."""
-    report = export_checkpoint(folder, target)
+    return _transfer(export_checkpoint(folder, target), target)
+
+
+def _transfer(report: Any, target: Path) -> dict[str, Any]:
     return {
         "bytes": _size(target),
         "write_s": round(report.write_s, 2),
@@ -122,15 +119,13 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Runs the stages, each in a child process."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="rehearse_full_size.py"
-    )
+    parser = common.make_parser(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="a new folder to work in")
     parser.add_argument(
-        "--config", type=Path, default=CONFIGS / "mindalle-1.3b.yaml", help="which network (default: %(default)s)"
+        "--config", type=Path, default=common.PRESETS["1.3b"], help="the network (default: the published one)"
     )
     parser.add_argument("--keep", action="store_true", help="leave the folder behind (default: it is removed)")
-    parser.add_argument("--stage", choices=["make", "convert", "sample", "export", "compare"], help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     config, work = load_config(arguments.config), arguments.work
     source, converted, exported = work / "source", work / "converted", work / "exported"
@@ -138,7 +133,7 @@ def main() -> None:
         run = {
             "make": lambda: make(config, source),
             "convert": lambda: convert(source, converted),
-            "sample": lambda: sample(converted, work / "pictures"),
+            "sample": lambda: sample(converted, work / "images"),
             "export": lambda: export(converted, exported),
             "compare": lambda: compare(source, exported),
         }[arguments.stage]
@@ -154,9 +149,10 @@ def main() -> None:
     work.mkdir(parents=True)
     results: dict[str, Any] = {}
     try:
-        for stage in ("make", "convert", "sample", "export", "compare"):
-            command = [sys.executable, __file__, "--work", str(work), "--config", str(arguments.config)]
-            child = subprocess.run([*command, "--stage", stage], stdout=subprocess.PIPE, text=True)
+        for stage in STAGES:
+            command = [sys.executable, "-m", "scripts.bench.rehearse_full_size"]
+            command += ["--work", str(work.resolve()), "--config", str(arguments.config.resolve())]
+            child = subprocess.run([*command, "--stage", stage], stdout=subprocess.PIPE, text=True, cwd=common.ROOT)
             if child.returncode:
                 raise SystemExit(f"stage {stage} failed")
             results[stage] = json.loads(child.stdout.strip().splitlines()[-1])
@@ -164,19 +160,11 @@ def main() -> None:
     finally:
         if not arguments.keep:
             shutil.rmtree(work, ignore_errors=True)
-    import jax
-
-    print(
-        json.dumps(
-            {
-                "rehearsal": arguments.config.stem,
-                "parameters": parameters,
-                **results,
-                "jax": jax.__version__,
-                "python": platform.python_version(),
-            }
-        )
-    )
+    head = common.conditions(
+        "rehearse_full_size", results["sample"]["device"], results["sample"]["dtype"], 1,
+        config=arguments.config.stem, parameters=parameters,
+    )  # fmt: skip
+    common.report(head, results)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Times sampling: prompt -> codes -> pictures -> ranks. Needs no checkpoint.
+"""Times sampling: prompt -> codes -> images -> ranks. Needs no checkpoint.
 
     python -m scripts.bench.sampling --preset 1.3b --candidates 96            # one GPU: the headline figure
     python -m scripts.bench.sampling --preset 1.3b --candidates 1 --device cpu --rows 1
@@ -7,122 +7,51 @@
     python -m scripts.bench.sampling --peer ~/minDALL-E                       # and the original's loop, in this run
 
 The weights of "demo" are those of the model in the package, others random. A step is one code of each candidate; with
---jacobi a pass of the network gives several.
+--jacobi one pass of the network gives several.
 
-Prints a table, then one JSON line. Compilation is timed apart. GB_per_pass is what a pass has to move as this code does
-it: the weights once, the keys and values of the prefix (once, or for every candidate: --attention) and of every
-candidate's whole cache as it grows, or of what is filled of it (pallas, cudnn), and the new ones written. The floor has
-the prefix once and what is filled, whatever the code does. Both are held against the copy bandwidth that is measured on
-the same device in the same run: floor_ms_per_pass is how long a pass would take at it.
+Prints a table, then one JSON line. Compilation is timed apart. GB_per_pass is what one pass has to move as this code
+does it. That is the weights once, the keys and values of the prefix (once, or once per candidate: --attention), and
+those of each candidate: all of the cache, or the filled part (pallas, cudnn), and the new ones, which are written.
+floor_GB_per_pass counts the prefix once and the filled part, for every backend. Both are compared with the copy
+bandwidth, which is measured on the same device in the same run: floor_ms_per_pass is the floor's time at that speed.
 """
 
 import argparse
 import json
 import math
-import platform
-import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from mindalle_jax.config.file import load_config
 from mindalle_jax.config.schema import Config
-from mindalle_jax.interop.clip import clip_leaf_shapes, read_clip
 from mindalle_jax.models.attention import DECODE_ATTENTION, PRIVATE_PREFIX, default_backend
-from mindalle_jax.models.clip import CLIP, ClipConfig, ClipTextConfig, ClipVisionConfig
-from mindalle_jax.models.quantization import quantize
 from mindalle_jax.models.transformer import Transformer
-from mindalle_jax.models.vqgan import VQGAN
-from mindalle_jax.ranking.ranker import encode_pictures
-from mindalle_jax.runtime.devices import choose_devices, first_devices, matmul_precision
-from mindalle_jax.sampling.codec import decode_pictures
-from mindalle_jax.sampling.decode import (
-    SEGMENTS,
-    Settings,
-    cache_lengths,
-    decode_segment,
-    default_batch_size,
-    make_room,
-    prefill,
-    row_length,
-    start_state,
-)
-from mindalle_jax.storage.files import DEMO, RANKER
-from mindalle_jax.storage.weights import leaf_shapes, load_params, nest
+from mindalle_jax.runtime.devices import choose_devices, pinned
+from mindalle_jax.storage.files import DEMO
+from mindalle_jax.storage.weights import leaf_shapes, load_params
 from mindalle_jax.text.tokenizer import TextTokenizer
+from scripts.bench import common
+from scripts.bench.common import DecodeLoop
+from scripts.bench.images import time_decoding, time_ranking
 from scripts.bench.plan_sampling import compile_loop_of
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-PRESETS = {"1.3b": CONFIGS / "mindalle-1.3b.yaml", "demo": DEMO / "config.yaml", "tiny": CONFIGS / "tiny.yaml"}
-CLIPS: dict[str, Callable[[], ClipConfig]] = {
-    "1.3b": ClipConfig,  # ViT-B/32
-    "demo": lambda: read_clip(DEMO / RANKER).config,
-    "tiny": lambda: ClipConfig(
-        ClipTextConfig(64, 32, 64, 2, 2, 16), ClipVisionConfig(32, 64, 2, 2, 32, 8), projection_dim=16
-    ),
-}
+EXACT_LENGTH = ("pallas", "cudnn")
+"""Backends that read the filled part of the cache alone."""
 
 
-def random_params(
-    shapes: Mapping[str, tuple[int, ...]], dtype: Any, mesh: jax.sharding.Mesh, int8: bool = False
-) -> dict[str, Any]:
-    """Parameters of these shapes: gains 1, all else N(0, 0.02), drawn on the device; int8: matrices quantised."""
-    replicated = NamedSharding(mesh, P())
-    normal = jax.jit(
-        lambda key, shape: (0.02 * jax.random.normal(key, shape)).astype(dtype),
-        static_argnames="shape",
-        out_shardings=replicated,
-    )
-    leaves = {}
-    for number, (name, shape) in enumerate(shapes.items()):
-        if name.endswith("scale"):
-            leaves[name] = jax.device_put(jnp.ones(shape, dtype), replicated)
-        else:
-            leaves[name] = normal(jax.random.key(number), shape)
-        if int8 and name.endswith("/weight"):
-            leaves[name], leaves[f"{name}_scale"] = jax.jit(quantize, static_argnums=1)(leaves[name], "float32")
-    return nest(leaves)
+class CodesTime(NamedTuple):
+    """How long the codes of all candidates took."""
 
-
-def sampling_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Those of the transformer with its blocks one by one."""
-    shapes = {}
-    for name, shape in leaf_shapes(config, "stage2").items():
-        if name.startswith("blocks/"):
-            shapes |= {name.replace("blocks/", f"blocks_{layer}/", 1): shape[1:] for layer in range(shape[0])}
-        else:
-            shapes[name] = shape
-    return shapes
-
-
-def copy_bandwidth(device: Any) -> float:
-    """Bytes per second, read and written, of copying an array much larger than any cache."""
-    x = jax.device_put(jnp.zeros((256 << 20) // 4, jnp.float32), device)
-    copy = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: else the time is that of finding fresh memory
-    x = copy(x).block_until_ready()
-    best = math.inf
-    for _ in range(10):
-        start = time.perf_counter()
-        x = copy(x).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 2 * x.nbytes / best
-
-
-def second_call_s(call: Callable[[], Any]) -> float:
-    """Seconds of a call that has been compiled."""
-    jax.block_until_ready(call())
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
+    prefill_s: float
+    steps_s: float
+    passes: int
+    """runs of the network, all chunks together"""
 
 
 def bytes_per_pass(
@@ -146,186 +75,173 @@ def bytes_per_pass(
     return int(weights_bytes + vectors * (prefixes * prefix * width * itemsize + own * cache_bytes))
 
 
-def load(
-    preset: str, config: Config, dtype: Any, mesh: jax.sharding.Mesh, int8: bool
-) -> tuple[dict[str, Any], np.ndarray]:
+def load(preset: str, config: Config, dtype: Any, mesh: Any, int8: bool) -> tuple[dict[str, Any], np.ndarray]:
     """Parameters of the transformer, and a prompt int32[p]: those of the model in the package, or random and zeros."""
     length = config.stage2.hparams.ctx_len_txt
     if preset == "demo":
         tokenizer = TextTokenizer(DEMO / "tokenizer", length, config.stage2.vocab_size_txt)
-        prompt = "a large striped green circle to the left of a small red heart on a grey background"
-        return load_params(DEMO, "stage2", config, dtype, mesh, int8=int8), tokenizer([prompt]).ids[0]
+        return load_params(DEMO, "stage2", config, dtype, mesh, int8=int8), tokenizer([common.PROMPT]).ids[0]
     prompt = np.zeros(1 if config.image_only else length, np.int32)
-    return random_params(sampling_shapes(config), dtype, mesh, int8), prompt
+    return common.random_params(common.sampling_shapes(config), dtype, mesh, int8), prompt
 
 
-def bench(arguments: argparse.Namespace, config: Config, dtype: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Runs everything twice, compilation and measurement; returns the figures."""
-    preset, candidates, jacobi, mode = arguments.preset, arguments.candidates, arguments.jacobi, arguments.quantize
-    device, clip_config = mesh.devices.flat[0], CLIPS[preset]()
-    model = Transformer(
-        config.stage2, stacked=False, dtype=dtype, attention=arguments.attention,
-        int8_cache=mode == "weights+cache",
-    )  # fmt: skip
-    vqgan, clip = VQGAN(config.stage1, dtype=dtype), CLIP(clip_config, dtype=dtype)
-    on_cpu, small = device.platform == "cpu", preset != "1.3b"
-    batch = arguments.batch_size or default_batch_size(candidates, device.platform, small=small)
-    mesh, _ = first_devices(mesh, min(mesh.size, math.ceil(candidates / batch)), ())
-    params, prefix_ids = load(preset, config, dtype, mesh, mode is not None)
-    stage1 = random_params(leaf_shapes(config, "stage1"), jnp.float32, mesh)
-    clip_params = random_params(clip_leaf_shapes(clip_config), dtype, mesh)
-    jax.block_until_ready((params, stage1, clip_params))
-    vocab_size, length = config.stage2.vocab_size_img, config.stage2.hparams.ctx_len_img
-    settings = Settings.make(vocab_size, seed=0, temperature=1.0, top_k=min(256, vocab_size), top_p=None)
-    traced = settings.traced(vocab_size)
-    steps = row_length(length)
-    rows = arguments.rows or length // steps
-    lengths = cache_lengths(model, device.platform)
-    at_once = batch * mesh.size
-    chunks = math.ceil(candidates / at_once)
-    nothing = np.full((at_once, steps), -1, np.int32)
-
-    def codes_once() -> tuple[float, float, int, list[Any]]:
-        """(seconds of the prefill, seconds of the steps, passes, codes of the last chunk)"""
-        begin = time.perf_counter()
-        prefix = prefill(model, params, prefix_ids, np.zeros(0, np.int32), 0)
-        jax.block_until_ready(prefix)
-        middle, parts, passes = time.perf_counter(), [], 0
-        for chunk in range(chunks):
-            ids = np.arange(chunk * at_once, (chunk + 1) * at_once, dtype=np.int32)
-            state, parts = start_state(model, mesh, batch, lengths[0], prefix, 0), []
-            part: Any = nothing
-            for row in range(rows):
-                state = make_room(model, mesh, state, (row + 1) * steps, lengths)
-                state, part = decode_segment(model, mesh, steps, jacobi, params, prefix.kv, ids, traced, state, part)
-                parts.append(part)
-            passes += state.passes[0]
-        jax.block_until_ready(parts)
-        return middle - begin, time.perf_counter() - middle, int(passes), parts
-
+def sample_once(loop: DecodeLoop, prefix_ids: np.ndarray, chunks: int, rows: int) -> CodesTime:
+    """Runs the loop over `rows` rows of every chunk of candidates."""
     start = time.perf_counter()
-    codes_once()
+    prefix = jax.block_until_ready(loop.prefill(prefix_ids))
+    middle, passes, last = time.perf_counter(), [], None
+    for chunk in range(chunks):
+        state, codes = loop.start(prefix)
+        for row in range(rows):
+            state, codes = loop.decode_row(prefix, row, state, codes, chunk)
+        passes.append(state.passes)
+        last = codes
+    jax.block_until_ready((last, passes))
+    steps_s = time.perf_counter() - middle
+    return CodesTime(middle - start, steps_s, sum(int(np.asarray(count)[0]) for count in passes))
+
+
+def time_codes(
+    arguments: argparse.Namespace, config: Config, dtype: Any, loop: DecodeLoop, prefix_ids: np.ndarray
+) -> dict[str, Any]:
+    """Samples twice, first with compilation; returns the metrics of the second time."""
+    length, rows = loop.side * loop.rows, arguments.rows or loop.rows
+    chunks = math.ceil(arguments.candidates / loop.candidates)
+    start = time.perf_counter()
+    sample_once(loop, prefix_ids, chunks, rows)
     first_s = time.perf_counter() - start
-    prefill_s, steps_s, passes, parts = codes_once()
-    codes = jnp.concatenate(parts, axis=1)
-    codes = jnp.pad(codes, ((0, 0), (0, length - codes.shape[1])))[:1]
-    # As many at once as mindalle sample decodes and ranks.
-    painted, ranked = mesh.size * (1 if on_cpu else 16), mesh.size * (8 if on_cpu else 32)
-    codes = jnp.repeat(codes.reshape(1, *[config.stage1.code_size] * 2), painted, axis=0)
-    picture_s = second_call_s(lambda: decode_pictures(vqgan, mesh, stage1, codes)) / painted
-    side = config.stage1.hparams.resolution
-    pictures = jnp.zeros((ranked, side, side, 3), jnp.uint8)
-    rank_s = second_call_s(lambda: encode_pictures(clip, mesh, clip_params, pictures)) / ranked
-    kernels = None
-    if device.platform == "gpu" and not jacobi:
-        prefix = prefill(model, params, prefix_ids, np.zeros(0, np.int32), 0)
-        state = start_state(model, mesh, batch, lengths[-1], prefix, 0)
-        ids = np.arange(at_once, dtype=np.int32)
-        lowered = decode_segment.lower(model, mesh, steps, False, params, prefix.kv, ids, traced, state, nothing)
-        kernels = compile_loop_of(lowered, gpu=True)[2]
-    step_s = steps_s / (chunks * rows * steps)
-    pass_s = steps_s / passes
-    ends = np.arange(1, rows + 1) * steps
-    read = [next(room for room in lengths if room >= end) for end in ends]
-    exact = float(np.mean(ends) - (steps - 1) / 2)  # the positions that are filled, on average
-    itemsize = jnp.dtype(dtype).itemsize
-    whole = exact if arguments.attention in ("pallas", "cudnn") else float(np.mean(read))
-    private = batch if arguments.attention in PRIVATE_PREFIX else 1
-    moved = mesh.size * bytes_per_pass(config, batch, itemsize, mode, whole, private)
-    floor = mesh.size * bytes_per_pass(config, batch, itemsize, mode, exact)
-    bandwidth = copy_bandwidth(device)
-    run_s = prefill_s + step_s * length * chunks
-    stats = device.memory_stats() or {}
-    peak = stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    timed = sample_once(loop, prefix_ids, chunks, rows)
+    step_s = timed.steps_s / (chunks * rows * loop.side)
+    pass_s = timed.steps_s / timed.passes
     return {
-        "candidates": candidates,
-        "batch": batch,
-        "devices": mesh.size,
-        "jacobi": jacobi,
-        "attention": arguments.attention,
-        "cache_lengths": lengths,
-        "quantize": mode,
-        "compile_s": round(first_s - prefill_s - steps_s, 2),
-        "prefill_ms": round(prefill_s * 1e3, 2),
+        "cache_lengths": loop.capacities,
+        "compile_s": round(first_s - timed.prefill_s - timed.steps_s, 2),
+        "prefill_ms": round(timed.prefill_s * 1e3, 2),
         "ms_per_step": round(step_s * 1e3, 3),
-        "passes_per_step": round(passes / (chunks * rows * steps), 3),
+        "passes_per_step": round(timed.passes / (chunks * rows * loop.side), 3),
         "ms_per_pass": round(pass_s * 1e3, 3),
-        "kernels_per_step": None if kernels is None else len(kernels),
-        "GB_per_pass": round(moved / 1e9, 3),
-        "GB_per_s": round(moved / pass_s / 1e9, 1),
-        "copy_GB_per_s": round(bandwidth / 1e9, 1),
-        "share_of_copy": round(moved / pass_s / bandwidth, 3),
-        "floor_GB_per_pass": round(floor / 1e9, 3),
-        "floor_ms_per_pass": round(floor / bandwidth * 1e3, 3),
-        "share_of_floor": round(floor / bandwidth / pass_s, 3),
-        "codes_s": round(run_s, 3),
-        "codes_timed": f"{rows * steps} of {length} positions",
-        "decode_one_picture_ms": round(picture_s * 1e3, 2),
-        "rank_one_picture_ms": round(rank_s * 1e3, 2),
-        "prompt_to_ranked_pictures_s": round(run_s + candidates * (picture_s + rank_s), 3),
-        "images_per_s": round(candidates / (run_s + candidates * (picture_s + rank_s)), 3),
-        "peak_memory_GB": round(peak / 1e9, 2),
+        **bandwidth(arguments, config, dtype, loop, rows, pass_s),
+        "codes_s": round(timed.prefill_s + step_s * length * chunks, 4),
+        "codes_timed": f"{rows * loop.side} of {length} positions",
     }
 
 
+def bandwidth(
+    arguments: argparse.Namespace, config: Config, dtype: Any, loop: DecodeLoop, rows: int, pass_s: float
+) -> dict[str, Any]:
+    """Bytes of a pass beside the copy bandwidth of the device."""
+    ends = np.arange(1, rows + 1) * loop.side
+    exact = float(np.mean(ends) - (loop.side - 1) / 2)  # the positions that are filled, on average
+    allocated = float(np.mean([next(size for size in loop.capacities if size >= end) for end in ends]))
+    itemsize, mode = jnp.dtype(dtype).itemsize, arguments.quantize
+    prefixes = loop.batch if arguments.attention in PRIVATE_PREFIX else 1
+    read = exact if arguments.attention in EXACT_LENGTH else allocated
+    moved = loop.mesh.size * bytes_per_pass(config, loop.batch, itemsize, mode, read, prefixes)
+    floor = loop.mesh.size * bytes_per_pass(config, loop.batch, itemsize, mode, exact)
+    copy = common.copy_bandwidth(loop.mesh.devices.flat[0])
+    return {
+        "GB_per_pass": round(moved / 1e9, 3),
+        "GB_per_s": round(moved / pass_s / 1e9, 1),
+        "copy_GB_per_s": round(copy / 1e9, 1),
+        "share_of_copy": round(moved / pass_s / copy, 3),
+        "floor_GB_per_pass": round(floor / 1e9, 3),
+        "floor_ms_per_pass": round(floor / copy * 1e3, 3),
+        "share_of_floor": round(floor / copy / pass_s, 3),
+    }
+
+
+def bench(arguments: argparse.Namespace, config: Config, dtype: Any, mesh: Any) -> dict[str, Any]:
+    """Runs everything; returns batch, devices and the metrics."""
+    preset, candidates, mode = arguments.preset, arguments.candidates, arguments.quantize
+    small, batch_size = preset != "1.3b", arguments.batch_size
+    mesh, batch = common.split_candidates(mesh, candidates, small=small, batch_size=batch_size)
+    device = mesh.devices.flat[0]
+    model = Transformer(
+        config.stage2, stacked=False, dtype=dtype, attention=arguments.attention, int8_cache=mode == "weights+cache"
+    )
+    params, prefix_ids = load(preset, config, dtype, mesh, mode is not None)
+    jax.block_until_ready(params)
+    loop = DecodeLoop(model, params, mesh, batch, jacobi=arguments.jacobi, cache_sizes=arguments.cache_sizes)
+    metrics = {"devices": mesh.size} | time_codes(arguments, config, dtype, loop, prefix_ids)
+    if arguments.count_kernels:
+        if device.platform != "gpu" or arguments.jacobi:
+            sys.exit("scripts.bench.sampling: --count-kernels is for a GPU, and for a loop without --jacobi")
+        traced, _ = loop.trace(prefix_ids.shape)
+        metrics["kernels_per_step"] = len(compile_loop_of(traced.lower(), gpu=True)[2] or [])
+    if not arguments.codes_only:
+        metrics |= time_decoding(config, dtype, mesh, 1) | time_ranking(preset, config, dtype, mesh, 1)
+        image_s = (metrics["decode_one_image_ms"] + metrics["rank_one_image_ms"]) / 1e3
+        ranked_s = metrics["codes_s"] + candidates * image_s
+        metrics |= {"prompt_to_ranked_images_s": round(ranked_s, 3), "images_per_s": round(candidates / ranked_s, 3)}
+    return {"batch": batch, **metrics, "peak_memory_GB": round(common.peak_memory_bytes(device) / 1e9, 2)}
+
+
 def time_peer(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What peer_sampling.py prints of the same number of candidates and rows."""
-    command = [sys.executable, str(Path(__file__).parent / "peer_sampling.py"), str(arguments.peer)]
+    """The JSON line of scripts.bench.peer_sampling for the same number of candidates and rows."""
+    command = [sys.executable, "-m", "scripts.bench.peer_sampling", str(arguments.peer.resolve())]
     command += ["--preset", arguments.preset, "--candidates", str(arguments.candidates), "--rows", str(arguments.rows)]
     command += ["--device", arguments.device] if arguments.device else []
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=common.ROOT)
     if done.returncode:
-        sys.exit(f"bench_sampling.py: {' '.join(command)} failed")
+        sys.exit(f"scripts.bench.sampling: {' '.join(command)} failed")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    """Parses the command line, runs, prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="1.3b", help="which network (default: %(default)s)")
-    parser.add_argument("--candidates", type=int, default=96, help="pictures of one prompt (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, help="candidates at once (default: as mindalle sample)")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 on CPU, else bfloat16")
-    parser.add_argument("--device", choices=["cpu", "gpu", "tpu"], help="default: what JAX picks")
-    parser.add_argument("--rows", type=int, default=0, help="rows of a picture to time, 0 for all (default: 0)")
-    parser.add_argument("--jacobi", action="store_true", help="draw a row at once, again and again (default: no)")
+def beside_peer(metrics: dict[str, Any], peer: dict[str, Any], rows_timed: int, rows: int) -> dict[str, Any]:
+    """The original's seconds, and how many times as long it took as these metrics, over the same rows."""
+    ours = metrics["codes_s"] * rows_timed / rows
+    return {
+        "peer_codes_s": peer["peer_codes_s"],
+        "peer_device": peer["device"],
+        "peer_torch": peer["versions"]["torch"],
+        "peer_ratio": round(peer["peer_codes_s"] / ours, 2),
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line, checked."""
+    parser = common.make_parser(__doc__, "1.3b")
+    parser.add_argument("--candidates", type=int, default=96, help="images of one prompt (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, help="candidates per device at once (default: as mindalle sample)")
+    common.add_device(parser)
+    parser.add_argument("--rows", type=int, default=0, help="rows of an image to time, 0 for all (default: 0)")
+    parser.add_argument("--jacobi", action="store_true", help="sample a row at once, again and again (default: no)")
     names = list(DECODE_ATTENTION)
     parser.add_argument("--attention", choices=names, help="backend (default: as of mindalle sample)")
-    text = "sizes that the cache grows through (default: 1 on CPU, else 4)"
-    parser.add_argument("--segments", type=int, metavar="N", help=text)
-    parser.add_argument("--quantize", choices=["weights", "weights+cache"], help="as of mindalle sample")
+    text = "number of sizes that the cache grows through (default: 1 on CPU, else 4)"
+    parser.add_argument("--cache-sizes", type=int, metavar="N", help=text)
+    common.add_quantize(parser)
+    parser.add_argument("--codes-only", action="store_true", help="neither decode nor rank images (default: both)")
+    text = "count the kernels of a step on a GPU; compiles once more (default: no)"
+    parser.add_argument("--count-kernels", action="store_true", help=text)
     parser.add_argument("--peer", type=Path, metavar="DIR", help="a clone of the original repository, timed as well")
     arguments = parser.parse_args()
     if arguments.attention == "cudnn" and arguments.quantize == "weights+cache":
         parser.error("--attention cudnn reads no int8; --quantize weights goes with it")
+    return arguments
+
+
+def main() -> None:
+    """Parses the command line, runs, prints."""
+    arguments = parse_arguments()
     peer = time_peer(arguments) if arguments.peer else {}  # first: JAX then takes most of a GPU's memory
-    config = load_config(PRESETS[arguments.preset])
+    config = common.load_preset(arguments.preset)
     if arguments.device:
         jax.config.update("jax_platforms", arguments.device)
     mesh, dtype = choose_devices(None, arguments.dtype, small=arguments.preset != "1.3b")
     device = mesh.devices.flat[0]
     arguments.attention = arguments.attention or default_backend(device.platform)
-    if arguments.segments:
-        SEGMENTS[device.platform] = arguments.segments
-    with matmul_precision(dtype), jax.threefry_partitionable(True):
-        figures = bench(arguments, config, jnp.dtype(dtype), mesh)
+    with pinned(dtype):
+        metrics = bench(arguments, config, jnp.dtype(dtype), mesh)
     if peer:
-        rows = row_length(config.stage2.hparams.ctx_len_img)
-        ours = figures["codes_s"] * (arguments.rows or rows) / rows
-        figures |= {"peer_codes_s": peer["peer_codes_s"], "peer_device": peer["device"], "peer_torch": peer["torch"]}
-        figures["peer_ratio"] = round(peer["peer_codes_s"] / ours, 2)
-    conditions = {
-        "bench": "sampling",
-        "preset": arguments.preset,
-        "device": device.device_kind,
-        "platform": device.platform,
-        "dtype": dtype,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-    }
-    for name, value in (conditions | figures).items():
-        print(f"{name:>24}  {value}")
-    print(json.dumps(conditions | figures))
+        rows = config.stage1.code_size
+        metrics |= beside_peer(metrics, peer, arguments.rows or rows, rows)
+    head = common.conditions(
+        "sampling", device, dtype, metrics.pop("batch"),
+        preset=arguments.preset, candidates=arguments.candidates, attention=arguments.attention,
+        quantize=arguments.quantize, jacobi=arguments.jacobi,
+    )  # fmt: skip
+    common.report(head, metrics)
 
 
 if __name__ == "__main__":

@@ -3,101 +3,75 @@
     python -m scripts.bench.vs_torch --preset 1.3b --candidates 1 8 --rounds 3
     python -m scripts.bench.vs_torch --preset demo --candidates 1 8 16
 
-Compares three loops, each step being the network and the draw (top-k 256):
+Compares three loops. Each step is the network and the choice of a code (top-k 256).
+
   jax       mindalle_jax.sampling.decode, which always reads its whole buffer of keys and values, on the devices that
             mindalle sample would take
   concat    a PyTorch loop that concatenates its cache, as the original implementation does
   prealloc  a PyTorch loop over preallocated buffers, reading the filled part only
-They take turns of whole pictures, or of some rows: PyTorch then in the middle, where its cost is the average. Needs the
-test extra (PyTorch, and tests/torch_oracle.py of this checkout). Prints a table and one JSON line; at full size each
-process holds 5 GB.
+
+They take turns of whole images, or of some rows. PyTorch decodes the rows in the middle, where its cost is the average.
+Needs the test extra (PyTorch, and tests/torch_oracle.py of this checkout). At full size each process holds 5 GB. Prints
+a table, then one JSON line.
 """
 
 import argparse
-import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
 
-from mindalle_jax.config.file import load_config
-from mindalle_jax.runtime.devices import CPU_DEVICES
+import jax
+import numpy as np
 
-ROOT = Path(__file__).parents[2]
-PRESETS = {
-    "1.3b": "configs/mindalle-1.3b.yaml",
-    "demo": "mindalle_jax/demo/config.yaml",
-    "tiny": "configs/tiny.yaml",
-}
+from mindalle_jax.models.transformer import Transformer
+from mindalle_jax.runtime.devices import CPU_DEVICES, first_devices
+from scripts.bench import common
+
 LOOPS = {"jax": "jax", "concat": "torch", "prealloc": "torch"}
 """Loop -> the process that runs it."""
 
 
-def jax_worker(config: Any, steps: int) -> Callable[[str, int], float]:
-    """A function (loop, candidates) -> seconds a step."""
-    import jax
-    import numpy as np
-
-    from mindalle_jax.models.transformer import Transformer
-    from mindalle_jax.runtime.devices import first_devices
-    from mindalle_jax.sampling.decode import (
-        Settings,
-        cache_lengths,
-        decode_segment,
-        default_batch_size,
-        make_room,
-        prefill,
-        row_length,
-        start_state,
-    )
-    from scripts.bench.sampling import random_params, sampling_shapes
-
+def jax_worker(config: Any, rows: int) -> Callable[[str, int], float]:
+    """A function (loop, candidates) -> seconds per step."""
     all_devices = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     model = Transformer(config.stage2, stacked=False)
-    all_params = random_params(sampling_shapes(config), model.dtype, all_devices)
-    vocab_size, lengths = config.stage2.vocab_size_img, cache_lengths(model, "cpu")
-    settings = Settings.make(vocab_size, seed=0, temperature=1.0, top_k=min(256, vocab_size), top_p=None)
+    all_params = common.random_params(common.sampling_shapes(config), model.dtype, all_devices)
+    prefix_ids = np.zeros(config.stage2.hparams.ctx_len_txt, np.int32)
     states: dict[int, Any] = {}
 
     def run(loop: str, candidates: int) -> float:
-        small = all_devices.size > 1
-        devices = math.ceil(candidates / default_batch_size(candidates, "cpu", small=small))
-        mesh, params = first_devices(all_devices, min(devices, all_devices.size), all_params)
-        batch = math.ceil(candidates / mesh.size)
-        prefix = prefill(model, params, np.zeros(config.stage2.hparams.ctx_len_txt, np.int32), np.zeros(0, np.int32), 0)
-        state = states.pop(candidates, None)
-        if state is None or int(state.t) + steps > config.stage2.hparams.ctx_len_img:
-            state = start_state(model, mesh, batch, lengths[0], prefix, 0)
-        ids = np.arange(batch * mesh.size, dtype=np.int32)
-        row = row_length(config.stage2.hparams.ctx_len_img)
-        part: Any = np.full((len(ids), row), -1, np.int32)
+        mesh, _ = common.split_candidates(all_devices, candidates, small=all_devices.size > 1)
+        mesh, params = first_devices(all_devices, mesh.size, all_params)
+        decoder = common.DecodeLoop(model, params, mesh, math.ceil(candidates / mesh.size))
+        prefix = decoder.prefill(prefix_ids)
+        first, state, codes = states.pop(candidates, (decoder.rows, None, None))
+        if first + rows > decoder.rows:
+            first, (state, codes) = 0, decoder.start(prefix)
         jax.block_until_ready((prefix, state))
         start = time.perf_counter()
-        traced = settings.traced(vocab_size)
-        for _ in range(steps // row):
-            state = make_room(model, mesh, state, int(state.t) + row, lengths)
-            state, part = decode_segment(model, mesh, row, False, params, prefix.kv, ids, traced, state, part)
-        jax.block_until_ready(part)
+        for row in range(first, first + rows):
+            state, codes = decoder.decode_row(prefix, row, state, codes)
+        jax.block_until_ready(codes)
         seconds = time.perf_counter() - start
-        states[candidates] = state
-        return seconds / steps
+        states[candidates] = first + rows, state, codes
+        return seconds / (rows * decoder.side)
 
     return run
 
 
-def torch_worker(config: Any, steps: int) -> Callable[[str, int], float]:
+def torch_worker(config: Any, rows: int) -> Callable[[str, int], float]:
     """The same for the two PyTorch loops."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(common.ROOT / "tests"))
     import torch
     from torch_oracle import ConcatCacheDecoder, PreallocatedCacheDecoder, Transformer, TransformerConfig, filter_probs
 
-    h = config.stage2.hparams
+    h, steps = config.stage2.hparams, rows * config.stage1.code_size
     with torch.device("meta"):
         model = Transformer(
             TransformerConfig(
@@ -141,48 +115,69 @@ def torch_worker(config: Any, steps: int) -> Callable[[str, int], float]:
 
 
 def work(kind: str, config: Any, rows: int) -> None:
-    """Answers lines `LOOP CANDIDATES` on stdin with seconds a step on stdout."""
-    steps = rows * math.isqrt(config.stage2.hparams.ctx_len_img)
-    run = (jax_worker if kind == "jax" else torch_worker)(config, steps)
+    """Answers lines `LOOP CANDIDATES` on stdin with seconds per step on stdout."""
+    run = (jax_worker if kind == "jax" else torch_worker)(config, rows)
     print("ready", flush=True)
     for line in sys.stdin:
         loop, candidates = line.split()
         print(run(loop, int(candidates)), flush=True)
 
 
-def main() -> None:
-    """Starts both processes and lets them take turns."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="1.3b", help="which network (default: %(default)s)")
+def start_workers(preset: str, rows: int, devices: int) -> dict[str, subprocess.Popen[str]]:
+    """Both processes, before they are ready."""
+    root = str(common.ROOT)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": root, "JAX_NUM_CPU_DEVICES": str(devices)}
+    command = [sys.executable, "-m", "scripts.bench.vs_torch", "--preset", preset, "--rows", str(rows), "--worker"]
+    pipe = subprocess.PIPE
+    return {
+        kind: subprocess.Popen([*command, kind], stdin=pipe, stdout=pipe, text=True, env=environment, cwd=root)
+        for kind in ("jax", "torch")
+    }
+
+
+def take_turns(workers: dict[str, subprocess.Popen[str]], candidates: int, rounds: int) -> dict[str, float]:
+    """Median seconds per step of each loop, and the median ratio of ours to each other one in the same round."""
+    times: dict[str, list[float]] = {loop: [] for loop in LOOPS}
+    for turn in range(rounds + 1):
+        for loop, kind in LOOPS.items():
+            worker = workers[kind]
+            assert worker.stdin and worker.stdout
+            worker.stdin.write(f"{loop} {candidates}\n")
+            worker.stdin.flush()
+            seconds = float(worker.stdout.readline())
+            if turn:  # the first turn compiles and warms up
+                times[loop].append(seconds)
+    row = {loop: round(statistics.median(values), 5) for loop, values in times.items()}
+    for other in ("concat", "prealloc"):
+        pairs = [ours / theirs for ours, theirs in zip(times["jax"], times[other], strict=True)]
+        row[f"jax/{other}"] = round(statistics.median(pairs), 3)
+    return row
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line, with rows and devices filled in."""
+    parser = common.make_parser(__doc__, "1.3b")
     parser.add_argument("--candidates", type=int, nargs="+", default=[1, 8], help="batches (default: 1 8)")
     parser.add_argument("--rounds", type=int, default=3, help="counted turns of each loop (default: %(default)s)")
-    text = "rows of codes a turn (default: one of 1.3b, else a whole picture)"
+    text = "rows of codes per turn (default: one of 1.3b, else a whole image)"
     parser.add_argument("--rows", type=int, help=text)
-    text = "devices that the CPU makes, each with a part of the candidates (default: as mindalle sample)"
+    text = "number of virtual CPU devices that share the candidates (default: as mindalle sample)"
     parser.add_argument("--devices", type=int, help=text)
     parser.add_argument("--worker", choices=["jax", "torch"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    config = load_config(ROOT / PRESETS[arguments.preset])
+    large = arguments.preset == "1.3b"
+    arguments.rows = arguments.rows or (1 if large else common.load_preset(arguments.preset).stage1.code_size)
+    arguments.devices = arguments.devices or (1 if large else CPU_DEVICES)
+    return arguments
+
+
+def main() -> None:
+    """Starts both processes and lets them take turns."""
+    arguments = parse_arguments()
     if arguments.worker:
-        work(arguments.worker, config, arguments.rows)
+        work(arguments.worker, common.load_preset(arguments.preset), arguments.rows)
         return
-    rows = arguments.rows or (1 if arguments.preset == "1.3b" else math.isqrt(config.stage2.hparams.ctx_len_img))
-    devices = arguments.devices or (1 if arguments.preset == "1.3b" else CPU_DEVICES)
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices)}
-    workers: dict[str, subprocess.Popen[str]] = {}
-    for kind in ("jax", "torch"):
-        command = [sys.executable, __file__, "--preset", arguments.preset, "--rows", str(rows)]
-        workers[kind] = subprocess.Popen(
-            [*command, "--worker", kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def ask(loop: str, candidates: int) -> float:
-        worker = workers[LOOPS[loop]]
-        assert worker.stdin and worker.stdout
-        worker.stdin.write(f"{loop} {candidates}\n")
-        worker.stdin.flush()
-        return float(worker.stdout.readline())
-
+    workers = start_workers(arguments.preset, arguments.rows, arguments.devices)
     results: dict[str, Any] = {}
     try:
         for worker in workers.values():
@@ -190,39 +185,18 @@ def main() -> None:
             if worker.stdout.readline().strip() != "ready":
                 raise SystemExit("a worker did not start; its message is above")
         for candidates in arguments.candidates:
-            times: dict[str, list[float]] = {loop: [] for loop in LOOPS}
-            for turn in range(arguments.rounds + 1):
-                for loop in LOOPS:
-                    seconds = ask(loop, candidates)
-                    if turn:  # the first turn compiles and warms up
-                        times[loop].append(seconds)
-            row: dict[str, Any] = {loop: round(statistics.median(values), 5) for loop, values in times.items()}
-            for other in ("concat", "prealloc"):
-                pairs = [mine / theirs for mine, theirs in zip(times["jax"], times[other], strict=True)]
-                row[f"jax/{other}"] = round(statistics.median(pairs), 3)
-            results[str(candidates)] = row
-            print(
-                f"{candidates:3} candidates, s/step:", *(f"{name} {value}" for name, value in row.items()), flush=True
-            )
+            row = results[str(candidates)] = take_turns(workers, candidates, arguments.rounds)
+            line = "  ".join(f"{name} {value}" for name, value in row.items())
+            print(f"{candidates:3} candidates, s/step: {line}", flush=True)
     finally:
         for worker in workers.values():
             worker.kill()
             worker.wait()
-    from importlib.metadata import version
-
-    conditions = {
-        "bench": "vs_torch",
-        "preset": arguments.preset,
-        "device": f"cpu, {os.cpu_count()} cores",
-        "dtype": "float32",
-        "jax_devices": devices,
-        "rounds": arguments.rounds,
-        "rows": rows,
-        "jax": version("jax"),
-        "torch": version("torch"),
-        "python": platform.python_version(),
-    }
-    print(json.dumps(conditions | {"s_per_step": results}))
+    head = common.conditions(
+        "vs_torch", f"cpu, {os.cpu_count()} cores", "float32", arguments.candidates, {"torch": version("torch")},
+        preset=arguments.preset, jax_devices=arguments.devices, rounds=arguments.rounds, rows=arguments.rows,
+    )  # fmt: skip
+    common.report(head, {"s_per_step": results})
 
 
 if __name__ == "__main__":

@@ -816,8 +816,9 @@ def test_the_process_keeps_its_own_warnings(sample):
         ([], ["sample", "convert"]),
         (
             ["sample"],
-            ["--prompts-file", "N pictures a prompt (default: 16)", "(default: 256, or all codes", "(default: off)",
-             "0 is greedy (default: 1.0)", "or random (default: 0)", "(default: float32 on CPU, bfloat16 elsewhere)"],
+            ["--prompts-file", "N images per prompt (default: 16)", "(default: 256, or all codes", "(default: off)",
+             "the lowest id on a tie (default: 1.0)", "random draws one and reports it (default: 0)",
+             "(default: float32 on CPU, bfloat16 elsewhere)"],
         ),
         (["convert"], ["SRC", "DST", "the format to make (default: jax)"]),
     ],

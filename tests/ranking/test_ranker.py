@@ -474,6 +474,6 @@ def test_out_of_memory_while_ranking(ranker, pictures, monkeypatch):
     def exhausted(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 68719476736 bytes.")
 
-    monkeypatch.setattr(rerank, "encode_pictures", exhausted)
+    monkeypatch.setattr(rerank, "encode_images", exhausted)
     with pytest.raises(DeviceMemoryError, match="no room to rank pictures in the memory of cpu"):
         ranker.scores("a cat", pictures)

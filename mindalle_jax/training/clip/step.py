@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mindalle_jax.models.clip import CLIP, ClipConfig, normalise_pictures
+from mindalle_jax.models.clip import CLIP, ClipConfig, normalize_images
 from mindalle_jax.storage.weights import nest
 from mindalle_jax.training.step import Params, TrainState, update
 
@@ -123,7 +123,7 @@ def contrastive_sums(model: CLIP, params: Params, batch: Mapping[str, jax.Array]
 
     batch: image uint8[b, y, x, 3], text int32[b, s].
     """
-    pixels = normalise_pictures(batch["image"])
+    pixels = normalize_images(batch["image"])
     result: Any = model.apply({"params": nest(params)}, batch["text"], pixels)
     text, image, scale = result
     text, image = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (text, image))

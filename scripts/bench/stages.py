@@ -1,0 +1,204 @@
+"""Runs benches one after the other, each in a process of its own with a time limit; keeps every result on disk at once.
+
+Imports no JAX: the process that runs the stages must not take a GPU's memory from them.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS, TABLE, LOGS = "results.jsonl", "table.md", "logs"
+GRACE_S = 3.0
+"""What a stage is given to end after SIGTERM, before SIGKILL."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One run of one bench."""
+
+    kind: str
+    """what it measures; stages of one kind compete for the same goals"""
+    name: str
+    """unique among all stages"""
+    command: tuple[str, ...]
+    """script of scripts/bench, and its options"""
+    limit_s: float
+    """its process is ended after this many seconds"""
+    least_s: float = 1.0
+    """with less of the budget left it is not started"""
+
+    def argv(self) -> list[str]:
+        """What to run in the repository root."""
+        return [sys.executable, "-m", f"scripts.bench.{self.command[0]}", *self.command[1:]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What became of a stage."""
+
+    kind: str
+    name: str
+    command: list[str]
+    status: str
+    """done, failed, timed out, interrupted, or not reached"""
+    seconds: float = 0.0
+    reason: str = ""
+    """why it is not done"""
+    result: dict[str, Any] | None = None
+    """the JSON line of the bench"""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGTERM or SIGHUP."""
+
+
+class Folder:
+    """Where results lie: results.jsonl, one line per stage; table.md; logs/ with the output of each stage."""
+
+    def __init__(self, path: Path):
+        """path: a folder that has no results yet; it is made if it is not there."""
+        self.path = path.resolve()
+        (self.path / LOGS).mkdir(parents=True, exist_ok=True)
+        self._results = (self.path / RESULTS).open("x", encoding="utf-8")
+
+    def append(self, record: Record) -> None:
+        """Writes a line that survives whatever happens next."""
+        self._results.write(json.dumps(dataclasses.asdict(record)) + "\n")
+        self._results.flush()
+        os.fsync(self._results.fileno())
+
+    def write_table(self, text: str) -> None:
+        """Replaces table.md as a whole."""
+        partial = self.path / f"{TABLE}.partial"
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path / TABLE)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise Interrupted, as Ctrl-C raises KeyboardInterrupt."""
+
+    def interrupt(number: int, _: Any) -> None:
+        raise Interrupted(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_stages(
+    stages: Sequence[Stage], folder: Folder, budget_s: float | None, table: Callable[[list[Record]], str]
+) -> tuple[list[Record], bool]:
+    """Runs the stages within the budget; returns their records, and whether they were interrupted.
+
+    table: text of the records so far, those not started included; written after every stage.
+    """
+    start, records, interrupted = time.monotonic(), [], False
+
+    def keep(record: Record) -> None:
+        records.append(record)
+        folder.append(record)
+
+    waiting = "the stages before it are not over yet"
+    for number, stage in enumerate(stages):
+        left_s = float("inf") if budget_s is None else budget_s - (time.monotonic() - start)
+        if interrupted or left_s < stage.least_s:
+            reason = "interrupted" if interrupted else f"the budget of {budget_s:g} s was used up"
+            keep(not_reached(stage, reason))
+            continue
+        print(f"[{number + 1}/{len(stages)}] {stage.name}", file=sys.stderr, flush=True)
+        record = run_stage(stage, min(stage.limit_s, left_s), folder)
+        interrupted = record.status == "interrupted"
+        keep(record)
+        print(f"    {record.status}, {record.seconds:.1f} s {record.reason}", file=sys.stderr, flush=True)
+        folder.write_table(table(records + [not_reached(later, waiting) for later in stages[number + 1 :]]))
+    folder.write_table(table(records))
+    return records, interrupted
+
+
+def not_reached(stage: Stage, reason: str) -> Record:
+    """The record of a stage that was not started."""
+    return Record(stage.kind, stage.name, list(stage.command), "not reached", reason=reason)
+
+
+def run_stage(stage: Stage, limit_s: float, folder: Folder) -> Record:
+    """Runs a stage to its end, or to that of its limit, and ends all processes that it started."""
+    log = folder.path / LOGS / re.sub(r"[^\w.+-]+", "-", stage.name)
+    # The compiled programs of one stage serve the next, and a run after this one.
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(folder.path / "xla")} | os.environ
+    start, status, reason = time.monotonic(), "interrupted", ""
+    process = None
+    with open(f"{log}.out", "w+b") as out, open(f"{log}.err", "w+b") as err:
+        try:
+            # A session of its own, so that Ctrl-C reaches this process alone, and its children end with it.
+            process = subprocess.Popen(
+                stage.argv(), stdout=out, stderr=err, cwd=ROOT, env=environment, start_new_session=True
+            )
+            code = process.wait(limit_s)
+            status, reason = ("done", "") if code == 0 else ("failed", f"exit code {code}")
+        except subprocess.TimeoutExpired:
+            status, reason = "timed out", f"after {limit_s:.0f} s"
+        except KeyboardInterrupt as interrupt:
+            reason = str(interrupt) or "Ctrl-C"
+        finally:
+            if process is not None:
+                end_group(process)
+        seconds = time.monotonic() - start
+        result = last_json(out)
+        if status == "failed":
+            reason = f"{reason}: {last_error(err)}"
+        if status == "done" and result is None:
+            status, reason = "failed", "its last line is not JSON"
+    return Record(stage.kind, stage.name, list(stage.command), status, round(seconds, 2), reason, result)
+
+
+def end_group(process: "subprocess.Popen[bytes]") -> None:
+    """Ends a process that leads a session, with all that it started: SIGTERM, then SIGKILL."""
+    for number, wait_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break  # nothing of the group is left
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(wait_s)
+            if number == signal.SIGTERM:
+                continue  # its children may be alive still
+    process.wait()
+
+
+def last_json(file: Any) -> dict[str, Any] | None:
+    """The object on the last line of a file; None if there is none."""
+    lines = _lines(file)
+    try:
+        found = json.loads(lines[-1]) if lines else None
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def last_error(file: Any) -> str:
+    """The last line that names an error, else the last line, cut to 300 characters."""
+    lines = _lines(file)
+    named = [line for line in lines if re.match(r"([\w.]+(Error|Exception|Exit)\b|scripts\.bench\.\w+): ?", line)]
+    return (named or lines or ["it wrote nothing"])[-1][:300]
+
+
+def _lines(file: Any) -> list[str]:
+    file.seek(0)
+    return [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
