@@ -257,7 +257,9 @@ def parse_arguments() -> argparse.Namespace:
         if any(text in stage.name or text in " ".join(stage.command) for text in arguments.only)
     ]
     if not arguments.stages:
-        parser.error(f"no stage has {' or '.join(arguments.only)} in its name or command; --dry-run lists them")
+        parser.error(
+            f"no stage has {' or '.join(map(repr, arguments.only))} in its name or command; --dry-run lists them"
+        )
     if not arguments.dry_run and arguments.out is None:
         parser.error("--out DIR is needed, for the results")
     if arguments.out is not None and (arguments.out / RESULTS).exists():

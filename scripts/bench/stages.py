@@ -110,13 +110,15 @@ class Folder:
         """path: a folder that has no results yet; it is made if it is not there."""
         self.path = path.resolve()
         (self.path / LOGS).mkdir(parents=True, exist_ok=True)
-        self._results = (self.path / RESULTS).open("x", encoding="utf-8")
+        self._results = self.path / RESULTS
+        self._results.touch(exist_ok=False)
 
     def append(self, record: Record) -> None:
         """Writes a line that survives whatever happens next."""
-        self._results.write(json.dumps(dataclasses.asdict(record)) + "\n")
-        self._results.flush()
-        os.fsync(self._results.fileno())
+        with self._results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def write_table(self, text: str) -> None:
         """Replaces table.md as a whole."""
