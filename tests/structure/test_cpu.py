@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from mindalle_jax.config.file import load_config
-from mindalle_jax.models.transformer import Transformer, unstack_blocks
-from mindalle_jax.sampling.decode import Settings, decode_segment, prefill, row_length, start_state
+from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.storage.weights import leaf_shapes
+from scripts.bench.common import DecodeLoop
+from scripts.bench.plan_sampling import transformer_params
 
 BATCH = 4
 
@@ -21,27 +22,17 @@ def loop(request):
     larger = ["dataset.image_resolution=48", "stage1.hparams.resolution=48", "stage2.hparams.ctx_len_img=576"]
     config = load_config(request.config.rootpath / "configs" / "tiny.yaml", larger)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
-    h = config.stage2.hparams
-    stacked = Transformer(config.stage2).init(
-        jax.random.key(0), np.zeros((1, h.ctx_len_txt), np.int32), np.zeros((1, h.ctx_len_img), np.int32)
-    )
-    model, params = Transformer(config.stage2, stacked=False), unstack_blocks(stacked["params"])
-    rows = 2 if request.param else 1
-    prefix_ids = np.zeros((rows, h.ctx_len_txt) if request.param else h.ctx_len_txt, np.int32)
-    prefix = prefill(model, params, prefix_ids, np.zeros(0, np.int32), 0)
-    state = start_state(model, mesh, BATCH, h.ctx_len_img, prefix, 0)
-    traced = Settings.make(64, seed=0, temperature=1.0, top_k=16, top_p=None, guidance_scale=rows).traced(64)
-    steps = row_length(h.ctx_len_img)
-    guess = np.zeros((BATCH, steps), np.int32)
-    arguments = (params, prefix.kv, np.arange(BATCH, dtype=np.int32), traced, state, guess)
-    jaxpr = jax.make_jaxpr(decode_segment, static_argnums=(0, 1, 2, 3))(model, mesh, steps, False, *arguments)
-    return config, rows, str(jaxpr), decode_segment.lower(model, mesh, steps, False, *arguments).compile()
+    model, params = Transformer(config.stage2, stacked=False), transformer_params(config, np.float32, None)
+    rows, length = (2, (2,)) if request.param else (1, ())
+    decoding = DecodeLoop(model, params, mesh, BATCH, guidance_scale=rows)
+    traced, _ = decoding.trace((*length, config.stage2.hparams.ctx_len_txt))
+    return config, rows, str(traced.jaxpr), traced.lower().compile()
 
 
 def test_one_scan_over_the_positions(loop):
     """A data-dependent loop would wait for the host, or for a flag on the device, at every step."""
     config, _, jaxpr, _ = loop
-    steps = row_length(config.stage2.hparams.ctx_len_img)
+    steps = config.stage1.code_size
     assert steps == 24 and len(re.findall(rf"\blength={steps}\b", jaxpr)) == 1
     assert " while[" not in jaxpr
 
@@ -52,7 +43,7 @@ def test_every_loop_has_a_static_trip_count(loop):
     loops = [line for line in compiled.as_text().splitlines() if re.search(r"\bwhile\(", line)]
     counts = [re.search(r'"known_trip_count":\{"n":"(\d+)"', line) for line in loops]
     assert loops and all(counts)
-    steps = row_length(config.stage2.hparams.ctx_len_img)
+    steps = config.stage1.code_size
     assert sum(int(count[1]) == steps for count in counts) == 1
 
 
