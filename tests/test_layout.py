@@ -48,7 +48,6 @@ WITHOUT_MIRROR: set[str] = {
     "sampling/codec.py",
     "sampling/events.py",
     "sampling/filters.py",
-    "sampling/options.py",
     "storage/params.py",
     "training/clip/step.py",
     "training/config.py",
