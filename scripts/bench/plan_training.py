@@ -79,7 +79,7 @@ def compile_update(
     from mindalle_jax.storage.weights import leaf_shapes
     from mindalle_jax.training.config import load_finetune_config
     from mindalle_jax.training.optimizer import learning_rate, make_optimizer
-    from mindalle_jax.training.step import Task, TrainState, compile_train_step, state_shardings
+    from mindalle_jax.training.step import StepConfig, TrainState, compile_train_step, state_shardings
 
     config = load_finetune_config(config_file, overrides, base or Config())
     training, strategy = config.training, config.sharding.strategy
@@ -90,7 +90,7 @@ def compile_update(
         trained = adapter_shapes(shapes, training.lora)
     dtype = jnp.dtype("bfloat16" if config.experiment.use_amp else "float32")
     schedule = learning_rate(config.optimizer, 0, 1_000)
-    task = Task(
+    step_config = StepConfig(
         model=Transformer(
             config.stage2,
             dtype=dtype,
@@ -117,7 +117,7 @@ def compile_update(
     frozen = {path: abstract(shapes[path], dtype, everywhere[path]) for path in shapes if path not in trained}
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     ema: Any = params if training.ema_decay else {}
-    state: Any = TrainState(step, params, jax.eval_shape(task.optimizer.init, params), ema, step)
+    state: Any = TrainState(step, params, jax.eval_shape(step_config.optimizer.init, params), ema, step)
     shardings = state_shardings(state, places)
     state = jax.tree.map(lambda leaf, place: abstract(leaf.shape, leaf.dtype, place), state, shardings)
     rows = config.experiment.local_batch_size * batch_devices(mesh)
@@ -128,7 +128,7 @@ def compile_update(
         name: abstract((1, rows, *width), np.dtype("uint32" if name == "index" else "int32"), split)
         for name, width in widths.items()
     }
-    compiled = compile_train_step(task, shardings).lower(state, frozen, batch).compile()
+    compiled = compile_train_step(step_config, shardings).lower(state, frozen, batch).compile()
     return config, mesh, state, frozen, batch, compiled
 
 
