@@ -206,6 +206,12 @@ def tiny_dalle(tiny_model_folder: Path) -> Dalle:
 
 
 @pytest.fixture(scope="session")
+def tiny_images(tiny_dalle: Dalle) -> np.ndarray:
+    """f32[3, 32, 32, 3] in [0, 1]: images of random codes."""
+    return tiny_dalle.decode_codes(np.random.default_rng(0).integers(0, 80, (3, 64)))
+
+
+@pytest.fixture(scope="session")
 def tiny_igpt_model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_igpt_config: Config) -> Path:
     """The tiny image-only model converted. Read only: copy it before changing it."""
     source = write_original_folder(tmp_path_factory.mktemp("original") / "tiny-igpt", tiny_igpt_config)

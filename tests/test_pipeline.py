@@ -19,7 +19,7 @@ from mindalle_jax import Dalle, Generation, ImageGPT
 from mindalle_jax.config.file import dump_config, parse_config
 from mindalle_jax.errors import CheckpointError, ConfigError, OutputError, UsageError
 from mindalle_jax.interop.mindalle import import_checkpoint
-from mindalle_jax.storage.weights import MANIFEST, count_parameters, fingerprint, leaf_shapes, nest, read_manifest
+from mindalle_jax.storage.weights import MANIFEST, count_parameters, leaf_shapes, nest
 
 BATCH = 4  # one compiled size; also the default for 3 or 4 candidates
 
@@ -33,11 +33,6 @@ def generation(tiny_dalle) -> Generation:
 def generations(tiny_dalle) -> Generation:
     """Of a list of prompts."""
     return tiny_dalle.generate(["the cat", "12"], num_candidates=3, seed=5, temperature=0.9, top_p=0.95)
-
-
-@pytest.fixture(scope="module")
-def pictures(tiny_dalle) -> np.ndarray:
-    return tiny_dalle.decode_codes(np.random.default_rng(0).integers(0, 80, (3, 64)))
 
 
 @pytest.fixture(scope="module")
@@ -134,78 +129,6 @@ def test_logits_of_wrong_arrays_are_refused(tiny_dalle, ids, codes, message):
         tiny_dalle.logits(ids, codes)
 
 
-# ---------------------------------------- pictures and codes
-
-
-def test_codes_and_pictures_have_their_shapes_and_ranges(tiny_dalle, pictures):
-    assert tiny_dalle.image_size == 32
-    assert pictures.shape == (3, 32, 32, 3) and pictures.dtype == np.float32
-    assert pictures.min() >= 0 and pictures.max() <= 1 and pictures.std() > 0.05
-    codes = tiny_dalle.encode_images(pictures)
-    assert codes.shape == (3, 8, 8) and codes.dtype == np.int32
-    assert codes.min() >= 0 and codes.max() < 80
-    again = tiny_dalle.decode_codes(codes)
-    np.testing.assert_array_equal(again, tiny_dalle.decode_codes(codes.reshape(3, 64)))
-    np.testing.assert_array_equal(again, tiny_dalle.decode_codes(codes.tolist()))
-
-
-def test_uint8_and_float_pictures_are_the_same(tiny_dalle, pictures):
-    """uint8 is divided by 255; float16 and float64 work too."""
-    whole = (pictures * 255).astype(np.uint8)
-    codes = tiny_dalle.encode_images(whole)
-    np.testing.assert_array_equal(codes, tiny_dalle.encode_images(whole.astype(np.float32) / 255))
-    np.testing.assert_array_equal(codes, tiny_dalle.encode_images((whole / 255).astype(np.float64)))
-    assert tiny_dalle.encode_images(pictures.astype(np.float16)).shape == (3, 8, 8)
-
-
-def test_pixels_and_codes_do_not_depend_on_how_many_there_are(tiny_dalle, pictures):
-    """A batch of another shape changes last bits, and then the uint8 of some pixel."""
-    codes = tiny_dalle.encode_images(pictures)
-    decoded = tiny_dalle.decode_codes(codes)
-    for i in range(3):
-        np.testing.assert_array_equal(tiny_dalle.decode_codes(codes[i : i + 1])[0], decoded[i])
-        np.testing.assert_array_equal(tiny_dalle.encode_images(pictures[i : i + 1])[0], codes[i])
-
-
-@pytest.mark.parametrize(
-    ("codes", "message"),
-    [
-        (np.zeros((1, 63), int), r"codes must be \[n, 8, 8\] or \[n, 64\], not \[1, 63\]"),
-        (np.zeros((1, 4, 16), int), r"codes must be \[n, 8, 8\] or \[n, 64\]"),
-        (np.zeros((8, 8), int), r"codes must be \[n, 8, 8\] or \[n, 64\], not \[8, 8\]"),
-        (np.zeros(64, int), r"codes must be"),
-        (np.zeros((0, 64), int), r"codes must be"),
-        (np.zeros((1, 64)), r"codes must be integers, not float64"),
-        (np.full((1, 64), 80), r"codes must lie in \[0, 80\), not \[80, 80\]"),
-        (np.full((1, 64), -1), r"codes must lie in \[0, 80\), not \[-1, -1\]"),
-        (np.full((1, 64), 2**40), r"codes must lie in \[0, 80\)"),
-    ],
-)
-def test_codes_of_a_wrong_shape_or_range_are_refused(tiny_dalle, codes, message):
-    """jnp.take fills what is out of range with NaN: a black picture."""
-    with pytest.raises(UsageError, match=message):
-        tiny_dalle.decode_codes(codes)
-
-
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        (np.zeros((1, 64, 64, 3), np.uint8), r"images must be \[n, 32, 32, 3\] for this model, not \[1, 64, 64, 3\]"),
-        (np.zeros((1, 3, 32, 32), np.uint8), r"images must be \[n, 32, 32, 3\]"),
-        (np.zeros((32, 32, 3), np.uint8), r"images must be"),
-        (np.zeros((0, 32, 32, 3), np.uint8), r"images must be"),
-        (np.zeros((1, 32, 32, 3), np.int64), r"uint8 or floating point, not int64"),
-        (np.full((1, 32, 32, 3), 255.0), r"must lie in \[0, 1\], not \[255, 255\]"),
-        (np.full((1, 32, 32, 3), -1.0), r"must lie in \[0, 1\]"),
-        (np.full((1, 32, 32, 3), np.nan), r"must lie in \[0, 1\]"),
-    ],
-)
-def test_images_of_a_wrong_shape_or_range_are_refused(tiny_dalle, images, message):
-    """A picture in [-1, 1] or in 0..255 would be encoded, to something else."""
-    with pytest.raises(UsageError, match=message):
-        tiny_dalle.encode_images(images)
-
-
 # ---------------------------------------- generate
 
 
@@ -254,7 +177,7 @@ def test_a_wrong_batch_size_is_refused(tiny_dalle, batch_size):
     "wrong", [{"top_k": 81}, {"top_p": 0}, {"temperature": -1}, {"num_candidates": 0}, {"seed": -1}], ids=str
 )
 def test_wrong_settings_are_refused_by_every_call(tiny_dalle, igpt, wrong):
-    """Before anything is drawn. Their values are tests/sampling/test_decode.py's."""
+    """Before anything is drawn. Their values are tests/sampling/test_options.py's."""
     arguments = {"num_candidates": 1} | wrong
     for call, prompt in [
         (tiny_dalle.generate_codes, "the cat"),
@@ -443,7 +366,7 @@ def test_the_axes_of_the_mesh_are_auto(tiny_model_folder, tiny_dalle):
         assert dalle.mesh.axis_types == (jax.sharding.AxisType.Auto,)
 
 
-def test_eight_devices_give_the_same_api(tiny_model_folder, tiny_dalle, pictures):
+def test_eight_devices_give_the_same_api(tiny_model_folder, tiny_dalle, tiny_images):
     """Padding of the last chunk is cut off again; weights lie on every device."""
     dalle = Dalle.from_pretrained(tiny_model_folder, mesh=jax.make_mesh((8,), ("data",)))
     assert all(len(leaf.devices()) == 8 for leaf in jax.tree.leaves(dalle._stage2))
@@ -452,7 +375,7 @@ def test_eight_devices_give_the_same_api(tiny_model_folder, tiny_dalle, pictures
     np.testing.assert_array_equal(decoded[:3], dalle.decode_codes(codes[:3]))
     # Another compiled program than on one device: last bits may differ.
     np.testing.assert_allclose(decoded, tiny_dalle.decode_codes(codes), rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(dalle.encode_images(pictures), tiny_dalle.encode_images(pictures))
+    np.testing.assert_array_equal(dalle.encode_images(tiny_images), tiny_dalle.encode_images(tiny_images))
     ids = dalle.tokenize("the cat")
     for a, b in zip(dalle.logits(ids, codes[:1]), tiny_dalle.logits(ids, codes[:1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
@@ -488,13 +411,6 @@ def test_weights_are_held_once(tiny_model_folder, tiny_config, dtype, bytes_a_we
     assert live_bytes() - before < 4 * stage1 + bytes_a_weight * stage2 + 10_000  # scalars and keys that JAX keeps
     del dalle
     assert live_bytes() - before < 10_000
-
-
-def test_the_compilation_cache_is_under_the_users_cache_folder(tiny_dalle, cache_folder):
-    """The second start of a program must not compile for minutes again."""
-    assert jax.config.values["jax_compilation_cache_dir"] == str(cache_folder / "xla")
-    tiny_dalle.generate_codes("the cat", num_candidates=3)
-    assert any((cache_folder / "xla").iterdir())
 
 
 @pytest.fixture
@@ -586,75 +502,6 @@ def test_a_model_loads_without_a_warning(copied):
 
 
 # ---------------------------------------- models made in memory
-
-
-def in_memory(dalle: Dalle, *, stacked: bool = False, **settings) -> Dalle:
-    """The same model from its arrays, in either layout."""
-    stage2 = jax.tree.map(np.asarray, dalle._stage2)
-    if stacked:
-        layers = [stage2.pop(f"blocks_{i}") for i in range(dalle.config.stage2.hparams.n_layers)]
-        stage2["blocks"] = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
-    params = {"stage1": jax.tree.map(np.asarray, dalle._codec.params), "stage2": stage2}
-    return Dalle(dalle.config, params, dalle.tokenizer, **{"mesh": dalle.mesh} | settings)
-
-
-@pytest.mark.parametrize("stacked", [False, True], ids=["one by one", "stacked"])
-def test_a_model_from_arrays_is_the_model_from_the_folder(tiny_dalle, tiny_model_folder, stacked):
-    """Bit by bit, in either layout; its fingerprint is that of the folder."""
-    model = in_memory(tiny_dalle, stacked=stacked)
-    a, b = (dalle.generate("the cat", num_candidates=3, batch_size=BATCH) for dalle in (model, tiny_dalle))
-    np.testing.assert_array_equal(a.codes, b.codes)
-    np.testing.assert_array_equal(a.images, b.images)
-    assert model.folder is None and a.meta["model"] == "in memory"
-    assert a.meta["model_sha256"] == b.meta["model_sha256"] == fingerprint(read_manifest(tiny_model_folder)["tensors"])
-
-
-def test_quantizing_in_memory_is_quantizing_at_load(tiny_dalle, tiny_model_folder):
-    loaded = Dalle.from_pretrained(tiny_model_folder, quantize="weights", mesh=tiny_dalle.mesh)
-    made = in_memory(tiny_dalle, quantize="weights", stacked=True)
-    for a, b in zip(jax.tree.leaves(loaded._stage2), jax.tree.leaves(made._stage2), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
-
-
-def test_a_model_made_in_memory_is_saved(tiny_dalle, tmp_path):
-    """Its arrays, tokenizer and configuration: what is loaded again draws the same."""
-    in_memory(tiny_dalle).save_pretrained(tmp_path / "saved")
-    again = Dalle.from_pretrained(tmp_path / "saved", mesh=tiny_dalle.mesh)
-    expected = tiny_dalle.generate_codes("the cat", num_candidates=3, batch_size=BATCH)
-    np.testing.assert_array_equal(again.generate_codes("the cat", num_candidates=3, batch_size=BATCH), expected)
-    np.testing.assert_array_equal(again.tokenize("the cat and 12 dogs"), tiny_dalle.tokenize("the cat and 12 dogs"))
-    with pytest.raises(OutputError, match="exists already"):
-        in_memory(tiny_dalle).save_pretrained(tmp_path / "saved")
-
-
-@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"quantize": "weights"}], ids=str)
-def test_rounded_weights_are_not_saved(tiny_dalle, tmp_path, settings):
-    """Digits beyond would be gone without a word."""
-    with pytest.raises(UsageError, match="are rounded and are not saved; make the model with dtype='float32'"):
-        in_memory(tiny_dalle, **settings).save_pretrained(tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
-
-
-def test_arrays_that_do_not_fit_are_named(tiny_dalle):
-    """All of them at once."""
-    params = {"stage1": tiny_dalle._codec.params, "stage2": dict(tiny_dalle._stage2)}
-    del params["stage2"]["ln_f"]
-    params["stage2"]["head_img"] = {"weight": np.zeros((3, 3), np.float32)}
-    with pytest.raises(CheckpointError) as raised:
-        Dalle(tiny_dalle.config, params, tiny_dalle.tokenizer)
-    assert "head_img/weight is [3, 3], wanted [80, 32]" in str(raised.value)
-    assert "ln_f/scale is missing, wanted [32]" in str(raised.value)
-
-
-def test_an_array_that_changes_later_changes_no_model(tiny_dalle):
-    """On CPU a device array may share the memory of the NumPy array that it was made from."""
-    stage2 = jax.tree.map(np.array, tiny_dalle._stage2)
-    model = Dalle(tiny_dalle.config, {"stage1": tiny_dalle._codec.params, "stage2": stage2}, tiny_dalle.tokenizer,
-                  mesh=tiny_dalle.mesh)  # fmt: skip
-    jax.tree.map(lambda leaf: leaf.fill(np.nan), stage2)
-    expected = tiny_dalle.generate_codes("the cat", num_candidates=1, batch_size=BATCH)
-    np.testing.assert_array_equal(model.generate_codes("the cat", num_candidates=1, batch_size=BATCH), expected)
 
 
 def test_the_wrong_kind_of_model_is_told_in_memory(tiny_dalle, tiny_igpt_config):

@@ -10,11 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sampling_helpers import settings_of
 
 from mindalle_jax import Dalle, ImageGPT
 from mindalle_jax.config.schema import Config
 from mindalle_jax.errors import UsageError
-from mindalle_jax.sampling.options import SamplingKeywords, SamplingOptions, as_array, as_prompts, check_every
+from mindalle_jax.sampling.options import (
+    DEFAULT_TOP_K,
+    SamplingKeywords,
+    SamplingOptions,
+    as_array,
+    as_prompts,
+    check_every,
+    default_batch_size,
+)
 
 FIELDS = {field.name: field for field in dataclasses.fields(SamplingOptions)}
 NOT_KEYWORDS = {"prompts", "class_id"}
@@ -144,3 +153,66 @@ def test_what_is_no_image_is_told(tiny_dalle, image):
 def test_arrays_of_many_kinds_are_arrays():
     for value in ([[1, 2]], np.ones((1, 2)), Image.new("L", (2, 1)), (1.0, 2.0), np.ones(2, np.uint8)):
         assert as_array(value, "x").size == 2
+
+
+# ---------------------------------------- ranges
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("top_k", [0, -1, 81, 256, 2.5, True, "5", float("nan")], r"integer in \[1, 80\] .*off"),
+        ("top_p", [0, 0.0, -0.1, 1.0000001, float("nan"), float("inf"), True, "0.5"], r"number in \(0, 1\], or .*off"),
+        ("temperature", [-1, -1e-9, float("nan"), float("inf"), True, "1", None], "finite number > 0, or 0 for greedy"),
+        ("seed", [-1, 2**32, 2**32 + 5, 1.0, True, "7"], r"integer in \[0, 4294967296\)"),
+    ],
+)
+def test_settings_out_of_range_name_the_value_and_the_limits(name, values, message):
+    """By themselves: index errors deep in JAX, an inverted distribution, or seed 5 for 2**32 + 5."""
+    for value in values:
+        with pytest.raises(UsageError, match=f"{name} must be .*{message}") as raised:
+            settings_of(**{name: value})
+        assert str(raised.value).endswith(repr(value))
+        assert "\n" not in str(raised.value)
+
+
+def test_settings_at_the_limits_are_taken():
+    """Ends of the ranges, and NumPy's numbers, which come out of arrays and sliders."""
+
+    def values(**settings) -> tuple:
+        found = settings_of(**settings)
+        return tuple(getattr(found, name) for name in ("seed", "temperature", "top_k", "top_p", "guidance_scale"))
+
+    assert values(top_k=1, top_p=1, temperature=0, seed=0) == (0, 0.0, 1, 1.0, 1.0)
+    numpy_values = {"top_k": np.int64(80), "top_p": np.float32(0.5), "temperature": np.float64(2), "seed": np.uint32(7)}
+    assert values(**numpy_values) == (7, 2.0, 80, 0.5, 1.0)
+    assert settings_of(seed=2**32 - 1).seed == 2**32 - 1
+    assert settings_of(top_k=DEFAULT_TOP_K).top_k == 80
+    assert settings_of(16384, top_k=DEFAULT_TOP_K).top_k == 256
+
+
+def test_seed_none_draws_a_seed():
+    """And tells it, so that a good image can be had again."""
+    seeds = {settings_of(seed=None).seed for _ in range(8)}
+    assert len(seeds) > 1 and all(0 <= seed < 2**32 for seed in seeds)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1001, 10**6, 1.0, True, "4", None])
+def test_num_candidates_out_of_range(value):
+    """0 gives empty arrays and a million runs for days."""
+    with pytest.raises(UsageError, match=r"num_candidates must be an integer in \[1, 1000\], not"):
+        settings_of(num_candidates=value)
+
+
+def test_num_candidates_at_the_limits():
+    assert [settings_of(num_candidates=n).num_candidates for n in (1, 1000, np.int32(96))] == [1, 1000, 96]
+
+
+def test_default_batch_size():
+    """A function of count, backend and size alone: powers of two, then what wastes least of the usual 96."""
+    assert [default_batch_size(n, "cpu", small=False) for n in (1, 2, 3, 5, 8, 9, 1000)] == [1, 2, 4, 8, 8, 16, 16]
+    assert [default_batch_size(n, "cpu", small=True) for n in (1, 2, 3, 5, 8, 9, 1000)] == [1, 1, 2, 4, 4, 8, 8]
+    expected = {1: 1, 3: 4, 16: 16, 17: 32, 32: 32, 33: 64, 64: 64, 65: 96, 96: 96, 97: 128, 128: 128, 1000: 128}
+    for backend in ("gpu", "tpu"):
+        for small in (False, True):
+            assert {n: default_batch_size(n, backend, small=small) for n in expected} == expected
