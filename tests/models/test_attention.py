@@ -192,7 +192,7 @@ def test_a_longer_cache_begins_with_the_shorter_one(attention, int8):
     longer = pad_cache(attention, cache, before + 3)
     assert cache_capacity(attention, longer) == before + 3
     for old, new in zip(jax.tree.leaves(cache), jax.tree.leaves(longer), strict=True):
-        assert new.dtype == old.dtype
+        assert new.dtype == old.dtype and in_order(new, attention).shape[2] == before + 3
         np.testing.assert_array_equal(in_order(new, attention)[:, :, :before], in_order(old, attention))
         assert (in_order(new, attention)[:, :, before:] == 0).all()
     guided = pad_cache(attention, jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), cache), before + 3)
