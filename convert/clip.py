@@ -1,4 +1,4 @@
-"""Converts a CLIP model into a folder in the layout of Hugging Face, without PyTorch.
+"""Converts a CLIP model into a folder in the layout of Hugging Face, without PyTorch. The same as `mindalle convert`.
 
 Sources: folders of Hugging Face, such as a copy of https://huggingface.co/openai/clip-vit-base-patch32 , and the .pt
 files of https://github.com/openai/CLIP with a Vision Transformer, where clip/clip.py has their URLs and
@@ -9,37 +9,14 @@ clip/bpe_simple_vocab_16e6.txt.gz is the tokenizer that they lack. SHA-256 of Vi
     python -m convert.clip ViT-B-32.pt models/clip --tokenizer bpe_simple_vocab_16e6.txt.gz
 """
 
-import argparse
 import sys
-from pathlib import Path
 
-from mindalle_jax.cli import run_reporting
+from convert import run_script
 
 
 def main() -> int:
-    """Runs the conversion; returns an exit code of `mindalle`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.clip",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("source", metavar="SRC", type=Path, help="a Hugging Face folder, or a .pt file of OpenAI")
-    parser.add_argument("target", metavar="DST", type=Path, help="the folder to make")
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="PATH",
-        help="where SRC has none: a Hugging Face folder that has, or bpe_simple_vocab_16e6.txt.gz",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace DST, if it is a CLIP folder")
-    arguments = parser.parse_args()
-    return run_reporting("convert.clip", lambda: _run(arguments))
-
-
-def _run(arguments: argparse.Namespace) -> None:
-    from mindalle_jax.interop.clip import convert_clip
-
-    print(convert_clip(arguments.source, arguments.target, arguments.tokenizer, arguments.overwrite))
+    """Runs the conversion; returns the exit code of `mindalle convert`."""
+    return run_script("convert.clip", __doc__)
 
 
 if __name__ == "__main__":

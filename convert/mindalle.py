@@ -9,23 +9,14 @@ https://arena.kakaocdn.net/brainrepo/models/minDALL-E/57b008f02ceaa02b779c8b7463
     python -m convert.mindalle models/mindalle exported --to torch                 # back to the original's format
 """
 
-import argparse
 import sys
 
-from mindalle_jax.cli import run_reporting
-from mindalle_jax.cli.convert import add_convert_arguments, run_convert
+from convert import run_script
 
 
 def main() -> int:
     """Runs the conversion; returns the exit code of `mindalle convert`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.mindalle",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_convert_arguments(parser)
-    arguments = parser.parse_args()
-    return run_reporting("convert.mindalle", lambda: run_convert(arguments))
+    return run_script("convert.mindalle", __doc__)
 
 
 if __name__ == "__main__":

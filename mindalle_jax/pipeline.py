@@ -1,40 +1,260 @@
-"""Dalle and ImageGPT: text, or a class, -> codes -> pixels -> ranked pictures. Pictures are channels last."""
+"""Dalle and ImageGPT: text, or a class, -> codes -> pixels -> ranked images. Images are channels last."""
 
-import hashlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, Unpack
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mindalle_jax.config.file import dump_config
-from mindalle_jax.config.schema import Config, Stage2Config
-from mindalle_jax.drawing import Callback, Job, Model, Quantize, Ranker
+from mindalle_jax.config.file import load_config
+from mindalle_jax.config.schema import Config
 from mindalle_jax.errors import CheckpointError, UsageError
 from mindalle_jax.hub.resolve import find_model
-from mindalle_jax.runtime.cache import cache_dir
-from mindalle_jax.runtime.devices import DType
-from mindalle_jax.sampling.codec import check_ids
-from mindalle_jax.sampling.decode import DEFAULT_TOP_K
+from mindalle_jax.models.attention import default_backend
+from mindalle_jax.models.transformer import Transformer
+from mindalle_jax.runtime.devices import DType, choose_devices, device_memory, first_devices, pinned, prepare_process
+from mindalle_jax.sampling.codec import ImageCodec
+from mindalle_jax.sampling.events import RowRequest
+from mindalle_jax.sampling.generate import Networks, generate_codes, generate_images, request_rows
+from mindalle_jax.sampling.options import (
+    DEFAULT_TOP_K,
+    Quantize,
+    SamplingKeywords,
+    SamplingOptions,
+    as_prompts,
+    check_every,
+    check_ids,
+    check_quantize,
+    class_prefix,
+    default_batch_size,
+    takes_options,
+)
 from mindalle_jax.sampling.result import Generation
-from mindalle_jax.storage.weights import MANIFEST
+from mindalle_jax.storage.initialize import cached_transfer
+from mindalle_jax.storage.model_folder import copy_model
+from mindalle_jax.storage.params import describe_params, place_params, write_params
+from mindalle_jax.storage.weights import DiskDType, count_parameters, fingerprint, load_params, read_manifest
 from mindalle_jax.text.tokenizer import TextTokenizer, TokenizedPrompts
+
+SMALL = 8 << 20
+"""Parameters of the largest transformer that counts as small; see devices.CPU_DEVICES."""
+
+
+class Model:
+    """What Dalle and ImageGPT share: networks on the devices, images <-> codes, and requests -> Generations."""
+
+    folder: Path | None = None
+    """Where the model was loaded from; None for one made in memory."""
+    _image_only: bool
+
+    def __init__(
+        self,
+        config: Config,
+        params: dict[str, Any],
+        *,
+        dtype: DType | None = None,
+        mesh: Mesh | None = None,
+        quantize: Quantize | None = None,
+    ):
+        """A model of arrays in memory; from_pretrained loads one.
+
+        params: {"stage1": the VQGAN, "stage2": the transformer}, nested, NumPy or JAX arrays; stage 2 with its blocks
+        stacked, as in training, or one by one. dtype, mesh, quantize: as from_pretrained.
+        Raises CheckpointError naming the arrays that do not fit config, UsageError, ConfigError, DeviceMemoryError.
+        """
+        self._check_kind(config, "", "make")
+        check_quantize(quantize)
+        prepare_process()
+        config.check()
+        self.config, self.quantize = config, quantize
+        self._small = _is_small(config)
+        self.mesh, self.dtype = choose_devices(mesh, dtype, small=self._small)
+        self.backend = self.mesh.devices.flat[0].platform
+        compute = jnp.dtype(self.dtype)
+        self._transformer = Transformer(
+            config.stage2,
+            stacked=False,
+            dtype=compute,
+            attention=default_backend(self.backend),
+            int8_cache=quantize == "weights+cache",
+        )
+        kind = self.mesh.devices.flat[0].device_kind
+        with pinned(), device_memory(f"the weights do not fit into the memory of {kind} as {self.dtype}"):
+            stage1 = place_params(params["stage1"], "stage1", config, np.dtype("float32"), self.mesh)
+            int8 = quantize is not None
+            self._stage2 = place_params(params["stage2"], "stage2", config, compute, self.mesh, int8=int8)
+            self._codec = ImageCodec(config.stage1, stage1, dtype=self.dtype, mesh=self.mesh)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_name: str | os.PathLike[str],
+        *,
+        dtype: DType | None = None,
+        mesh: Mesh | None = None,
+        quantize: Quantize | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Loads a model.
+
+        path_or_name: "demo", the small model in the package, which draws coloured shapes; a converted folder; a folder
+        in the original's PyTorch format, or "minDALL-E/1.3B" (downloaded), which are converted into the cache first,
+        about 5 GB each; or "OWNER/NAME", a repository of the Hugging Face hub that holds either format.
+        dtype: compute dtype; None is float32 on CPU and bfloat16 elsewhere.
+        mesh: a jax Mesh with the one axis "data": rows are sharded over its devices. None: the first device; for a
+        small network on CPU one per core, up to 8, which JAX finds there if it has not been used before.
+        quantize: "weights" holds the transformer's matrices as int8, half the memory of bfloat16; "weights+cache" also
+        the keys and values of the images being sampled. Images change, and are hardly less right (docs/log.md).
+        revision: branch, tag or commit of the repository; None is its main branch.
+        local_files_only: nothing is downloaded; what the caches hold has to do.
+        Raises CheckpointError, ConfigError, DownloadError, OutputError or UsageError with the file and the reason, and
+        DeviceMemoryError.
+        """
+        check_quantize(quantize)
+        prepare_process()
+        folder = find_model(path_or_name, revision=revision, local_files_only=local_files_only)
+        config, tensors = load_config(folder / "config.yaml"), read_manifest(folder)["tensors"]
+        if "stage2" not in tensors:
+            raise CheckpointError(f"{folder}: holds a VQGAN only, nothing that draws codes")
+        cls._check_kind(config, f"{folder}: ", "load")
+        text, h = [], config.stage2.hparams
+        if not config.image_only:
+            text = [TextTokenizer(folder / "tokenizer", h.ctx_len_txt, config.stage2.vocab_size_txt)]
+        mesh, dtype = choose_devices(mesh, dtype, small=_is_small(config))
+        kind, int8 = mesh.devices.flat[0].device_kind, quantize is not None
+        # Straight into the layout of sampling, layer by layer: a model needs its own size in memory and no more.
+        with pinned(), device_memory(f"{folder}: the weights do not fit into the memory of {kind} as {dtype}"):
+            params = {
+                "stage1": load_params(folder, "stage1", config, np.dtype("float32"), mesh),
+                "stage2": load_params(folder, "stage2", config, jnp.dtype(dtype), mesh, int8=int8),
+            }
+        model = cls(config, params, *text, dtype=dtype, mesh=mesh, quantize=quantize)
+        model.folder, model._fingerprint = folder, fingerprint(tensors)
+        return model
+
+    @classmethod
+    def _check_kind(cls, config: Config, where: str, verb: str) -> None:
+        if config.image_only != cls._image_only:
+            kind, home = ("an image-only", "ImageGPT") if config.image_only else ("a text-to-image", "Dalle")
+            raise CheckpointError(f"{where}{kind} model; {verb} it with {home}")
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, overwrite: bool = False, dtype: DiskDType | None = None
+    ) -> None:
+        """Writes the model to a new folder.
+
+        A model that was loaded from a folder is copied from there: in full precision, whatever is used. Of one made in
+        memory the arrays are written, which must be neither rounded nor quantized.
+        overwrite: replace a model folder. dtype: of the weights on disk; None keeps it.
+        Raises CheckpointError, ConfigError, OutputError or UsageError, and leaves nothing half-written behind.
+        """
+        target = Path(folder).expanduser()
+        if self.folder is not None:
+            copy_model(self.folder, target, dtype=dtype, overwrite=overwrite)
+            return
+        if self.dtype != "float32" or self.quantize:
+            held = f"int8 {self.quantize}" if self.quantize else self.dtype
+            raise UsageError(
+                f"weights held as {held} are rounded and are not saved; make the model with dtype='float32'"
+            )
+        params: Any = {"stage1": self._codec.params, "stage2": self._stage2}
+        tokenizer = getattr(self, "tokenizer", None)
+        write_params(target, self.config, params, tokenizer, dtype=dtype or "float32", overwrite=overwrite)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images, in pixels."""
+        return self._codec.size
+
+    @property
+    def code_size(self) -> int:
+        """h and w: rows of codes in an image, and codes in a row."""
+        return self._codec.side
+
+    def decode_codes(self, codes: Any) -> np.ndarray:
+        """Images f32[n, H, W, 3] in [0, 1] of codes int[n, h, w] or [n, h * w] in [0, V).
+
+        Raises UsageError for codes of another shape or out of range.
+        """
+        return np.concatenate(list(self._codec.decode_floats(self._codec.check_codes(codes))))
+
+    def encode_images(self, images: Any) -> np.ndarray:
+        """Codes int32[n, h, w] of images uint8, or float in [0, 1], [n, H, W, 3] of the model's size.
+
+        Computed in float32. Raises UsageError for images of another shape, size or range.
+        """
+        return self._codec.encode(images)
+
+    def prompt_codes(self, image: Any, keep_rows: int) -> np.ndarray:
+        """Codes int32[m] of the first rows of an image, for the option prompt_codes.
+
+        image: RGB, of the model's size: a PIL image, or an array uint8 or float in [0, 1], [H, W, 3]; or its codes,
+        int[h * w] or [h, w]. keep_rows: in [1, h - 1]. Raises UsageError.
+        """
+        return self._codec.encode_rows(image, keep_rows)
+
+    kept_codes = prompt_codes
+    """The name of prompt_codes until version 0.1."""
+
+    def default_batch_size(self, rows: int) -> int:
+        """The batch_size of generate where none is given, for so many rows: candidates of a prompt, or all together."""
+        return default_batch_size(rows, self.backend, small=self._small)
+
+    def _request(self, options: SamplingOptions, prefix_ids: np.ndarray) -> RowRequest:
+        rows = options.num_candidates * (len(prefix_ids) if options.mixed_batches else 1)
+        batch_size = options.batch_size or self.default_batch_size(rows)
+        return request_rows(options, prefix_ids, self.config.stage2.vocab_size_img, batch_size)
+
+    def _stream(
+        self, request: RowRequest, options: SamplingOptions, every: int | None, single: bool, **notes: Any
+    ) -> Iterator[Generation]:
+        model = "in memory" if self.folder is None else str(self.folder)
+        about = notes | {"quantize": self.quantize, "model": model, "model_sha256": self._fingerprint}
+        return generate_images(self._networks, request, options, every, single, about)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Of the weights as they are held."""
+        held: Any = {"stage1": self._codec.params, "stage2": self._stage2}
+        with pinned():
+            return fingerprint({stage: describe_params(held[stage], stage, self.config) for stage in held})
+
+    @property
+    def _networks(self) -> Networks:
+        return Networks(self._transformer, self._stage2, self._codec, self.mesh)
+
+    def _check_sequence(self, codes: Any) -> np.ndarray:
+        codes, length = np.asarray(codes), self.config.stage2.hparams.ctx_len_img
+        if codes.ndim != 2 or not 1 <= codes.shape[1] <= length:
+            raise UsageError(f"codes must be [B, T] with 1 <= T <= {length}, not {list(codes.shape)}")
+        check_ids(codes, self.config.stage2.vocab_size_img, "codes")
+        return codes.astype(np.int32)
+
+    def _forward(self, prefix_ids: np.ndarray, codes: np.ndarray) -> tuple[jax.Array, jax.Array | None]:
+        if len(prefix_ids) != len(codes):
+            raise UsageError(f"{len(prefix_ids)} prefixes do not go with {len(codes)} rows of codes")
+        # On one device, so that the logits go with whatever else is computed there.
+        _, params = first_devices(self.mesh, 1, self._stage2)
+        with pinned(self.dtype):
+            return _forward(self._transformer, params, prefix_ids, codes)
 
 
 class Dalle(Model):
     """Text to image."""
 
-    def __init__(self, folder: Path, dtype: DType | None, mesh: Mesh | None, quantize: Quantize | None):
-        super().__init__(folder, dtype, mesh, quantize)
-        if self.config.image_only:
-            raise CheckpointError(f"{folder}: an image-only model; load it with ImageGPT")
-        self.tokenizer = TextTokenizer(
-            folder / "tokenizer", self.config.dataset.context_length, self.config.stage2.vocab_size_txt
-        )
+    _image_only = False
+
+    def __init__(self, config: Config, params: dict[str, Any], tokenizer: TextTokenizer, **settings: Any):
+        """As Model, with the tokenizer that turns prompts into the ids of config."""
+        super().__init__(config, params, **settings)
+        self.tokenizer = tokenizer
 
     def tokenize(self, prompts: str | Sequence[str]) -> np.ndarray:
         """Text ids int32[P, N] of P prompts (one for a bare string); "" gives padding only.
@@ -42,11 +262,11 @@ class Dalle(Model):
         Warns (UserWarning) of prompts that are cut or mostly unknown. Raises UsageError for what is not text, or over
         2,000 characters.
         """
-        return self._tokenize([prompts] if isinstance(prompts, str) else list(prompts)).ids
+        return self._tokenize(as_prompts(prompts)).ids
 
-    def _tokenize(self, prompts: list[str]) -> TokenizedPrompts:
-        tokenized = self.tokenizer(prompts)
-        for line in tokenized.warnings(prompts):
+    def _tokenize(self, prompts: Sequence[str]) -> TokenizedPrompts:
+        tokenized = self.tokenizer(list(prompts))
+        for line in tokenized.warnings(list(prompts)):
             warnings.warn(line, stacklevel=3)
         return tokenized
 
@@ -63,96 +283,62 @@ class Dalle(Model):
         assert text_logits is not None
         return image_logits, text_logits
 
-    def generate_codes(self, prompt: str | Sequence[str], **options: Any) -> np.ndarray:
-        """Codes int32[n, h * w] of a prompt, [P, n, h * w] of a list, not decoded; options and errors as generate."""
-        job = self._text_job(prompt, None, options)
-        codes, log_likelihood = self._blank(job)
-        for _ in self._draw(job, codes, log_likelihood):
-            pass
-        return codes[0] if job.single else codes
+    @takes_options()
+    def generate_codes(self, prompt: str | Sequence[str], **options: Unpack[SamplingKeywords]) -> np.ndarray:
+        """Codes int32[n, h * w] of a prompt, [P, n, h * w] of a list, not decoded; errors as generate."""
+        checked, request, _ = self._text_request(prompt, options)
+        codes = generate_codes(self._networks, request, checked)
+        shape = (checked.num_candidates,) if isinstance(prompt, str) else (-1, checked.num_candidates)
+        return codes.reshape(*shape, codes.shape[1])
 
-    def generate(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        num_candidates: int = 96,
-        top_k: int | None = DEFAULT_TOP_K,
-        top_p: float | None = None,
-        temperature: float = 1.0,
-        seed: int | None = 0,
-        batch_size: int | None = None,
-        jacobi: bool = False,
-        guidance_scale: float = 1.0,
-        kept_codes: Any = None,
-        ranker: Ranker = None,
-        callback: Callback | None = None,
-        allow_empty: bool = False,
-        progress: bool = False,
-    ) -> Generation:
-        """Pictures of a prompt, or of each of a list.
-
-        top_k, top_p, temperature, seed: see sampling.Settings.
-        batch_size: candidates per device per compiled call; memory grows with it and not with num_candidates. Pictures
-        of one seed are bit-identical at one batch_size, whatever else is drawn. None: by the device.
-        jacobi: draw all codes of a row at once, again and again until nothing changes: the same codes but for rounding,
-        in fewer passes where they can be guessed. Faster for one candidate or a few: docs/log.md.
-        guidance_scale: 1 is off. Over 1 follows the prompt more closely, but only a model that was fine-tuned with some
-        captions left out knows what "no prompt" looks like; takes twice the memory and nearly twice the time.
-        kept_codes: codes int[m] of whole rows that every picture begins with; complete and variations set it.
-        ranker: a ClipRanker, or "likelihood" (how probable the transformer finds the codes drawn: the sum of their
-        log-probabilities, free), or None. Scores are in the result, with the order from best to worst.
-        callback: called with a Progress after each row of codes; if it returns True, drawing stops and the result holds
-        what there is: codes not drawn are -1, and pictures show them as the mean of the codebook.
-        allow_empty: take a blank prompt, which is otherwise an error. progress: show bars.
+    @takes_options()
+    def generate(self, prompt: str | Sequence[str], **options: Unpack[SamplingKeywords]) -> Generation:
+        """Images of a prompt, or of each of a list.
 
         Raises UsageError for values out of range, NonFiniteError for broken weights, DeviceMemoryError.
         """
-        return _last(
-            self.stream(
-                prompt,
-                every=None,
-                num_candidates=num_candidates,
-                top_k=top_k,
-                top_p=top_p,
-                temperature=temperature,
-                seed=seed,
-                batch_size=batch_size,
-                jacobi=jacobi,
-                guidance_scale=guidance_scale,
-                kept_codes=kept_codes,
-                ranker=ranker,
-                callback=callback,
-                allow_empty=allow_empty,
-                progress=progress,
-            )
-        )
+        return _last(self.stream(prompt, every=None, **options))
 
-    def stream(self, prompt: str | Sequence[str], *, every: int | None = 32, **options: Any) -> Iterator[Generation]:
-        """Yields unfinished Generations while it draws, and in the end what generate returns, bit for bit.
+    __call__ = generate
 
-        every: codes between two of them, a multiple of a row; None yields the end alone. Codes not drawn yet are -1,
-        and pictures show them as the mean of the codebook. Unfinished ones have no scores.
-        options and errors: as generate; they are checked before anything is drawn.
+    @takes_options()
+    def stream(
+        self, prompt: str | Sequence[str], *, every: int | None = 32, **options: Unpack[SamplingKeywords]
+    ) -> Iterator[Generation]:
+        """Yields unfinished Generations while it samples, and in the end what generate returns, bit for bit.
+
+        every: codes between two of them, a multiple of a row; None yields the end alone. Codes not sampled yet are -1,
+        and images show them as the mean of the codebook. Unfinished ones have no scores.
+        Errors as generate; options are checked before anything is sampled.
         """
-        return self._run(self._text_job(prompt, every, options))
+        check_every(every, self.config.stage1)
+        checked, request, num_tokens = self._text_request(prompt, options)
+        single = isinstance(prompt, str)
+        return self._stream(request, checked, every, single, num_tokens=num_tokens)  # of which the first N count
 
-    def complete(self, prompt: str | Sequence[str], image: Any, *, keep_rows: int, **options: Any) -> Generation:
-        """Draws the rest of a picture of which the top is given.
+    @takes_options()
+    def complete(
+        self, prompt: str | Sequence[str], image: Any, *, keep_rows: int, **options: Unpack[SamplingKeywords]
+    ) -> Generation:
+        """Samples the rest of an image of which the top is given.
 
         image: RGB, of the model's size: a PIL image, or an array uint8 or float in [0, 1], [H, W, 3].
         keep_rows: rows of codes to keep from the top, in [1, h - 1]; a row is H / h pixels high. The kept part shows as
-        the VQGAN reconstructs it. Codes are drawn row by row from the top, so what lies below the kept rows cannot be
-        seen: neither a hole in the middle nor the bottom of a picture can be kept.
-        options and errors: as generate.
+        the VQGAN reconstructs it. Codes are sampled row by row from the top, so what lies below the kept rows cannot be
+        seen: neither a hole in the middle nor the bottom of an image can be kept.
+        Errors as generate.
         """
-        return self.generate(prompt, kept_codes=self.kept_codes(image, keep_rows), **options)
+        return self.generate(prompt, **options | {"prompt_codes": self.prompt_codes(image, keep_rows)})
 
-    def variations(self, prompt: str | Sequence[str], codes: Any, *, keep_rows: int, **options: Any) -> Generation:
-        """Draws other lower parts for a picture drawn before: codes int[h * w] or [h, w], as in Generation.codes.
+    @takes_options()
+    def variations(
+        self, prompt: str | Sequence[str], codes: Any, *, keep_rows: int, **options: Unpack[SamplingKeywords]
+    ) -> Generation:
+        """Samples other lower parts for an image sampled before: codes int[h * w] or [h, w], as in Generation.codes.
 
-        Give another seed, else its own candidate comes out again. keep_rows, options, errors: as complete.
+        Give another seed, else its own candidate comes out again. keep_rows and errors: as complete.
         """
-        return self.generate(prompt, kept_codes=self.kept_codes(codes, keep_rows), **options)
+        return self.generate(prompt, **options | {"prompt_codes": self.prompt_codes(codes, keep_rows)})
 
     def sampling(
         self,
@@ -163,38 +349,29 @@ class Dalle(Model):
         num_candidates: int = 96,
         seed: int | None = 0,
     ) -> np.ndarray:
-        """The original's call: pictures f32[n, H, W, 3] in [0, 1] (the original's are [n, 3, H, W])."""
-        return self.decode_codes(
-            self.generate_codes(
-                prompt,
-                num_candidates=num_candidates,
-                top_k=top_k,
-                top_p=top_p,
-                temperature=softmax_temperature,
-                seed=seed,
-            )
+        """The original's call: images f32[n, H, W, 3] in [0, 1] (the original's are [n, 3, H, W])."""
+        codes = self.generate_codes(
+            prompt, num_candidates=num_candidates, top_k=top_k, top_p=top_p, temperature=softmax_temperature, seed=seed
         )
+        return self.decode_codes(codes)
 
-    def _text_job(self, prompt: str | Sequence[str], every: int | None, options: dict[str, Any]) -> Job:
-        options = _with_defaults(options)
-        prompts = _check_prompts(prompt, options["allow_empty"])
-        settings = self._settings(options)
-        tokenized = self._tokenize(prompts)
-        prefixes = tokenized.ids
-        if settings.guided:
-            blank = np.broadcast_to(self.tokenizer([""]).ids, prefixes.shape)
-            prefixes = np.stack([prefixes, blank], axis=1)
-        notes = {"num_tokens": tokenized.num_tokens}  # of which the first N count
-        return self._job(prompts, prefixes, settings, options, every, single=isinstance(prompt, str), notes=notes)
+    def _text_request(
+        self, prompt: str | Sequence[str], options: SamplingKeywords
+    ) -> tuple[SamplingOptions, RowRequest, list[int]]:
+        """The options, checked; the rows; and how many tokens each prompt has."""
+        checked = SamplingOptions.of(prompts=as_prompts(prompt), **options).check(self.config, self.tokenizer)
+        tokenized = self._tokenize(checked.prompts)
+        prefix_ids = tokenized.ids
+        if checked.guided:
+            blank = np.broadcast_to(self.tokenizer([""]).ids, prefix_ids.shape)
+            prefix_ids = np.stack([prefix_ids, blank], axis=1)
+        return checked, self._request(checked, prefix_ids), tokenized.num_tokens
 
 
 class ImageGPT(Model):
-    """Pictures without text: unconditional, or by class."""
+    """Images without text: unconditional, or by class."""
 
-    def __init__(self, folder: Path, dtype: DType | None, mesh: Mesh | None, quantize: Quantize | None):
-        super().__init__(folder, dtype, mesh, quantize)
-        if not self.config.image_only:
-            raise CheckpointError(f"{folder}: a text-to-image model; load it with Dalle")
+    _image_only = True
 
     @classmethod
     def from_upstream(
@@ -212,14 +389,9 @@ class ImageGPT(Model):
         Tables and blocks are taken over; start vectors, and the head unless head is "head_img", are drawn anew by the
         seed. The model lies in the cache. Raises ConfigError where the two do not fit, and as from_pretrained.
         """
-        from mindalle_jax.storage.initialize import write_transfer
-
-        upstream = find_model(dalle_path)
-        about = f"{(upstream / MANIFEST).read_text()}\n{dump_config(config)}\n{head} {seed}"
-        target = cache_dir() / "transfer" / f"{upstream.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
-        if not target.exists():
-            write_transfer(upstream, config, target, head=head, seed=seed)
-        return cls(target, dtype, mesh, None)
+        prepare_process()
+        target = cached_transfer(find_model(dalle_path), config, head=head, seed=seed)
+        return cls.from_pretrained(target, dtype=dtype, mesh=mesh)
 
     @property
     def num_classes(self) -> int | None:
@@ -232,72 +404,43 @@ class ImageGPT(Model):
         image_logits, _ = self._forward(class_prefix(self.config.stage2, labels, len(codes)), codes)
         return image_logits
 
-    def generate(self, class_id: int | None = None, *, num_candidates: int = 16, **options: Any) -> Generation:
-        """Pictures of a class in [0, num_classes), None for an unconditional model.
+    @takes_options(num_candidates=16)
+    def generate(self, class_id: int | None = None, **options: Unpack[SamplingKeywords]) -> Generation:
+        """Images of a class in [0, num_classes), None for an unconditional model.
 
-        options and errors as Dalle.generate; without a text there is nothing to guide by, and "likelihood" alone ranks.
+        Errors as Dalle.generate; without a text there is nothing to guide by, and "likelihood" alone ranks.
         """
-        return _last(self.stream(class_id, every=None, num_candidates=num_candidates, **options))
+        return _last(self.stream(class_id, every=None, **options))
 
+    __call__ = generate
+
+    @takes_options(num_candidates=16)
     def stream(
-        self, class_id: int | None = None, *, every: int | None = 32, num_candidates: int = 16, **options: Any
+        self, class_id: int | None = None, *, every: int | None = 32, **options: Unpack[SamplingKeywords]
     ) -> Iterator[Generation]:
         """As Dalle.stream; arguments as generate."""
-        options = _with_defaults(options | {"num_candidates": num_candidates})
-        if options["ranker"] not in (None, "likelihood"):
-            raise UsageError(f"without a text ranker must be None or 'likelihood', not {options['ranker']!r}")
-        settings = self._settings(options)
-        if settings.guided:
-            raise UsageError("guidance_scale is for text-to-image models: without a text there is nothing to guide by")
+        check_every(every, self.config.stage1)
         name = "" if class_id is None else f"class {class_id}"
-        prefix = class_prefix(self.config.stage2, None if class_id is None else [class_id], 1)
-        return self._run(self._job([name], prefix, settings, options, every, single=True, notes={}))
+        named: dict[str, Any] = {"num_candidates": 16} | options | {"prompts": (name,), "class_id": class_id}
+        checked = SamplingOptions.of(**named).check(self.config)
+        prefix_ids = class_prefix(self.config.stage2, None if class_id is None else [class_id], 1)
+        return self._stream(self._request(checked, prefix_ids), checked, every, single=True)
 
-    def complete(self, image: Any, *, keep_rows: int, class_id: int | None = None, **options: Any) -> Generation:
-        """Draws the rest of a picture of which the top is given; image and keep_rows as Dalle.complete."""
-        return self.generate(class_id, kept_codes=self.kept_codes(image, keep_rows), **options)
-
-
-def class_prefix(config: Stage2Config, labels: Any, rows: int) -> np.ndarray:
-    """Prefix ids int32[rows, 1] of the image-only model: labels int[rows], None for an unconditional one.
-
-    Raises UsageError for labels that the model does not know, or does not take.
-    """
-    classes = config.hparams.n_classes if config.use_cls_cond else None
-    if (labels is None) != (classes is None):
-        raise UsageError(
-            "this model is unconditional and takes no class"
-            if classes is None
-            else f"this model is class-conditional: name a class in [0, {classes})"
-        )
-    if labels is None:
-        return np.zeros((rows, 1), np.int32)
-    labels = np.asarray(labels)
-    if labels.ndim != 1:
-        raise UsageError(f"labels must be [B], not {list(labels.shape)}")
-    check_ids(labels, classes or 1, "classes")
-    return labels[:, None].astype(np.int32)
+    @takes_options(num_candidates=16)
+    def complete(
+        self, image: Any, *, keep_rows: int, class_id: int | None = None, **options: Unpack[SamplingKeywords]
+    ) -> Generation:
+        """Samples the rest of an image of which the top is given; image and keep_rows as Dalle.complete."""
+        return self.generate(class_id, **options | {"prompt_codes": self.prompt_codes(image, keep_rows)})
 
 
-def _check_prompts(prompt: str | Sequence[str], allow_empty: bool) -> list[str]:
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts:
-        raise UsageError("no prompt was given")
-    for text in prompts:
-        if isinstance(text, str) and not text.strip() and not allow_empty:
-            raise UsageError("the prompt is blank; pass allow_empty=True to draw without text")
-    return prompts
+def _is_small(config: Config) -> bool:
+    return count_parameters(config, "stage2") <= SMALL
 
 
-# The signature of generate is the one place of the defaults.
-_DEFAULTS: Any = Dalle.generate.__kwdefaults__
-
-
-def _with_defaults(options: dict[str, Any]) -> dict[str, Any]:
-    """All options of generate."""
-    if unknown := options.keys() - _DEFAULTS.keys():
-        raise TypeError(f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(_DEFAULTS)}")
-    return _DEFAULTS | options
+@partial(jax.jit, static_argnames="model")
+def _forward(model: Transformer, params: dict[str, Any], prefix_ids: jax.Array, codes: jax.Array) -> Any:
+    return model.apply({"params": params}, prefix_ids, codes)
 
 
 def _last(generations: Iterator[Generation]) -> Generation:

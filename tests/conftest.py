@@ -26,6 +26,7 @@ import jax
 import numpy as np
 import pytest
 from clip_oracle import random_model
+from golden_sets import GOLDEN_SETS
 
 from mindalle_jax import Dalle
 from mindalle_jax.config.file import dump_config, parse_config
@@ -37,8 +38,6 @@ from mindalle_jax.interop.torch_archive import write_torch_archive
 from mindalle_jax.storage.model_folder import STAGE_FILES
 from mindalle_jax.storage.weights import Stage, leaf_shapes, nest
 from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE
-
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 MERGES = ["c a", "ca t</w>", "t h", "th e</w>", "a n", "an d</w>", "d o", "do g</w>", "e r", "1 2</w>"]
 """Merges of the tiny vocabulary: cat, the, and, dog, and the ends of 12."""
@@ -95,12 +94,10 @@ def compilations() -> Iterator[list[float]]:
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    """Folder with arrays of the original implementation."""
-    if not GOLDEN.is_dir():
-        pytest.skip("reference arrays of the original implementation are not beside this checkout")
-    return GOLDEN
+@pytest.fixture(scope="session", params=GOLDEN_SETS)
+def golden(request: pytest.FixtureRequest) -> Path:
+    """Folder of each set of arrays of the original implementation."""
+    return GOLDEN_SETS[request.param]
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ differ because they add in another order: by 1e-6 in logits, 4e-6 in features, 1
 measured; the smallest slip tried, the tanh form of GELU, moves logits by 4e-4. Ids, codes and greedy samples are equal.
 """
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -16,8 +17,9 @@ import pytest
 
 from mindalle_jax import Dalle, ImageGPT
 from mindalle_jax.interop.mindalle import import_checkpoint
-from mindalle_jax.sampling.decode import Settings
 from mindalle_jax.sampling.filters import filter_logits
+from mindalle_jax.sampling.generate import request_rows
+from mindalle_jax.sampling.options import SamplingOptions
 
 CODES_TOLERANCE, PROBABILITY_TOLERANCE = 1e-4, 1e-6
 
@@ -139,10 +141,10 @@ def test_filtered_probabilities_are_the_originals(arrays, case):
     """Row 4 has ten-way ties. In cases 3 and 4 the original's unstable sort chose among them: compared sorted there."""
     top_k, top_p, temperature = arrays[f"flt_{case}_args"].tolist()
     logits, expected = arrays["flt_logits"], arrays[f"flt_{case}"].copy()
-    settings = Settings.make(
-        logits.shape[1], seed=0, temperature=temperature, top_k=int(top_k) or None, top_p=top_p or None
-    )
-    probs = np.array(jax.nn.softmax(filter_logits(jnp.asarray(logits), settings.traced(logits.shape[1]))))
+    options = SamplingOptions.of(temperature=temperature, top_k=int(top_k) or None, top_p=top_p or None)
+    options = dataclasses.replace(options, num_candidates=len(logits), prompts=("",)).check()
+    rows = request_rows(options, np.zeros((1, 1), np.int32), logits.shape[1], 1).rows
+    probs = np.array(jax.nn.softmax(filter_logits(jnp.asarray(logits), rows)))
     if case in (3, 4):
         probs[4].sort()
         expected[4].sort()

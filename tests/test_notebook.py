@@ -133,7 +133,7 @@ def test_errors_are_one_line(run):
     """And the pictures from before stay."""
     run("prompt.value, before = ' ', result" + PRESS)
     assert run("print(messages.value)") == (
-        '<div style="color: crimson">the prompt is blank; pass allow_empty=True to draw without text</div>'
+        '<div style="color: crimson">the prompt is blank; pass allow_empty=True to sample without text</div>'
     )
     assert run("print(result is before)") == "True"
 

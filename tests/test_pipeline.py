@@ -4,7 +4,10 @@ import contextlib
 import dataclasses
 import gc
 import json
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -13,9 +16,10 @@ import pytest
 from PIL import Image
 
 from mindalle_jax import Dalle, Generation, ImageGPT
+from mindalle_jax.config.file import dump_config, parse_config
 from mindalle_jax.errors import CheckpointError, ConfigError, OutputError, UsageError
 from mindalle_jax.interop.mindalle import import_checkpoint
-from mindalle_jax.storage.weights import MANIFEST, count_parameters
+from mindalle_jax.storage.weights import MANIFEST, count_parameters, fingerprint, leaf_shapes, nest, read_manifest
 
 BATCH = 4  # one compiled size; also the default for 3 or 4 candidates
 
@@ -579,3 +583,119 @@ def test_a_model_loads_without_a_warning(copied):
         Dalle.from_pretrained(copied)
     assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
     assert (copied / MANIFEST).is_file()
+
+
+# ---------------------------------------- models made in memory
+
+
+def in_memory(dalle: Dalle, *, stacked: bool = False, **settings) -> Dalle:
+    """The same model from its arrays, in either layout."""
+    stage2 = jax.tree.map(np.asarray, dalle._stage2)
+    if stacked:
+        layers = [stage2.pop(f"blocks_{i}") for i in range(dalle.config.stage2.hparams.n_layers)]
+        stage2["blocks"] = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+    params = {"stage1": jax.tree.map(np.asarray, dalle._codec.params), "stage2": stage2}
+    return Dalle(dalle.config, params, dalle.tokenizer, **{"mesh": dalle.mesh} | settings)
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["one by one", "stacked"])
+def test_a_model_from_arrays_is_the_model_from_the_folder(tiny_dalle, tiny_model_folder, stacked):
+    """Bit by bit, in either layout; its fingerprint is that of the folder."""
+    model = in_memory(tiny_dalle, stacked=stacked)
+    a, b = (dalle.generate("the cat", num_candidates=3, batch_size=BATCH) for dalle in (model, tiny_dalle))
+    np.testing.assert_array_equal(a.codes, b.codes)
+    np.testing.assert_array_equal(a.images, b.images)
+    assert model.folder is None and a.meta["model"] == "in memory"
+    assert a.meta["model_sha256"] == b.meta["model_sha256"] == fingerprint(read_manifest(tiny_model_folder)["tensors"])
+
+
+def test_quantizing_in_memory_is_quantizing_at_load(tiny_dalle, tiny_model_folder):
+    loaded = Dalle.from_pretrained(tiny_model_folder, quantize="weights", mesh=tiny_dalle.mesh)
+    made = in_memory(tiny_dalle, quantize="weights", stacked=True)
+    for a, b in zip(jax.tree.leaves(loaded._stage2), jax.tree.leaves(made._stage2), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_model_made_in_memory_is_saved(tiny_dalle, tmp_path):
+    """Its arrays, tokenizer and configuration: what is loaded again draws the same."""
+    in_memory(tiny_dalle).save_pretrained(tmp_path / "saved")
+    again = Dalle.from_pretrained(tmp_path / "saved", mesh=tiny_dalle.mesh)
+    expected = tiny_dalle.generate_codes("the cat", num_candidates=3, batch_size=BATCH)
+    np.testing.assert_array_equal(again.generate_codes("the cat", num_candidates=3, batch_size=BATCH), expected)
+    np.testing.assert_array_equal(again.tokenize("the cat and 12 dogs"), tiny_dalle.tokenize("the cat and 12 dogs"))
+    with pytest.raises(OutputError, match="exists already"):
+        in_memory(tiny_dalle).save_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"quantize": "weights"}], ids=str)
+def test_rounded_weights_are_not_saved(tiny_dalle, tmp_path, settings):
+    """Digits beyond would be gone without a word."""
+    with pytest.raises(UsageError, match="are rounded and are not saved; make the model with dtype='float32'"):
+        in_memory(tiny_dalle, **settings).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_arrays_that_do_not_fit_are_named(tiny_dalle):
+    """All of them at once."""
+    params = {"stage1": tiny_dalle._codec.params, "stage2": dict(tiny_dalle._stage2)}
+    del params["stage2"]["ln_f"]
+    params["stage2"]["head_img"] = {"weight": np.zeros((3, 3), np.float32)}
+    with pytest.raises(CheckpointError) as raised:
+        Dalle(tiny_dalle.config, params, tiny_dalle.tokenizer)
+    assert "head_img/weight is [3, 3], wanted [80, 32]" in str(raised.value)
+    assert "ln_f/scale is missing, wanted [32]" in str(raised.value)
+
+
+def test_an_array_that_changes_later_changes_no_model(tiny_dalle):
+    """On CPU a device array may share the memory of the NumPy array that it was made from."""
+    stage2 = jax.tree.map(np.array, tiny_dalle._stage2)
+    model = Dalle(tiny_dalle.config, {"stage1": tiny_dalle._codec.params, "stage2": stage2}, tiny_dalle.tokenizer,
+                  mesh=tiny_dalle.mesh)  # fmt: skip
+    jax.tree.map(lambda leaf: leaf.fill(np.nan), stage2)
+    expected = tiny_dalle.generate_codes("the cat", num_candidates=1, batch_size=BATCH)
+    np.testing.assert_array_equal(model.generate_codes("the cat", num_candidates=1, batch_size=BATCH), expected)
+
+
+def test_the_wrong_kind_of_model_is_told_in_memory(tiny_dalle, tiny_igpt_config):
+    params = {"stage1": tiny_dalle._codec.params, "stage2": tiny_dalle._stage2}
+    with pytest.raises(CheckpointError, match="a text-to-image model; make it with Dalle"):
+        ImageGPT(tiny_dalle.config, params)
+    with pytest.raises(CheckpointError, match="an image-only model; make it with ImageGPT"):
+        Dalle(tiny_igpt_config, params, tiny_dalle.tokenizer)
+
+
+LARGER = ["stage2.hparams.embed_dim=512", "stage2.hparams.n_layers=16"]  # 205 MB of float32
+
+MEMORY = """
+import re, sys
+from mindalle_jax import Dalle
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
+Dalle.from_pretrained("demo")
+before = peak()
+model = Dalle.from_pretrained(sys.argv[1])
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_loading_takes_the_memory_of_the_weights(tmp_path, tiny_dalle):
+    """In a process of its own: what is mapped from disk counts too, so twice the weights, and a layer besides."""
+    config = parse_config(dump_config(tiny_dalle.config), LARGER)
+    rng = np.random.default_rng(0)
+    stages = {}
+    for stage in ("stage1", "stage2"):
+        shapes = leaf_shapes(config, stage)
+        stages[stage] = nest({name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()})
+    made = Dalle(config, stages, tiny_dalle.tokenizer, mesh=tiny_dalle.mesh)
+    made.save_pretrained(tmp_path / "larger")
+    weights = sum(file.stat().st_size for file in (tmp_path / "larger").glob("*.safetensors"))
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "larger")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    grown = 1024 * int(done.stdout)
+    assert weights > 200e6
+    assert 0.9 * weights < grown < 2.3 * weights

@@ -1,7 +1,6 @@
 """Holds the torch oracle against arrays of the original implementation, so that comparing with it means something."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +9,6 @@ import yaml
 torch = pytest.importorskip("torch", reason="the oracle is torch, pinned for Python 3.11 only")
 
 import torch_oracle as oracle  # noqa: E402  (imports torch, so it comes after the skip)
-
-GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden"
-
-needs_golden = pytest.mark.skipif(
-    not GOLDEN.is_dir(), reason="reference arrays of the original implementation are not beside this checkout"
-)
 
 SMALL = oracle.TransformerConfig(
     embed_dim=32, n_layers=2, n_heads=4, ctx_len_txt=5, ctx_len_img=16, vocab_txt=60, vocab_img=40
@@ -32,9 +25,9 @@ SMALL_VQGAN = oracle.VQGANConfig(
 )
 
 
-def arrays(name):
-    """name.npz of the reference arrays as tensors, ids as int64."""
-    with np.load(GOLDEN / f"{name}.npz") as file:
+def read_arrays(path):
+    """The reference arrays of a file as tensors, ids as int64."""
+    with np.load(path) as file:
         tensors = {key: torch.from_numpy(file[key]) for key in file.files}
     return {key: value.long() if value.dtype == torch.int32 else value for key, value in tensors.items()}
 
@@ -60,75 +53,71 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def golden():
-    return arrays("golden")
+def arrays(golden):
+    return read_arrays(golden / "golden.npz")
 
 
 @pytest.fixture(scope="module")
-def golden_igpt():
-    return arrays("golden_igpt")
+def igpt_arrays(golden):
+    return read_arrays(golden / "golden_igpt.npz")
 
 
 @pytest.fixture(scope="module")
-def configs():
-    return oracle.configs_from_dict(yaml.safe_load((GOLDEN / "model/config.yaml").read_text()))
+def configs(golden):
+    return oracle.configs_from_dict(yaml.safe_load((golden / "model/config.yaml").read_text()))
 
 
 @pytest.fixture(scope="module")
-def transformer(configs):
-    return load(oracle.Transformer(configs[0]), GOLDEN / "model/stage2_last.ckpt")
+def transformer(golden, configs):
+    return load(oracle.Transformer(configs[0]), golden / "model/stage2_last.ckpt")
 
 
 @pytest.fixture(scope="module")
-def vqgan(configs):
-    return load(oracle.VQGAN(configs[1]), GOLDEN / "model/stage1_last.ckpt")
+def vqgan(golden, configs):
+    return load(oracle.VQGAN(configs[1]), golden / "model/stage1_last.ckpt")
 
 
-def image_transformer(kind):
-    cfg, _ = oracle.configs_from_dict(yaml.safe_load((GOLDEN / f"igpt_{kind}.yaml").read_text()))
-    return load(oracle.ImageTransformer(cfg), GOLDEN / f"igpt_{kind}_init.ckpt")
+def image_transformer(golden, kind):
+    cfg, _ = oracle.configs_from_dict(yaml.safe_load((golden / f"igpt_{kind}.yaml").read_text()))
+    return load(oracle.ImageTransformer(cfg), golden / f"igpt_{kind}_init.ckpt")
 
 
 # ---------------------------------------- text to image
 
 
-@needs_golden
 @torch.inference_mode()
-def test_logits_and_losses_are_the_originals(golden, transformer):
-    image_logits, text_logits = transformer(golden["s2_txt"], golden["s2_img"])
-    assert largest_difference(image_logits, golden["s2_logits_img"]) < 1e-4
-    assert largest_difference(text_logits, golden["s2_logits_txt"]) < 1e-4
-    total, image, text = oracle.losses(image_logits, golden["s2_img"], text_logits, golden["s2_txt"])
-    assert image.item() == pytest.approx(golden["s2_loss_img"].item(), abs=1e-4)
-    assert text.item() == pytest.approx(golden["s2_loss_txt"].item(), abs=1e-4)
+def test_logits_and_losses_are_the_originals(arrays, transformer):
+    image_logits, text_logits = transformer(arrays["s2_txt"], arrays["s2_img"])
+    assert largest_difference(image_logits, arrays["s2_logits_img"]) < 1e-4
+    assert largest_difference(text_logits, arrays["s2_logits_txt"]) < 1e-4
+    total, image, text = oracle.losses(image_logits, arrays["s2_img"], text_logits, arrays["s2_txt"])
+    assert image.item() == pytest.approx(arrays["s2_loss_img"].item(), abs=1e-4)
+    assert text.item() == pytest.approx(arrays["s2_loss_txt"].item(), abs=1e-4)
     assert total.item() == pytest.approx(image.item() + text.item() / 8, abs=1e-6)
 
 
-@needs_golden
 @pytest.mark.parametrize("decoder", [oracle.ConcatCacheDecoder, oracle.PreallocatedCacheDecoder])
-def test_cached_decoding_is_the_originals(golden, transformer, decoder):
-    decoder, expected = decoder(transformer), golden["s2_cached_logits"]  # expected [3, 24, 128]
-    logits = [decoder.prefill(golden["s2_txt"])]
-    logits += [decoder.step(golden["s2_img"][:, t]) for t in range(expected.shape[1] - 1)]
+def test_cached_decoding_is_the_originals(arrays, transformer, decoder):
+    decoder, expected = decoder(transformer), arrays["s2_cached_logits"]  # expected [3, 24, 128]
+    logits = [decoder.prefill(arrays["s2_txt"])]
+    logits += [decoder.step(arrays["s2_img"][:, t]) for t in range(expected.shape[1] - 1)]
     assert largest_difference(torch.stack(logits, dim=1), expected) < 1e-4
-    assert torch.equal(decoder.greedy(golden["s2_txt"]), golden["s2_greedy"])
+    assert torch.equal(decoder.greedy(arrays["s2_txt"]), arrays["s2_greedy"])
     with pytest.raises(ValueError, match="prefill"):
         for _ in range(2):  # greedy leaves the last position free
-            decoder.step(golden["s2_greedy"][:, -1])
+            decoder.step(arrays["s2_greedy"][:, -1])
 
 
-@needs_golden
-def test_greedy_without_a_cache_is_the_originals(golden, transformer):
-    codes = oracle.greedy(lambda codes: transformer(golden["s2_txt"], codes)[0], 3, 64)
-    assert torch.equal(codes, golden["s2_greedy"][:, :64])
+def test_greedy_without_a_cache_is_the_originals(arrays, transformer):
+    codes = oracle.greedy(lambda codes: transformer(arrays["s2_txt"], codes)[0], 3, 64)
+    assert torch.equal(codes, arrays["s2_greedy"][:, :64])
 
 
-@needs_golden
 @pytest.mark.parametrize("case", range(7))
-def test_filters_are_the_originals(golden, case):
-    top_k, top_p, temperature = golden[f"flt_{case}_args"].tolist()
-    probs = oracle.filter_probs(golden["flt_logits"], temperature, int(top_k) or None, top_p or None)
-    expected = golden[f"flt_{case}"]
+def test_filters_are_the_originals(arrays, case):
+    top_k, top_p, temperature = arrays[f"flt_{case}_args"].tolist()
+    probs = oracle.filter_probs(arrays["flt_logits"], temperature, int(top_k) or None, top_p or None)
+    expected = arrays[f"flt_{case}"]
     if case in (3, 4):  # the original's sort chose among the ten-way ties of row 4 by chance
         probs[4], expected = probs[4].sort().values, expected.clone()
         expected[4] = expected[4].sort().values
@@ -138,40 +127,37 @@ def test_filters_are_the_originals(golden, case):
 # ---------------------------------------- VQGAN
 
 
-@needs_golden
 @torch.inference_mode()
-def test_vqgan_is_the_originals(golden, vqgan):
-    features = vqgan.features(golden["vq_x"])
-    assert largest_difference(features, golden["vq_h"]) < 1e-4
-    assert torch.equal(vqgan.nearest(features), golden["vq_codes"])
-    assert torch.equal(vqgan.codes(golden["vq_x"]), golden["vq_codes"])
-    assert largest_difference(vqgan(golden["vq_x"]), golden["vq_rec"]) < 1e-4
-    assert largest_difference(vqgan.decode(golden["vq_dec_codes"]), golden["vq_dec"]) < 1e-4
-    assert largest_difference(vqgan.pixels(golden["vq_dec_codes"]), golden["pixels"]) < 1e-4
+def test_vqgan_is_the_originals(arrays, vqgan):
+    features = vqgan.features(arrays["vq_x"])
+    assert largest_difference(features, arrays["vq_h"]) < 1e-4
+    assert torch.equal(vqgan.nearest(features), arrays["vq_codes"])
+    assert torch.equal(vqgan.codes(arrays["vq_x"]), arrays["vq_codes"])
+    assert largest_difference(vqgan(arrays["vq_x"]), arrays["vq_rec"]) < 1e-4
+    assert largest_difference(vqgan.decode(arrays["vq_dec_codes"]), arrays["vq_dec"]) < 1e-4
+    assert largest_difference(vqgan.pixels(arrays["vq_dec_codes"]), arrays["pixels"]) < 1e-4
 
 
 # ---------------------------------------- image only
 
 
-@needs_golden
 @pytest.mark.parametrize("kind", ["cls", "uncond"])
 @torch.inference_mode()
-def test_image_only_model_is_the_originals(golden_igpt, vqgan, kind):
-    model, codes = image_transformer(kind), golden_igpt[f"{kind}_codes"]
-    assert torch.equal(vqgan.codes(golden_igpt[f"{kind}_x"]), codes)
-    logits = model(codes, golden_igpt.get(f"{kind}_labels"))
-    assert largest_difference(logits, golden_igpt[f"{kind}_logits"]) < 1e-4
+def test_image_only_model_is_the_originals(golden, igpt_arrays, vqgan, kind):
+    model, codes = image_transformer(golden, kind), igpt_arrays[f"{kind}_codes"]
+    assert torch.equal(vqgan.codes(igpt_arrays[f"{kind}_x"]), codes)
+    logits = model(codes, igpt_arrays.get(f"{kind}_labels"))
+    assert largest_difference(logits, igpt_arrays[f"{kind}_logits"]) < 1e-4
     labels = torch.full((2,), 3) if kind == "cls" else None
-    assert torch.equal(oracle.greedy(lambda codes: model(codes, labels), 2, 256), golden_igpt[f"{kind}_greedy"])
+    assert torch.equal(oracle.greedy(lambda codes: model(codes, labels), 2, 256), igpt_arrays[f"{kind}_greedy"])
 
 
-@needs_golden
 @pytest.mark.parametrize("kind", ["cls", "uncond"])
-def test_eight_training_steps_are_the_originals(golden_igpt, kind):
+def test_eight_training_steps_are_the_originals(golden, igpt_arrays, kind):
     """Two micro-batches averaged, clipped by global norm, AdamW, cosine stepped once an update."""
-    settings = yaml.safe_load((GOLDEN / f"igpt_{kind}.yaml").read_text())["optimizer"]
-    model, codes = image_transformer(kind).train(), golden_igpt[f"{kind}_codes"]
-    labels = golden_igpt.get(f"{kind}_labels", torch.zeros(4, dtype=torch.long))
+    settings = yaml.safe_load((golden / f"igpt_{kind}.yaml").read_text())["optimizer"]
+    model, codes = image_transformer(golden, kind).train(), igpt_arrays[f"{kind}_codes"]
+    labels = igpt_arrays.get(f"{kind}_labels", torch.zeros(4, dtype=torch.long))
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=settings["base_lr"],
@@ -190,12 +176,12 @@ def test_eight_training_steps_are_the_originals(golden_igpt, kind):
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         schedule.step()
-        assert loss == pytest.approx(golden_igpt[f"{kind}_train_loss"][step].item(), abs=1e-4)
-        assert norm.item() == pytest.approx(golden_igpt[f"{kind}_train_gnorm"][step].item(), abs=1e-4)
-        assert lr == pytest.approx(golden_igpt[f"{kind}_train_lr"][step].item(), rel=1e-9)
+        assert loss == pytest.approx(igpt_arrays[f"{kind}_train_loss"][step].item(), abs=1e-4)
+        assert norm.item() == pytest.approx(igpt_arrays[f"{kind}_train_gnorm"][step].item(), abs=1e-4)
+        assert lr == pytest.approx(igpt_arrays[f"{kind}_train_lr"][step].item(), rel=1e-9)
     sos = model.sos.weight if kind == "cls" else model.sos
-    assert largest_difference(sos, golden_igpt[f"{kind}_after_sos"]) < 1e-4
-    assert largest_difference(model.head.weight[0], golden_igpt[f"{kind}_after_head_row0"]) < 1e-4
+    assert largest_difference(sos, igpt_arrays[f"{kind}_after_sos"]) < 1e-4
+    assert largest_difference(model.head.weight[0], igpt_arrays[f"{kind}_after_head_row0"]) < 1e-4
 
 
 # ---------------------------------------- without the reference arrays

@@ -8,12 +8,13 @@ from mindalle_jax.storage.files import check_output
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `mindalle convert`, shared with `python -m convert.mindalle`."""
+    """The arguments of `mindalle convert`, shared with the scripts in convert/."""
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="a folder in the original's format, a transfer or VQGAN .ckpt, a converted folder, or a name "
-        "(minDALL-E/1.3B, or OWNER/NAME on the Hugging Face hub, is downloaded); with --to torch a converted folder",
+        help="a folder in the original's format, a transfer or VQGAN .ckpt, a converted folder, a CLIP model (a folder "
+        "of Hugging Face or a .pt of OpenAI), or a name (minDALL-E/1.3B, or OWNER/NAME on the Hugging Face hub, is "
+        "downloaded); with --to torch a converted folder",
     )
     parser.add_argument("target", metavar="DST", type=Path, help="the folder to make")
     parser.add_argument("--to", choices=["jax", "torch"], default="jax", help="the format to make")
@@ -24,54 +25,79 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.yaml, where it is not beside the weights")
     parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="of a CLIP model that has none, as OpenAI's .pt: a Hugging Face folder that has, or "
+        "bpe_simple_vocab_16e6.txt.gz",
+    )
+    parser.add_argument(
         "--adapters", type=Path, metavar="FILE", help="add adapters.safetensors of a run that began from SRC"
     )
     parser.add_argument(
         "--download-from", metavar="URL", help="another source of the same archive: a URL or a local file"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace DST, if it is a model folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace DST, if it is a folder of such a model")
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
-    """What `mindalle convert` does."""
-    from mindalle_jax.hub.download import RELEASES, fetch_release
-    from mindalle_jax.hub.huggingface import fetch_repo, is_repo_id
-    from mindalle_jax.hub.resolve import find_model
-    from mindalle_jax.interop.mindalle import export_checkpoint, import_checkpoint
-    from mindalle_jax.storage.adapters import load_adapters
-    from mindalle_jax.storage.model_folder import MODEL_FILES, MODEL_MARKS, copy_model
-    from mindalle_jax.storage.weights import MANIFEST
+    """Finds out what SRC is and calls the conversion that makes DST of it."""
+    from mindalle_jax.hub.resolve import find_source
+    from mindalle_jax.interop.clip import CLIP_MARKS, is_clip
+    from mindalle_jax.storage.model_folder import MODEL_MARKS
 
-    check_output(arguments.target, arguments.overwrite, MODEL_MARKS)  # before gigabytes are downloaded
-    source = arguments.source
+    # Before gigabytes are downloaded. Each conversion checks again for the marks of its own kind alone.
+    check_output(arguments.target, arguments.overwrite, (*MODEL_MARKS, *CLIP_MARKS))
     if arguments.dtype and arguments.to == "torch":
         raise UsageError("--dtype goes with --to jax; the original's format is float32")
     if arguments.adapters:
-        if arguments.to == "torch" or arguments.config or arguments.download_from:
-            raise UsageError("--adapters goes with --dtype and --overwrite alone; convert what it makes once more")
-        folder = find_model(source)  # as the run did
-        adapters = load_adapters(arguments.adapters, folder)
-        print(
-            copy_model(
-                folder, arguments.target, dtype=arguments.dtype, adapters=adapters, overwrite=arguments.overwrite
-            )
-        )
+        _add_adapters(arguments)
         return
-    if not (source in RELEASES or arguments.download_from or Path(source).exists()) and is_repo_id(source):
-        source = str(fetch_repo(source, MODEL_FILES))
+    source = find_source(arguments.source, arguments.download_from)
+    if is_clip(source):
+        _convert_clip(arguments, source)
+    else:
+        _convert_model(arguments, source)
+
+
+def _convert_model(arguments: argparse.Namespace, source: Path) -> None:
+    from mindalle_jax.interop.mindalle import export_checkpoint, import_checkpoint
+    from mindalle_jax.storage import weights
+    from mindalle_jax.storage.model_folder import copy_model
+
+    target, overwrite = arguments.target, arguments.overwrite
+    if arguments.tokenizer:
+        raise UsageError(f"--tokenizer goes with a CLIP model, and {source} is none; its tokenizer lies in tokenizer/")
     if arguments.to == "torch":
-        print(export_checkpoint(source, arguments.target, overwrite=arguments.overwrite))
-        return
-    if source in RELEASES and not Path(source).exists():
-        source = fetch_release(source, source=arguments.download_from)
-    elif arguments.download_from:
-        raise UsageError(f"--download-from goes with a name to download ({', '.join(RELEASES)}), not {source!r}")
-    if (Path(source) / MANIFEST).is_file():
+        print(export_checkpoint(source, target, overwrite=overwrite))
+    elif (source / weights.MANIFEST).is_file():
         if arguments.config:
             raise UsageError(f"--config goes with weights from PyTorch; {source} holds a config.yaml")
-        print(copy_model(source, arguments.target, dtype=arguments.dtype, overwrite=arguments.overwrite))
-        return
+        print(copy_model(source, target, dtype=arguments.dtype, overwrite=overwrite))
+    else:
+        dtype = arguments.dtype or "float32"
+        print(import_checkpoint(source, target, config=arguments.config, dtype=dtype, overwrite=overwrite))
+
+
+def _convert_clip(arguments: argparse.Namespace, source: Path) -> None:
+    from mindalle_jax.interop.clip import convert_clip
+
+    if arguments.to == "torch":
+        raise UsageError(f"{source} is a CLIP model, which is written in Hugging Face's format; leave out --to torch")
+    if arguments.config:
+        raise UsageError(f"--config goes with a model of minDALL-E; {source} is a CLIP model, with sizes of its own")
     dtype = arguments.dtype or "float32"
-    print(
-        import_checkpoint(source, arguments.target, config=arguments.config, dtype=dtype, overwrite=arguments.overwrite)
-    )
+    print(convert_clip(source, arguments.target, arguments.tokenizer, arguments.overwrite, dtype))
+
+
+def _add_adapters(arguments: argparse.Namespace) -> None:
+    from mindalle_jax.hub.resolve import find_model
+    from mindalle_jax.storage.adapters import load_adapters
+    from mindalle_jax.storage.model_folder import copy_model
+
+    if arguments.to == "torch" or arguments.config or arguments.download_from or arguments.tokenizer:
+        raise UsageError("--adapters goes with --dtype and --overwrite alone; convert what it makes once more")
+    folder = find_model(arguments.source)  # as the run did
+    adapters = load_adapters(arguments.adapters, folder)
+    target, overwrite = arguments.target, arguments.overwrite
+    print(copy_model(folder, target, dtype=arguments.dtype, adapters=adapters, overwrite=overwrite))

@@ -13,7 +13,7 @@ from mindalle_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-    """What the model was trained on."""
+    """The data set that the model was trained on."""
 
     dataset: str | None = None
     """Name of the training set; the transfer recipes say `imagenet`."""
@@ -23,7 +23,7 @@ class DatasetConfig:
     context_length: int = 64
     """Text positions N: prompts are padded and cut to it, in tokens."""
     image_resolution: int = 256
-    """Height and width of the pictures, in pixels."""
+    """Height and width of the images, in pixels."""
     bpe_pdrop: float | None = None
     """Read and ignored, as in the original."""
 
@@ -36,7 +36,7 @@ class Stage1Hparams:
     """True is a variational encoder, which this model is not; only False is accepted."""
     z_channels: int = 256
     resolution: int = 256
-    """Height and width of the pictures, in pixels."""
+    """Height and width of the images, in pixels."""
     in_channels: int = 3
     out_ch: int = 3
     ch: int = 128
@@ -44,8 +44,8 @@ class Stage1Hparams:
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2
     num_groups: int = 32
-    """Of the channels in each GroupNorm: 32 in the original, which has no such field. Narrow networks need fewer: a
-    channel that is a group by itself loses its mean, and with it the colours of the picture."""
+    """Groups of channels in each GroupNorm: 32 in the original, which has no such field. Narrow networks need fewer: a
+    channel that is a group by itself loses its mean, and with it the colors of the image."""
     attn_resolutions: tuple[int, ...] = (16,)
     """Attention follows every residual block of the levels that work at these resolutions, in pixels."""
     pdrop: float = 0.0
@@ -53,7 +53,7 @@ class Stage1Hparams:
 
 @dataclasses.dataclass(frozen=True)
 class Stage1Config:
-    """The picture tokenizer."""
+    """The image tokenizer."""
 
     type: Literal["vqgan"] = "vqgan"
     embed_dim: int = 256
@@ -64,7 +64,7 @@ class Stage1Config:
 
     @property
     def code_size(self) -> int:
-        """Height and width of the grid of codes of one picture: 16 for f16 at 256 pixels."""
+        """Height and width of the grid of codes of one image: 16 for f16 at 256 pixels."""
         return self.hparams.resolution // 2 ** (len(self.hparams.ch_mult) - 1)
 
 
@@ -78,7 +78,7 @@ class Stage2Hparams:
     n_dense_layers: int | None = None
     """Equal to n_layers (which it is when left out)."""
     ctx_len_img: int = 256
-    """Image positions T: codes a picture."""
+    """Image positions T: codes a image."""
     ctx_len_txt: int = 64
     """Text positions N; the image-only model ignores it."""
     embd_pdrop: float = 0.0
@@ -96,7 +96,7 @@ class Stage2Hparams:
 
 @dataclasses.dataclass(frozen=True)
 class Stage2Config:
-    """What draws the codes."""
+    """The transformer that samples the codes."""
 
     type: Literal["transformer1d", "igpt"] = "transformer1d"
     """transformer1d: text to image. igpt: image only, class-conditional or not."""
@@ -112,7 +112,7 @@ class OptimizerConfig:
 
     opt_type: Literal["adamW", "muon"] = "adamW"
     """muon: for the matrices between the first and the last layer, and AdamW for the rest. From nothing it learns far
-    more from each picture."""
+    more from each image."""
     base_lr: float = 1e-4
     weight_decay: float = 1e-4
     betas: tuple[float, ...] = (0.9, 0.99)

@@ -42,7 +42,7 @@ class Manifest:
     vqgan: str
     """vqgan_digest of the model."""
     data: str
-    """Fingerprint of the pictures' source."""
+    """Fingerprint of the images' source."""
     image_size: int
     codes: int
     """T"""
@@ -60,27 +60,27 @@ def vqgan_digest(model: Path) -> str:
 
 
 class Codec(Protocol):
-    """What encodes: pictures.PictureCodec."""
+    """The encoder of a VQGAN: sampling/codec.py has one."""
 
     size: int
-    """Height and width of the pictures, in pixels."""
+    """Height and width of the images, in pixels."""
     side: int
     """h and w."""
     vocab_size: int
 
     def encode(self, images: Any, *, batch_size: int) -> np.ndarray:
-        """Codes int32[n, h, w] of pictures uint8[n, size, size, 3]."""
+        """Codes int32[n, h, w] of images uint8[n, size, size, 3]."""
         ...
 
 
 def write_codes(
     source: Source, codec: Codec, out: Path, *, vqgan: str, batch_size: int, threads: int | None = None
 ) -> None:
-    """Writes the codes of every picture of a source, or goes on where an earlier call was interrupted.
+    """Writes the codes of every image of a source, or goes on where an earlier call was interrupted.
 
-    Pictures are cropped in the middle, so training on codes has no random crops. vqgan: vqgan_digest of the model.
-    batch_size, threads: as Loader. Damaged pictures are left out. Raises OutputError if `out` holds anything else than
-    the beginning of the same work, DataError if too many pictures are damaged.
+    Images are cropped in the middle, so training on codes has no random crops. vqgan: vqgan_digest of the model.
+    batch_size, threads: as Loader. Damaged images are left out. Raises OutputError if `out` holds anything else than
+    the beginning of the same work, DataError if too many images are damaged.
     """
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -123,14 +123,14 @@ def code_samples(folder: Path, vqgan: str | None) -> tuple[Iterator[Sample], lis
     if vqgan != manifest.vqgan:
         raise DataError(
             f"{folder}: codes of another VQGAN ({manifest.vqgan[:8]}) than that of the model ({vqgan[:8]}); "
-            "compute them again with scripts/prepare_codes.py --model"
+            "compute them again with mindalle prepare-codes --model"
         )
     num_shards = -(-manifest.samples // manifest.shard_samples)
     missing = [shard for shard in range(num_shards) if not (folder / f"{shard:05}.json").exists()]
     if missing:
         raise DataError(
-            f"{folder}: {len(missing)} of {num_shards} shards are not there; the same scripts/prepare_codes.py command "
-            "goes on where it was interrupted"
+            f"{folder}: {len(missing)} of {num_shards} shards are not there; the same mindalle prepare-codes command "
+            "resumes where it was interrupted"
         )
     samples = (sample for shard in range(num_shards) for sample in _read_shard(folder, shard, manifest))
     return samples, manifest.classes
@@ -179,7 +179,7 @@ def _read_shard(folder: Path, shard: int, manifest: Manifest) -> Iterator[Sample
         yield Sample(name, None, codes=row, captions=captions, label=label)
 
 
-_AGAIN = "remove its .json and run the same scripts/prepare_codes.py command again"
+_AGAIN = "remove its .json and run the same mindalle prepare-codes command again"
 
 
 @contextlib.contextmanager

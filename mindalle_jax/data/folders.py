@@ -1,4 +1,4 @@
-"""Samples of folders: captions or classes beside the pictures, a metadata file, or what `datasets` saved."""
+"""Samples of folders: captions or classes beside the images, a metadata file, or what `datasets` saved."""
 
 import csv
 import dataclasses
@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindalle_jax.data.images import EXTENSIONS
-from mindalle_jax.data.samples import MAX_TEXT_BYTES, Report, Sample, Stored, Task
+from mindalle_jax.data.samples import MAX_TEXT_BYTES, DatasetReport, DataTask, Sample, Stored
 from mindalle_jax.errors import DataError, one_line
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 OTHER_FORMATS = (".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg")
-"""Pictures that are not read, but whose owner would miss them."""
+"""Images that are not read, but whose owner would miss them."""
 
 
-def folder_samples(folder: Path, task: Task, report: Report) -> Iterator[Sample]:
-    """Every picture below a folder, with the lines of name.txt as captions for the task "text"."""
+def folder_samples(folder: Path, task: DataTask, report: DatasetReport) -> Iterator[Sample]:
+    """Every image below a folder, with the lines of name.txt as captions for the task "text"."""
     files = _walk(folder)
     texts = {name for name in files if name.endswith(".txt")}
     used = set()
@@ -54,8 +54,8 @@ def class_names(folder: Path, known: list[str] | None) -> list[str]:
     return known
 
 
-def class_samples(folder: Path, classes: list[str], report: Report) -> Iterator[Sample]:
-    """Every picture below a folder; its label is the position of the topmost subfolder in `classes`."""
+def class_samples(folder: Path, classes: list[str], report: DatasetReport) -> Iterator[Sample]:
+    """Every image below a folder; its label is the position of the topmost subfolder in `classes`."""
     labels = {name: label for label, name in enumerate(classes)}
     files = _walk(folder)
     for name in _pictures(files, report):
@@ -72,10 +72,10 @@ def find_metadata(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def metadata_samples(metadata: Path, report: Report) -> Iterator[Sample]:
-    """The pictures that a metadata file lists: file_name, text (in a .jsonl also a list of captions), label.
+def metadata_samples(metadata: Path, report: DatasetReport) -> Iterator[Sample]:
+    """The images that a metadata file lists: file_name, text (in a .jsonl also a list of captions), label.
 
-    A picture listed on several lines is one sample with all their captions.
+    A image listed on several lines is one sample with all their captions.
     """
     rows: dict[str, Sample] = {}
     for place, row in _rows(metadata, report):
@@ -102,13 +102,13 @@ def metadata_samples(metadata: Path, report: Report) -> Iterator[Sample]:
 
 
 class Row(NamedTuple):
-    """The picture of a row of a data set of the library `datasets`."""
+    """The image of a row of a data set of the library `datasets`."""
 
     dataset: Any
     number: int
 
     def read(self) -> bytes:
-        """The encoded picture. Raises OSError."""
+        """The encoded image. Raises OSError."""
         image = self.dataset[self.number]["image"]
         return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
@@ -144,7 +144,7 @@ def saved_samples(folder: Path) -> tuple[Iterator[Sample], list[str] | None]:
             text = None if texts is None else texts[number]
             captions = [text] if isinstance(text, str) else text or ()
             label = None if labels is None else labels[number]
-            # Sizes would mean to read the pictures; the library's own digest stands for them.
+            # Sizes would mean to read the images; the library's own digest stands for them.
             yield Sample(f"{dataset._fingerprint}/{number}", Row(images, number), captions=captions, label=label)
 
     return samples(), getattr(features.get("label"), "names", None)
@@ -174,8 +174,8 @@ def _walk(folder: Path) -> dict[str, int]:
     return files
 
 
-def _pictures(files: dict[str, int], report: Report) -> Iterator[str]:
-    """The names of pictures, sorted; those in other formats are counted."""
+def _pictures(files: dict[str, int], report: DatasetReport) -> Iterator[str]:
+    """The names of images, sorted; those in other formats are counted."""
     for name in sorted(files):
         extension = os.path.splitext(name)[1].lower()
         if extension in EXTENSIONS:
@@ -184,8 +184,8 @@ def _pictures(files: dict[str, int], report: Report) -> Iterator[str]:
             report.drop("in a format other than JPEG, PNG and WebP", name)
 
 
-def _read_captions(path: Path, report: Report, name: str) -> list[str] | None:
-    """The lines of a file; None, counted under the picture's name, if it is no text."""
+def _read_captions(path: Path, report: DatasetReport, name: str) -> list[str] | None:
+    """The lines of a file; None, counted under the image's name, if it is no text."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_TEXT_BYTES + 1)
@@ -198,7 +198,7 @@ def _read_captions(path: Path, report: Report, name: str) -> list[str] | None:
         return None
 
 
-def _rows(metadata: Path, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(metadata: Path, report: DatasetReport) -> Iterator[tuple[str, dict[str, Any]]]:
     """("line 3", fields) of each line of a metadata file. Raises DataError if the file is no such thing."""
     try:
         with open(metadata, encoding="utf-8-sig", newline="") as file:
@@ -225,8 +225,8 @@ def _rows(metadata: Path, report: Report) -> Iterator[tuple[str, dict[str, Any]]
         raise DataError(f"{metadata}: cannot be read: {one_line(error)}") from None
 
 
-def _find(folder: Path, name: str, report: Report) -> Stored | None:
-    """The picture of a line of a metadata file, not outside the folder; None, counted, if there is none."""
+def _find(folder: Path, name: str, report: DatasetReport) -> Stored | None:
+    """The image of a line of a metadata file, not outside the folder; None, counted, if there is none."""
     if os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
         report.drop("lines whose file_name leads out of the folder", name)
         return None

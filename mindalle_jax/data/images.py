@@ -14,9 +14,9 @@ from mindalle_jax.errors import DataError, one_line
 FORMATS = ("JPEG", "PNG", "WEBP")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 64 << 20
-"""Larger pictures are refused before they are decoded: 201 MB as RGB, one for each thread that reads."""
+"""Larger images are refused before they are decoded: 201 MB as RGB, one for each thread that reads."""
 MIN_SIDE = 8
-"""Pixels; what is smaller is a placeholder and no picture."""
+"""Pixels; what is smaller is a placeholder and no image."""
 MAX_ASPECT = 20
 """Long side over short side. A 10000 x 1 banner would become 2,560,000 x 256 pixels before it is cropped."""
 
@@ -31,15 +31,15 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what puts the picture upright."""
+"""EXIF orientation -> what puts the image upright."""
 
 
 class ImageError(DataError):
-    """A picture cannot be read. The message is the reason alone; who knows its name puts it in front."""
+    """A image cannot be read. The message is the reason alone; who knows its name puts it in front."""
 
 
 def decode_image(source: bytes | str | Path) -> Image.Image:
-    """The picture upright and in RGB, 8 bits a channel, from the bytes of a file or its path.
+    """The image upright and in RGB, 8 bits a channel, from the bytes of a file or its path.
 
     What is transparent is laid over white; 16 bits are scaled to 8; of an animation it is the first frame. Raises
     ImageError for other formats, for sizes outside MIN_SIDE, MAX_PIXELS and MAX_ASPECT (before decoding), and for files
@@ -67,7 +67,7 @@ def decode_image(source: bytes | str | Path) -> Image.Image:
 
 
 def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None) -> np.ndarray:
-    """uint8[size, size, 3] of an RGB picture: its short side scaled to `size`, and a square cut out of the long one.
+    """uint8[size, size, 3] of an RGB image: its short side scaled to `size`, and a square cut out of the long one.
 
     Scaled by bilinear interpolation, antialiased. The square lies anywhere with a generator (training), in the middle
     with None (validation). Both as torchvision's Resize with RandomCrop or CenterCrop do it.

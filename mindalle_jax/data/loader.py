@@ -19,7 +19,7 @@ from mindalle_jax.errors import CheckpointError, DataError, UsageError, one_line
 from mindalle_jax.text.tokenizer import TextTokenizer
 
 MAX_BAD_FRACTION = 0.05
-"""The run stops when more of the pictures tried than this cannot be read, taking the first 1,000 as a whole."""
+"""The run stops when more of the images tried than this cannot be read, taking the first 1,000 as a whole."""
 MIN_BAD_ALLOWED = 3
 MAX_THREADS = 16
 
@@ -36,7 +36,7 @@ class Loader:
         image   uint8[B, S, S, 3]   or codes int32[B, T], where the source holds codes
         text    int32[B, N]         task "text", with a tokenizer: one of the captions, in validation the first
         label   int32[B]            task "class"
-        valid   bool[B]             validation only: False for rows that fill the last batch, and for damaged pictures
+        valid   bool[B]             validation only: False for rows that fill the last batch, and for damaged images
     """
 
     def __init__(
@@ -89,11 +89,11 @@ class Loader:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """The next batch. Raises DataError when too many pictures cannot be read."""
+        """The next batch. Raises DataError when too many images cannot be read."""
         return next(self._batches)
 
     def get_state(self) -> dict[str, int]:
-        """What set_state needs to go on after the last batch given out, in any number of processes."""
+        """The state from which set_state resumes after the last batch given out, in any number of processes."""
         return {"next_index": self._batches.get_state()["global_next_index"]}
 
     def set_state(self, state: dict[str, int]) -> None:
@@ -146,7 +146,7 @@ class _Rows:
         return row if self.train else row | {"valid": np.bool_(valid)}
 
     def _find_image(self, number: int) -> tuple[int, Image.Image | None]:
-        """The first sample from `number` on whose picture can be read; in validation there is no other, but None."""
+        """The first sample from `number` on whose image can be read; in validation there is no other, but None."""
         for candidate in range(number, number + len(self.source)):
             candidate %= len(self.source)
             image = self._decode(candidate)
@@ -155,7 +155,7 @@ class _Rows:
         raise DataError(f"{self.source.path}: none of the {len(self.source)} pictures can be read")
 
     def _decode(self, number: int) -> Image.Image | None:
-        """The picture of a sample; None, counted, if it cannot be read. Raises DataError for too many of them."""
+        """The image of a sample; None, counted, if it cannot be read. Raises DataError for too many of them."""
         sample = self.source[number]
         assert sample.image is not None
         image, problem = None, ""

@@ -1,4 +1,4 @@
-"""What a data set is made of: samples that are reached by number, and what was left out. Nothing here reads pixels."""
+"""The samples of a data set, reached by number, and a report of those that were left out. Nothing here reads pixels."""
 
 import copy
 import dataclasses
@@ -13,15 +13,15 @@ import numpy as np
 from mindalle_jax.errors import DataError, UsageError
 from mindalle_jax.text.tokenizer import check_prompt
 
-Task = Literal["text", "class", "unconditional"]
-"""What a model is taught to draw from, and so what each sample must have: captions, a label, or neither."""
+DataTask = Literal["text", "class", "unconditional"]
+"""The condition of a model: each sample must have captions, a label, or neither."""
 TASKS = ("text", "class", "unconditional")
 MAX_TEXT_BYTES = 64 << 10
-"""Of a file with captions or a label; what is longer is something else."""
+"""Size limit of a file with captions or a label; a longer file is something else."""
 
 
 class Location(Protocol):
-    """Where the encoded picture of a sample is."""
+    """Where the encoded image of a sample is."""
 
     def read(self) -> bytes:
         """The bytes of the file. Raises OSError."""
@@ -29,7 +29,7 @@ class Location(Protocol):
 
 
 class Stored(NamedTuple):
-    """Part of a file: a whole picture, or a member of a tar."""
+    """Part of a file: a whole image, or a member of a tar."""
 
     file: str
     offset: int
@@ -45,7 +45,7 @@ class Stored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """One picture, encoded or as codes, and what is known of it."""
+    """One image, encoded or as codes, and what is known of it."""
 
     id: str
     """Stable and unique: the path below the data set."""
@@ -56,7 +56,7 @@ class Sample:
     label: int | None = None
 
 
-class Report:
+class DatasetReport:
     """How many samples there are, and what was left out while a data set was opened, and why."""
 
     def __init__(self) -> None:
@@ -83,19 +83,20 @@ class Source:
     def __init__(
         self,
         path: str,
-        task: Task,
+        task: DataTask,
         samples: Iterable[Sample],
-        report: Report,
+        report: DatasetReport,
         *,
         num_classes: int | None = None,
         classes: list[str] | None = None,
     ):
-        """Keeps the samples that have what the task needs, and counts the others in the report.
+        """Keeps the samples that have what the task needs, and counts the rest in the report.
 
         classes: names of the labels, where they have names. Raises DataError if nothing is left, or if labels are not
         in [0, num_classes).
         """
-        self.path, self.task, self.report, self.classes = path, task, report, classes
+        self.path, self.report, self.classes = path, report, classes
+        self.task: DataTask = task
         self.samples = [kept for sample in samples if (kept := _fit(sample, task, report)) is not None]
         self.report.kept = len(self.samples)
         if not self.samples:
@@ -122,13 +123,13 @@ class Source:
 
     @property
     def has_codes(self) -> bool:
-        """Whether the samples are codes, and not pictures."""
+        """Whether the samples are codes, and not images."""
         return self.samples[0].codes is not None
 
     def fingerprint(self) -> str:
         """Hexadecimal digest of task, ids, sizes, captions and labels, in order: another one means other data.
 
-        Reads no pictures, so one that changed and kept its size goes unseen.
+        Reads no images, so one that changed and kept its size goes unseen.
         """
         digest = hashlib.sha256(json.dumps([self.task, self.classes]).encode())
         for sample in self.samples:
@@ -137,7 +138,7 @@ class Source:
         return digest.hexdigest()
 
 
-def _fit(sample: Sample, task: Task, report: Report) -> Sample | None:
+def _fit(sample: Sample, task: DataTask, report: DatasetReport) -> Sample | None:
     """The sample without captions that cannot be used, or None, counted, if it lacks what the task needs."""
     try:
         sample.id.encode()

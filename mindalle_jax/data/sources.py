@@ -5,24 +5,24 @@ What a path holds is found out from its content, and serves these tasks:
     name.jpg (or .jpeg, .png, .webp) beside name.txt, one caption a line; in nested folders too    text
     metadata.jsonl or metadata.csv with file_name and text, label                                  text, class
     one folder a class                                                                             class
-    pictures alone, in nested folders too                                                          unconditional
+    images alone, in nested folders too                                                          unconditional
     tars as webdataset writes them: key.jpg with key.txt, key.json or key.cls                      text, class
-    codes that scripts/prepare_codes.py wrote; what `datasets` saved to disk                       text, class
+    codes that mindalle prepare-codes wrote; what `datasets` saved to disk                       text, class
 
-Each of them can be used for unconditional pictures too.
+Each of them can be used for unconditional images too.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from mindalle_jax.data import codes, folders, tars
-from mindalle_jax.data.samples import TASKS, Report, Sample, Source, Task
+from mindalle_jax.data.samples import TASKS, DatasetReport, DataTask, Sample, Source
 from mindalle_jax.errors import DataError, UsageError
 
 
 def open_source(
     path: str | Path,
-    task: Task,
+    task: DataTask,
     *,
     num_classes: int | None = None,
     classes: list[str] | None = None,
@@ -37,7 +37,7 @@ def open_source(
     """
     if task not in TASKS:
         raise UsageError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
-    report = Report()
+    report = DatasetReport()
     try:
         samples, names = _find_samples(str(path), task, classes, vqgan, report)
         if classes is not None and names is not None and names != classes:
@@ -48,7 +48,7 @@ def open_source(
 
 
 def _find_samples(
-    path: str, task: Task, classes: list[str] | None, vqgan: str | None, report: Report
+    path: str, task: DataTask, classes: list[str] | None, vqgan: str | None, report: DatasetReport
 ) -> tuple[Iterator[Sample], list[str] | None]:
     """The samples, and names of the classes where they have names; arguments as open_source."""
     folder = Path(path)

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mindalle_jax.data.images import EXTENSIONS
-from mindalle_jax.data.samples import MAX_TEXT_BYTES, Report, Sample, Stored
+from mindalle_jax.data.samples import MAX_TEXT_BYTES, DatasetReport, Sample, Stored
 from mindalle_jax.errors import DataError, one_line
 from mindalle_jax.storage.files import BoundedHeader
 
 CAPTION_KEYS = ("caption", "text")
-"""Of key.json; a text, or a list of texts."""
+"""Field of key.json with the caption: a text, or a list of texts."""
 
 
 def find_tars(name: str) -> list[str]:
@@ -39,8 +39,8 @@ def find_tars(name: str) -> list[str]:
     return sorted(set(itertools.chain(*found.values())))
 
 
-def tar_samples(files: list[str], report: Report) -> Iterator[Sample]:
-    """The samples of each tar, in the order of their pictures. Raises DataError for a damaged or compressed tar."""
+def tar_samples(files: list[str], report: DatasetReport) -> Iterator[Sample]:
+    """The samples of each tar, in the order of their images. Raises DataError for a damaged or compressed tar."""
     for file in files:
         short = Path(file).name
         for key, parts in _index(file, report).items():
@@ -56,7 +56,7 @@ def tar_samples(files: list[str], report: Report) -> Iterator[Sample]:
             yield Sample(f"{short}/{key}.{images[0]}", parts[images[0]], captions=captions, label=label)
 
 
-def _index(file: str, report: Report) -> dict[str, dict[str, Stored]]:
+def _index(file: str, report: DatasetReport) -> dict[str, dict[str, Stored]]:
     """key -> extension -> where, of the regular files of a tar; all else is counted and left alone."""
     index: dict[str, dict[str, Stored]] = {}
     short = Path(file).name

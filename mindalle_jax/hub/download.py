@@ -129,7 +129,7 @@ def download(url: str, path: Path, *, md5: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Entity:
-    """What a server said that it sends; tells whether a later answer continues the same file."""
+    """The file that a server said it sends; tells whether a later answer continues the same file."""
 
     url: str
     validator: str
@@ -288,7 +288,7 @@ def _connect(url: str, part: _Part) -> http.client.HTTPResponse:
 
 
 def _validator(response: http.client.HTTPResponse) -> str:
-    """What If-Range may carry: a strong ETag or a date."""
+    """The value that If-Range may carry: a strong ETag or a date."""
     etag = response.headers.get("ETag", "")
     return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
 

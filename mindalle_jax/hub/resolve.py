@@ -1,4 +1,7 @@
-"""From what a person calls a model, a path or a name, to the folder or file that holds it."""
+"""From what a person calls a model, a path or a name, to the folder or file that holds it.
+
+`find_model` and `find_clip` give what can be loaded, `find_source` what is to be converted.
+"""
 
 import hashlib
 import os
@@ -7,18 +10,18 @@ from pathlib import Path
 from mindalle_jax.errors import CheckpointError, DownloadError, OutputError, UsageError
 from mindalle_jax.hub.download import RELEASES, fetch_release
 from mindalle_jax.hub.huggingface import fetch_repo, is_repo_id
-from mindalle_jax.interop.clip import WEIGHT_FILES
+from mindalle_jax.interop.clip import WEIGHT_FILES, is_clip
 from mindalle_jax.interop.mindalle import import_checkpoint
 from mindalle_jax.runtime.cache import cache_dir
+from mindalle_jax.storage import weights
 from mindalle_jax.storage.files import DEMO, RANKER
 from mindalle_jax.storage.model_folder import MODEL_FILES
-from mindalle_jax.storage.weights import MANIFEST
 
 
 def find_model(
     path_or_name: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
 ) -> Path:
-    """The converted folder of a path, else of a known name, else of a repository of the Hugging Face hub.
+    """The converted folder of a model: of a path, else of a known name, else of a repository of the Hugging Face hub.
 
     Downloads, unless local_files_only, and converts, into the caches, as needed. revision: of the repository.
     Raises UsageError for the revision of something else; otherwise see Dalle.from_pretrained.
@@ -42,31 +45,17 @@ def find_model(
                 f"{name}: no such folder, and no known name ({', '.join([DEMO.name, *RELEASES])}) or OWNER/NAME of the "
                 "hub"
             )
-    if (path / MANIFEST).is_file():
+    if (path / weights.MANIFEST).is_file():
         return path
-    # A file may be a link, as in the cache of the hub: it is its own name that lies beside config.yaml.
-    source = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
-    folder = source if source.is_dir() else source.parent
-    files = [*(source.glob("*.*") if source.is_dir() else [source, *folder.glob("config.yaml")])]
-    files += folder.glob("tokenizer/*")
-    stamps = sorted(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
-    key = hashlib.sha256("\n".join([str(source), *stamps]).encode()).hexdigest()[:16]
-    target = cache_dir() / "converted" / f"{source.name}-{key}"
-    if not target.exists():
-        try:
-            import_checkpoint(source, target)
-        except OutputError:
-            if not (target / MANIFEST).is_file():  # it is there if another process was quicker
-                raise
-    return target
+    return _converted(path)
 
 
 def find_clip(
     path_or_name: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
 ) -> Path:
-    """The folder or file of a path, else for "demo" the ranker in the package, else of a repository of the Hugging Face
-    hub, of which one weights file is fetched.
+    """The folder or file of a CLIP model: of a path, else for "demo" the ranker in the package, else of the hub.
 
+    Of a repository of the hub one weights file is fetched, the first there is of WEIGHT_FILES.
     revision, local_files_only: as fetch_repo. Raises CheckpointError, DownloadError, or UsageError for the revision of
     a path.
     """
@@ -79,9 +68,45 @@ def find_clip(
         return DEMO / RANKER
     if not is_repo_id(name):
         raise CheckpointError(f"{name}: no such file or folder, and no OWNER/NAME of the hub")
-    for weights in WEIGHT_FILES:
-        wanted = ["config.json", "tokenizer.json", "vocab.json", "merges.txt", weights]
+    for file in WEIGHT_FILES:
+        wanted = ["config.json", "tokenizer.json", "vocab.json", "merges.txt", file]
         folder = fetch_repo(name, wanted, revision=revision, local_files_only=local_files_only)
-        if (folder / weights).is_file():
+        if (folder / file).is_file():
             break
     return folder  # read_clip says what is missing
+
+
+def find_source(path_or_name: str, download_from: str | None = None) -> Path:
+    """The folder or file to convert, in whatever format it is: of a path, a known name, or a repository of the hub.
+
+    download_from: another source of the archive of a known name. Raises DownloadError, or UsageError for download_from
+    with something else.
+    """
+    path = Path(path_or_name)
+    if path_or_name in RELEASES and not path.exists():
+        return fetch_release(path_or_name, source=download_from)
+    if download_from:
+        raise UsageError(f"--download-from goes with a name to download ({', '.join(RELEASES)}), not {path_or_name!r}")
+    if path.exists() or not is_repo_id(path_or_name):
+        return path  # who reads it says what is missing
+    folder = fetch_repo(path_or_name, [*MODEL_FILES, "config.json"])
+    return find_clip(path_or_name) if is_clip(folder) else folder
+
+
+def _converted(path: Path) -> Path:
+    """The folder in the cache with what `path` holds in the original's format, converted now if it is not there."""
+    # A file may be a link, as in the cache of the hub: it is its own name that lies beside config.yaml.
+    source = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+    folder = source if source.is_dir() else source.parent
+    files = [*(source.glob("*.*") if source.is_dir() else [source, *folder.glob("config.yaml")])]
+    files += folder.glob("tokenizer/*")
+    stamps = sorted(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+    key = hashlib.sha256("\n".join([str(source), *stamps]).encode()).hexdigest()[:16]
+    target = cache_dir() / "converted" / f"{source.name}-{key}"
+    if not target.exists():
+        try:
+            import_checkpoint(source, target)
+        except OutputError:
+            if not (target / weights.MANIFEST).is_file():  # it is there if another process was quicker
+                raise
+    return target

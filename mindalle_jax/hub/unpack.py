@@ -29,12 +29,12 @@ FILES = (
     "stage1_last.ckpt",
     "stage2_last.ckpt",
 )
-"""What an unpacked release holds: all of it, and nothing else."""
+"""The files of an unpacked release: all of them, and nothing else."""
 CHUNK_BYTES = 1 << 20
 MAX_UNPACKED_BYTES = 16 << 30
 MAX_MEMBERS = 64
 LARGER_CACHE = "set MINDALLE_CACHE to a folder on a larger disk"
-"""What to do when the cache is full."""
+"""Advice for a full cache."""
 
 
 def unpack(archive: Path, folder: Path, *, root: str) -> None:

@@ -1,1 +1,0 @@
-"""Other people's file formats, read and written without their libraries."""

@@ -143,7 +143,7 @@ def _match(module: str, rows: list[tuple[str, Any]]) -> Any:
 
 
 def _hint(found: Mapping[str, Any], expected: Mapping[str, Any], stage: Stage) -> str:
-    """What probably happened, where a file of another kind was given."""
+    """Guesses which mistake explains the keys of a file of another kind."""
     if not found:
         return " (the file holds no tensors)"
     for prefix in ("module.", "model.", "_orig_mod."):

@@ -24,21 +24,21 @@ from mindalle_jax.config.schema import Config, Stage1Hparams
 from mindalle_jax.errors import CheckpointError, ConfigError
 from mindalle_jax.interop.key_maps import Slot, check_keys, slots, to_float32
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
+from mindalle_jax.storage import weights
+from mindalle_jax.storage.card import write_license_and_card
 from mindalle_jax.storage.files import check_apart, check_free_disk, new_folder
 from mindalle_jax.storage.model_folder import (
     MODEL_MARKS,
     STAGE_FILES,
-    Report,
-    _copy_tokenizer,
-    _in_dtype,
-    _open_model,
-    _progress,
-    _verify,
-    _write_license_and_card,
+    ConversionReport,
+    copy_tokenizer,
+    in_dtype,
+    open_model,
+    verify_model,
+    weights_progress,
 )
 from mindalle_jax.storage.weights import (
     FORMAT_VERSION,
-    MANIFEST,
     DiskDType,
     Stage,
     count_parameters,
@@ -57,7 +57,7 @@ def import_checkpoint(
     config: str | Path | None = None,
     dtype: DiskDType = "float32",
     overwrite: bool = False,
-) -> Report:
+) -> ConversionReport:
     """Converts PyTorch weights into a model folder, shows progress, verifies what was written.
 
     source is one of
@@ -93,7 +93,7 @@ def import_checkpoint(
                 "tensors": {},
             }
             start = time.perf_counter()
-            with _progress(weight_bytes, "converting") as bar:
+            with weights_progress(weight_bytes, "converting") as bar:
                 for stage, tensors in stages.items():
                     manifest["tensors"][stage] = write_weights(
                         folder / f"{stage}.safetensors",
@@ -104,21 +104,21 @@ def import_checkpoint(
             write_s = time.perf_counter() - start
             (folder / "config.yaml").write_text(dump_config(parsed), encoding="utf-8")
             if "stage2" in stages and not parsed.image_only:
-                _copy_tokenizer(_tokenizer_folder(source), folder / "tokenizer")
-            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            _write_license_and_card(source, folder, parsed, parameters, "stage2" in stages)
-            verify_s = _verify(folder, manifest, weight_bytes)
+                copy_tokenizer(_tokenizer_folder(source), folder / "tokenizer")
+            (folder / weights.MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            write_license_and_card(source, folder, parsed, parameters, "stage2" in stages)
+            verify_s = verify_model(folder, manifest, weight_bytes)
     tensors_written = sum(len(table) for table in wanted.values())
-    return Report(target, tensors_written, parameters, weight_bytes, write_s, verify_s)
+    return ConversionReport(target, tensors_written, parameters, weight_bytes, write_s, verify_s)
 
 
-def export_checkpoint(source: str | Path, target: str | Path, *, overwrite: bool = False) -> Report:
+def export_checkpoint(source: str | Path, target: str | Path, *, overwrite: bool = False) -> ConversionReport:
     """Writes a model folder in the original's format, float32, for `torch.load`; the inverse of import_checkpoint.
 
     Raises CheckpointError, ConfigError or OutputError; nothing half-written is left behind.
     """
     source, target = Path(source), Path(target)
-    _, config, tensors = _open_model(source)
+    _, config, tensors = open_model(source)
     if config.stage1.hparams.num_groups != Stage1Hparams.num_groups:
         raise ConfigError(
             f"{source}: GroupNorm of {config.stage1.hparams.num_groups} groups; the original's has "
@@ -130,7 +130,7 @@ def export_checkpoint(source: str | Path, target: str | Path, *, overwrite: bool
     tensors_written = 0
     with new_folder(target, overwrite, MODEL_MARKS) as folder:
         start = time.perf_counter()
-        with _progress(4 * parameters, "exporting") as bar:
+        with weights_progress(4 * parameters, "exporting") as bar:
             for stage in tensors:
                 table = slots(config, stage)
                 tensors_written += len(table)
@@ -140,17 +140,17 @@ def export_checkpoint(source: str | Path, target: str | Path, *, overwrite: bool
         write_s = time.perf_counter() - start
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         if (source / "tokenizer").is_dir():
-            _copy_tokenizer(source / "tokenizer", folder / "tokenizer")
+            copy_tokenizer(source / "tokenizer", folder / "tokenizer")
         if (source / "LICENSE").is_file():
             shutil.copyfile(source / "LICENSE", folder / "LICENSE")
         start = time.perf_counter()
-        with _progress(4 * parameters, "verifying") as bar:
+        with weights_progress(4 * parameters, "verifying") as bar:
             for stage in tensors:
                 with TorchArchive(folder / STAGE_FILES[stage]) as archive:
                     for ref in archive.state_dict().values():
                         bar.update(archive.read(ref).nbytes)  # reading checks the CRC-32 of each record
         verify_s = time.perf_counter() - start
-    return Report(target, tensors_written, parameters, 4 * parameters, write_s, verify_s)
+    return ConversionReport(target, tensors_written, parameters, 4 * parameters, write_s, verify_s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +235,7 @@ def _import_chunks(tensors: _Tensors, table: list[Slot], dtype: str, bar: tqdm) 
             key = tensors.refs[slot.torch_key][0]
             array = to_float32(array, tensors.file, key)
             if dtype != "float32":
-                array = _in_dtype(array, dtype, f"{tensors.file}: {key}")
+                array = in_dtype(array, dtype, f"{tensors.file}: {key}")
             bar.update(array.nbytes)
             yield slot.path, slot.from_torch(array)
 

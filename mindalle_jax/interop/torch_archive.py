@@ -4,56 +4,46 @@
         for key, ref in archive.state_dict().items():
             weights = archive.read(ref)  # numpy, bit-exact, one tensor in memory at a time
 
-A torch file is a pickle that describes tensors, plus their bytes as data records. Two layouts exist. The zip layout
-(torch >= 1.6) has a member `<root>/data.pkl` and one uncompressed member `<root>/data/<key>` per record; an archive of
-TorchScript is one of these, with source text beside that is never looked at. The legacy layout is five pickles followed
-by the records. One parser (torch_pickle.py) decides what a file means and is also the one that reads it: there is no
-separate scan that a file could be written to mislead.
+A torch file is a pickle that describes tensors, plus their bytes as data records. Two layouts exist, and
+torch_containers.py reads both. The zip layout (torch >= 1.6) has a member `<root>/data.pkl` and one uncompressed member
+`<root>/data/<key>` per record; an archive of TorchScript is one of these, with source text beside that is never looked
+at. The legacy layout is five pickles followed by the records. One parser (torch_pickle.py) decides what a file means
+and is also the one that reads it: there is no separate scan that a file could be written to mislead.
 
 Zip members carry a CRC, so a flipped bit is refused. Legacy files and those saved under
 `torch.serialization.set_crc32_options(False)` have none: damage to the numbers in those goes unseen.
 """
 
-import io
 import math
 import os
-import re
-import stat
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from mindalle_jax.errors import CheckpointError, MindalleError, OutputError
-from mindalle_jax.interop.torch_pickle import (
-    MAX_KEY_LENGTH,
-    MAX_PICKLE_BYTES,
-    STORAGE_DTYPES,
-    PlainPickle,
-    ScriptModule,
-    StorageRef,
-    TensorRef,
-    decode_pickle,
-    describe,
+from mindalle_jax.interop.torch_containers import (
+    LOCAL_HEADER,
+    DamagedError,
+    LegacyContainer,
+    ZipContainer,
+    open_regular_file,
+    read_into,
+    what_it_is_instead,
 )
+from mindalle_jax.interop.torch_pickle import MAX_KEY_LENGTH
+from mindalle_jax.interop.torch_records import STORAGE_DTYPES, ScriptModule, TensorRef, describe
 from mindalle_jax.storage.files import SYNC_BYTES, to_disk
 
-MAX_MEMBERS = 200_000  # of a zip
 MAX_NESTING = 64  # of a state dict
 MAX_ENTRIES = 200_000  # of a state dict, so that dicts which share members cannot multiply
 # A tensor may be larger than its bytes in the file (stride 0 repeats them), but not so that a small file fills memory.
 MAX_EXPANSION = 4
 MIN_EXPANDED_BYTES = 1 << 20
 
-_READ_BYTES = 1 << 20  # fits the CPU cache, so the CRC pass does not go back to memory
 _ALIGNMENT = 64  # of data records, as torch does, for its mmap=True
-_LOCAL_HEADER = struct.Struct("<4s2xHH16xHH")  # of a zip member: signature, flags, method, length of name, of padding
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LEGACY_PROTOCOL = 1001
 
 
 class TorchArchive:
@@ -66,7 +56,7 @@ class TorchArchive:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = os.fspath(path)
-        self._file = _open_regular_file(self.path)
+        self._file = open_regular_file(self.path)
         # The bytes of the storage that was read last, while other tensors may still want them.
         self._shared_key: str | None = None
         self._shared_bytes: np.ndarray | None = None
@@ -74,11 +64,11 @@ class TorchArchive:
             self._size = os.fstat(self._file.fileno()).st_size
             head = self._file.read(512)
             if head.startswith(b"PK\x03\x04"):
-                self._container = _ZipContainer(self._file, self.path, self._size)
+                self._container = ZipContainer(self._file, self.path, self._size)
             elif head.startswith(b"\x80"):
-                self._container = _LegacyContainer(self._file, self.path, self._size)
+                self._container = LegacyContainer(self._file, self.path, self._size)
             else:
-                raise CheckpointError(f"{self.path}: {_what_it_is_instead(head)}")
+                raise CheckpointError(f"{self.path}: {what_it_is_instead(head)}")
         except OSError as error:
             self._file.close()
             raise CheckpointError(f"{self.path}: {error.strerror or error}") from None
@@ -144,7 +134,7 @@ class TorchArchive:
             raise CheckpointError(f"{self.path}: a tensor of {nbytes} bytes in a file of {self._size}")
         try:
             return self._read(ref)
-        except (OSError, _DamagedError) as error:
+        except (OSError, DamagedError) as error:
             raise CheckpointError(f"{self.path}: storage {ref.storage.key}: {error}") from None
 
     def _read(self, ref: TensorRef) -> np.ndarray:
@@ -155,12 +145,12 @@ class TorchArchive:
         is_shared = self._container.pickle.tensors_per_storage[key] > 1
         if not is_shared and _is_whole(ref):
             out = np.empty(ref.shape, ref.dtype)
-            _read_into(self._file, extent, _as_bytes(out))
+            read_into(self._file, extent, _as_bytes(out))
             return out
         record = self._shared_bytes
         if record is None:
             record = np.empty(extent.nbytes, np.uint8)
-            _read_into(self._file, extent, record)
+            read_into(self._file, extent, record)
             if is_shared:
                 self._shared_key, self._shared_bytes = key, record
         return _cut(record, ref)
@@ -195,187 +185,6 @@ def _cut(record: np.ndarray, ref: TensorRef) -> np.ndarray:
     strides = tuple(stride * itemsize if size > 1 else 0 for size, stride in zip(ref.shape, ref.strides, strict=True))
     start = ref.storage.start + ref.offset * itemsize
     return np.array(np.ndarray(ref.shape, ref.dtype, record.data, start, strides), order="C")
-
-
-# Files
-
-
-class _DamagedError(Exception):
-    """Bytes that are not what the file says about them. The caller adds which file and which part."""
-
-
-@dataclass(frozen=True)
-class _Extent:
-    offset: int
-    nbytes: int
-    crc: int | None  # None where the file has no CRCs
-
-
-def _open_regular_file(path: str) -> BinaryIO:
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
-            raise CheckpointError(f"{path}: not a regular file")
-        return open(path, "rb")
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
-
-
-def _what_it_is_instead(head: bytes) -> str:
-    if not head:
-        return "is empty"
-    if head.startswith(b"version https://git-lfs"):
-        return "is a git-lfs pointer, not the file itself: run `git lfs pull`"
-    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml)", head, re.IGNORECASE):
-        return "looks like a web page, not a checkpoint: the download did not give the file"
-    if head[8:9] == b"{":
-        return "looks like a safetensors file, not a torch checkpoint"
-    return f"is not a torch checkpoint (it starts with {head[:8]!r})"
-
-
-def _read_exactly(file: BinaryIO, offset: int, nbytes: int) -> bytes:
-    file.seek(offset)
-    data = file.read(nbytes)
-    if len(data) != nbytes:
-        raise _DamagedError("truncated")
-    return data
-
-
-def _read_into(file: BinaryIO, extent: _Extent, out: np.ndarray) -> None:
-    """Fills `out`, uint8[extent.nbytes], straight from the file (zipfile would copy it twice, in small pieces)."""
-    file.seek(extent.offset)
-    memory, crc = out.data, 0
-    for start in range(0, extent.nbytes, _READ_BYTES):
-        piece = memory[start : start + _READ_BYTES]
-        if file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
-            raise _DamagedError("truncated")
-        if extent.crc is not None:
-            crc = zlib.crc32(piece, crc)
-    if extent.crc is not None and crc != extent.crc:
-        raise _DamagedError("damaged: its CRC does not match")
-
-
-class _ZipContainer:
-    """The zip layout. Only stored members are read, so none can be larger than the file."""
-
-    def __init__(self, file: BinaryIO, path: str, size: int):
-        self._file, self._path = file, path
-        self._members = self._read_directory(size)
-        # Without CRCs torch writes 0 for every member. One bit cannot turn a normal file into that.
-        self._has_crcs = any(member.CRC for member in self._members.values())
-        pickles = [name for name in self._members if re.fullmatch(r"[^/]+/data\.pkl", name)]
-        if len(pickles) != 1:
-            self._fail(f"{len(pickles)} members named data.pkl instead of one: not a file of torch.save")
-        self._root = pickles[0].removesuffix("data.pkl")
-        if self._root + "byteorder" in self._members and self._read_small("byteorder") != b"little":
-            self._fail("was written on a big-endian machine, which is not supported")
-        self.pickle: PlainPickle = decode_pickle(io.BytesIO(self._read_small("data.pkl")), f"{path}: data.pkl")
-
-    def _fail(self, reason: str) -> NoReturn:
-        raise CheckpointError(f"{self._path}: {reason}")
-
-    def _read_directory(self, size: int) -> dict[str, zipfile.ZipInfo]:
-        try:
-            with zipfile.ZipFile(self._file) as archive:
-                infos = archive.infolist()
-        except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError, OverflowError) as error:
-            self._fail(f"truncated or damaged: {error}")
-        if len(infos) > MAX_MEMBERS:
-            self._fail(f"{len(infos)} zip members")
-        members = {}
-        for info in infos:
-            if re.match(r"[^/]+/code/", info.filename):  # of TorchScript, often compressed: not there for us
-                continue
-            if info.filename in members:
-                self._fail(f"zip member {info.filename[:100]!r} appears twice")
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-                self._fail(f"zip member {info.filename[:100]!r} is compressed, which torch never does")
-            if info.flag_bits & 1:
-                self._fail(f"zip member {info.filename[:100]!r} is encrypted")
-            if not 0 <= info.header_offset <= size - info.file_size:  # also offsets too large for a seek
-                self._fail(f"truncated or damaged: zip member {info.filename[:100]!r} is outside of the file")
-            members[info.filename] = info
-        if sum(info.file_size for info in members.values()) > size:
-            self._fail("truncated or damaged: its members are larger than the file")
-        return members
-
-    def _extent(self, info: zipfile.ZipInfo) -> _Extent:
-        """Where the data of a member is: behind its local header, which repeats its name and has a padding field."""
-        header = _read_exactly(self._file, info.header_offset, _LOCAL_HEADER.size)
-        signature, flags, method, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
-        name = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
-        if signature != b"PK\x03\x04" or flags & 1 or method != zipfile.ZIP_STORED or name_bytes != len(name):
-            raise _DamagedError("damaged: its zip header does not match the directory")
-        if _read_exactly(self._file, info.header_offset + len(header), name_bytes) != name:
-            raise _DamagedError("damaged: its zip header has another name than the directory")
-        offset = info.header_offset + len(header) + name_bytes + extra_bytes
-        return _Extent(offset, info.file_size, info.CRC if self._has_crcs else None)
-
-    def _read_small(self, name: str) -> bytes:
-        info = self._members[self._root + name]
-        if info.file_size > MAX_PICKLE_BYTES:
-            self._fail(f"{name} of {info.file_size} bytes")
-        out = np.empty(info.file_size, np.uint8)
-        try:
-            _read_into(self._file, self._extent(info), out)
-        except _DamagedError as error:
-            self._fail(f"{name}: {error}")
-        return out.tobytes()
-
-    def locate(self, storage: StorageRef) -> _Extent:
-        info = self._members.get(f"{self._root}data/{storage.key}")
-        if info is None:
-            raise _DamagedError("missing from the file")
-        if info.file_size != storage.record_bytes:
-            raise _DamagedError(f"has {info.file_size} bytes, the pickle says {storage.record_bytes}")
-        return self._extent(info)
-
-
-class _LegacyContainer:
-    """The layout before torch 1.6: pickles (magic, protocol, system, tree, keys), then per key length and data."""
-
-    def __init__(self, file: BinaryIO, path: str, size: int):
-        self._file, self._path = file, path
-        file.seek(0)
-        if decode_pickle(file, path).tree != _LEGACY_MAGIC:
-            self._fail("is a bare pickle, not a file of torch.save")
-        protocol = decode_pickle(file, path).tree
-        if protocol != _LEGACY_PROTOCOL:
-            self._fail(f"legacy protocol {describe(protocol)}, only {_LEGACY_PROTOCOL} is known")
-        system = decode_pickle(file, path).tree
-        if type(system) is not dict or system.get("little_endian") is not True:
-            self._fail("was written on a big-endian machine, which is not supported")
-        self.pickle: PlainPickle = decode_pickle(file, path)
-        keys = decode_pickle(file, path).tree
-        if type(keys) is not list or not all(type(key) is str for key in keys) or len(set(keys)) != len(keys):
-            self._fail("its list of storages is damaged")
-        self._extents = self._find_records(keys, size)
-
-    def _fail(self, reason: str) -> NoReturn:
-        raise CheckpointError(f"{self._path}: {reason}")
-
-    def _find_records(self, keys: list[str], size: int) -> dict[str, _Extent]:
-        extents = {}
-        position = self._file.tell()
-        for key in keys:
-            storage = self.pickle.storages.get(key)
-            if storage is None:
-                self._fail(f"storage {key[:80]!r} belongs to nothing in the pickle")
-            try:
-                (numel,) = struct.unpack("<q", _read_exactly(self._file, position, 8))
-            except _DamagedError:
-                self._fail(f"truncated before storage {key}")
-            if numel * storage.dtype.itemsize != storage.record_bytes:
-                self._fail(f"storage {key} has {numel} elements, the pickle says {storage.record_bytes} bytes")
-            extents[key] = _Extent(position + 8, storage.record_bytes, crc=None)
-            position += 8 + storage.record_bytes
-            if position > size:
-                self._fail(f"truncated in storage {key}")
-        return extents
-
-    def locate(self, storage: StorageRef) -> _Extent:
-        if storage.key not in self._extents:
-            raise _DamagedError("missing from the file")
-        return self._extents[storage.key]
 
 
 # Writing
@@ -432,7 +241,7 @@ def _add_member(archive: zipfile.ZipFile, file: BinaryIO, name: str, data: bytes
     info.file_size = memoryview(data).nbytes
     is_zip64 = info.file_size > zipfile.ZIP64_LIMIT // 2  # zipfile would do so by itself from about 0.95 of the limit
     zip64_field_bytes = 20 if is_zip64 else 0
-    header_bytes = _LOCAL_HEADER.size + len(info.filename) + 4 + zip64_field_bytes
+    header_bytes = LOCAL_HEADER.size + len(info.filename) + 4 + zip64_field_bytes
     padding = -(file.tell() + header_bytes) % _ALIGNMENT
     info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
     with archive.open(info, "w", force_zip64=is_zip64) as member:

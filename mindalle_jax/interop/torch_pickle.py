@@ -8,20 +8,29 @@ classes around the weights are ignored, and code hidden in the file is a name th
 TorchScript, whose classes are source text in the same file that nobody reads, are their attributes: `ScriptModule`.
 
 What a record claims is checked when it is built: a TensorRef that exists lies inside its StorageRef. Whether the
-StorageRef agrees with the file is checked by torch_archive.py, which knows the file.
+StorageRef agrees with the file is checked by torch_containers.py, which knows the file. The records themselves and the
+dtypes are in torch_records.py.
 """
 
 import pickletools
 import re
 import struct
-from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NoReturn
 
-import ml_dtypes
 import numpy as np
 
 from mindalle_jax.errors import CheckpointError
+from mindalle_jax.interop.torch_records import (
+    NEWER_DTYPES,
+    STORAGE_DTYPES,
+    Global,
+    Opaque,
+    PlainPickle,
+    ScriptModule,
+    StorageRef,
+    TensorRef,
+    describe,
+)
 
 # Far above what real files need (minDALL-E with optimizer state: under 1 MiB, 70k opcodes), far below what hurts.
 MAX_PICKLE_BYTES = 64 << 20
@@ -31,103 +40,6 @@ MAX_INT_BITS = 128  # the legacy magic number has 77
 # Texts and tuples that a pickle can use many times, at two bytes a time, while we copy, hash or compare them each time.
 MAX_NAME_LENGTH = 500  # of a module or a class
 MAX_KEY_LENGTH = 1000  # of text in a dict
-
-# Storage classes of torch.save. numpy has no quantized or 32-bit complex type; those are refused by name.
-STORAGE_DTYPES = {
-    "DoubleStorage": np.dtype("<f8"),
-    "FloatStorage": np.dtype("<f4"),
-    "HalfStorage": np.dtype("<f2"),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype("<i8"),
-    "IntStorage": np.dtype("<i4"),
-    "ShortStorage": np.dtype("<i2"),
-    "CharStorage": np.dtype("i1"),
-    "ByteStorage": np.dtype("u1"),
-    "BoolStorage": np.dtype("?"),
-    "ComplexFloatStorage": np.dtype("<c8"),
-    "ComplexDoubleStorage": np.dtype("<c16"),
-    "UntypedStorage": np.dtype("u1"),
-}
-# Types younger than the storage classes: saved as bytes, with the type among the arguments of _rebuild_tensor_v3.
-NEWER_DTYPES = {
-    "torch.uint16": np.dtype("<u2"),
-    "torch.uint32": np.dtype("<u4"),
-    "torch.uint64": np.dtype("<u8"),
-    "torch.float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "torch.float8_e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
-    "torch.float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-    "torch.float8_e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
-    "torch.float8_e8m0fnu": np.dtype(ml_dtypes.float8_e8m0fnu),
-}
-
-
-@dataclass(frozen=True)
-class Global:
-    """A name in the file, such as `torch.FloatStorage`. Only ever compared with names we know."""
-
-    path: str
-
-
-@dataclass(frozen=True)
-class Opaque:
-    """What calling or instantiating an unknown Global would have given. Holds nothing but that name."""
-
-    path: str
-
-
-@dataclass(eq=False)  # it may hold itself, and a comparison would not end
-class ScriptModule:
-    """An object of TorchScript: the attributes that the file gives it, parameters and inner modules among others."""
-
-    attributes: dict[Any, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class StorageRef:
-    """The bytes [start, stop) of the data record `key`, which must be `record_bytes` long.
-
-    The range is the whole record except in files of torch < 0.4, which could save a view of a storage as a storage.
-    """
-
-    key: str
-    dtype: np.dtype
-    record_bytes: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class TensorRef:
-    """A tensor in the file: `offset` and `strides` count elements of `dtype`, from the start of the storage."""
-
-    storage: StorageRef
-    dtype: np.dtype
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-@dataclass
-class PlainPickle:
-    """The decoded tree, every storage it named by key, and how many tensors were cut from each."""
-
-    tree: Any = None
-    storages: dict[str, StorageRef] = field(default_factory=dict)
-    tensors_per_storage: Counter[str] = field(default_factory=Counter)
-
-
-def describe(value: Any) -> str:
-    """A short text for error messages, one line.
-
-    Containers give only their type: the repr of tuples that share members, ten times each, has no useful end.
-    """
-    if isinstance(value, str | bytes):
-        return repr(value[:60])
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, Global | Opaque):
-        return f"the Python object {value.path[:80]!r}"
-    return f"a {type(value).__name__}"
 
 
 def decode_pickle(stream: BinaryIO, where: str) -> PlainPickle:

@@ -1,11 +1,10 @@
 """Attention of one decoding step: the seam that faster kernels go behind.
 
-Dimensions: b batch (candidates of one prompt), w positions fed at once, h heads, k head width, p prefix length,
-t image positions.
+Dimensions: b batch of rows, w positions fed at once, h heads, k head width, p prefix length, t image positions.
 
-All candidates of a prompt share the keys and values of its prefix, which are stored once, without a batch axis; each
-candidate has its own for the picture drawn so far. The backends in PRIVATE_PREFIX have a copy of the prefix for each
-candidate instead, in front of its own: more to read, and fewer operations.
+Rows of one prompt can share the keys and values of its prefix, which are stored once, without a batch axis; each row
+has its own for the image sampled so far. The backends in PRIVATE_PREFIX have a prefix for each row instead, at the
+beginning of its cache: of any prompt; more to read, and fewer operations.
 """
 
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from mindalle_jax.models.quantization import Quantized, quantize
 
 
 class KV(NamedTuple):
-    """Keys and values of one layer: [h, p, k] for a shared prefix, [b, h, t, k] for the cache of the candidates.
+    """Keys and values of one layer: [h, p, k] for a shared prefix, [b, h, t, k] for the cache of the rows.
 
     Those of a cache may be Quantized, with a scale for each vector. With a private prefix its positions are the first
     of t. Some backends have the axes in another order: CACHE_AXES.
@@ -30,15 +29,22 @@ class KV(NamedTuple):
     v: Any
 
 
-CACHE_AXES = {"cudnn": "bthk", "xla-lanes": "thkb"}
-"""Order of the axes of a cache, by backend; bhtk of the others."""
+CACHE_AXES = {"cudnn": "bthk", "xla-lanes": "thkb", "xla-lanes-private": "thkb"}
+"""Order of the axes of a cache, by backend; bhtk for every other backend."""
 
-PRIVATE_PREFIX = ("xla-private", "cudnn")
+PRIVATE_PREFIX = ("xla-private", "xla-lanes-private", "cudnn")
 
 
 def default_backend(platform: str) -> str:
-    """The backend for devices of a platform. A TPU computes with candidates in its lanes, or copies the whole cache."""
+    """The backend for devices of a platform. A TPU computes with rows in its lanes, or copies the whole cache."""
     return "xla-lanes" if platform == "tpu" else "xla"
+
+
+def private_backend(backend: str) -> str:
+    """The backend with a prefix for each row that goes with one whose prefix is shared."""
+    if backend in PRIVATE_PREFIX:
+        return backend
+    return "xla-lanes-private" if backend == "xla-lanes" else "xla-private"
 
 
 def cache_axes(backend: str) -> str:
@@ -46,38 +52,39 @@ def cache_axes(backend: str) -> str:
     return CACHE_AXES.get(backend, "bhtk")
 
 
-def new_cache(backend: str, batch: int, prefix: KV, kept: KV, length: int, *, int8: bool) -> KV:
-    """The cache of a layer for `batch` candidates, with room for `length` codes; int8: Quantized.
+def new_cache(backend: str, batch: int, prefix: KV, given: KV, length: int, *, int8: bool) -> KV:
+    """The cache of a layer for `batch` rows and `length` codes; int8: Quantized.
 
-    prefix, kept: [h, p, k] and [h, m, k], of which the first `length` are put at the beginning.
+    prefix, given: [h, p, k] and [h, m, k], or [b, h, p, k] and [b, h, m, k] with one for each row. The first `length`
+    of given are put at the beginning, behind a private prefix.
     """
     axes = cache_axes(backend)
 
-    def spread(shared: jax.Array, own: jax.Array) -> Any:
-        own = _pad(own[:, :length], 1, length)
+    def filled(prefix: jax.Array, own: jax.Array) -> Any:
+        own = _pad(own[..., :length, :], own.ndim - 2, length)
         if backend in PRIVATE_PREFIX:
-            own = jnp.concatenate([shared, own], axis=1)
-        own = jnp.broadcast_to(own, (batch, *own.shape))
+            own = jnp.concatenate([prefix, own], axis=-2)
+        own = jnp.broadcast_to(own, (batch, *own.shape[-3:]))
         if not int8:
             return _ordered(own, "bhtk", axes)
         values, scale = quantize(own, own.dtype)
         return Quantized(_ordered(values, "bhtk", axes), _ordered(scale, "bht", axes.replace("k", "")))
 
-    return KV(spread(prefix.k, kept.k), spread(prefix.v, kept.v))
+    return KV(filled(prefix.k, given.k), filled(prefix.v, given.v))
 
 
-def lengthen(backend: str, cache: KV, length: int) -> KV:
-    """The cache of a layer with room for `length` positions, at its end; axes before those of cache_axes may lead."""
+def pad_cache(backend: str, cache: KV, length: int) -> KV:
+    """The cache of a layer for `length` positions, zeros at its end; axes before those of cache_axes may lead."""
 
-    def longer(x: Any, axes: str) -> Any:
+    def padded(x: Any, axes: str) -> Any:
         if isinstance(x, Quantized):
-            return Quantized(longer(x.values, axes), longer(x.scale, axes.replace("k", "")))
+            return Quantized(padded(x.values, axes), padded(x.scale, axes.replace("k", "")))
         return _pad(x, x.ndim - len(axes) + axes.index("t"), length)
 
-    return KV(longer(cache.k, cache_axes(backend)), longer(cache.v, cache_axes(backend)))
+    return KV(padded(cache.k, cache_axes(backend)), padded(cache.v, cache_axes(backend)))
 
 
-def room(backend: str, cache: KV) -> int:
+def cache_capacity(backend: str, cache: KV) -> int:
     """How many positions the cache of a layer holds."""
     return jax.tree.leaves(cache)[0].shape[cache_axes(backend).index("t") - 4]
 
@@ -107,15 +114,15 @@ def decode_attention_xla(
 
 
 def decode_attention_reference(q: jax.Array, new: KV, prefix: KV, cache: KV, t: jax.Array) -> tuple[jax.Array, KV]:
-    """The same by the definition: a private copy of the prefix in front of each candidate's keys, one plain softmax."""
+    """The same by the definition: a copy of the prefix in front of the keys of each row, one plain softmax."""
     cache = _put(cache, new, t)
 
-    def whole(shared: jax.Array, own: Any) -> jax.Array:
+    def with_prefix(shared: jax.Array, own: Any) -> jax.Array:
         if isinstance(own, Quantized):
             own = own.values * own.scale[..., None]
         return jnp.concatenate([jnp.broadcast_to(shared, (q.shape[0], *shared.shape)), own], axis=2)[:, :, None]
 
-    keys, values = whole(prefix.k, cache.k), whole(prefix.v, cache.v)  # [b, h, 1, p + t, k]
+    keys, values = with_prefix(prefix.k, cache.k), with_prefix(prefix.v, cache.v)  # [b, h, 1, p + t, k]
     scores = jnp.sum(q.swapaxes(1, 2)[:, :, :, None] * keys, axis=-1).astype(jnp.float32) * q.shape[-1] ** -0.5
     prefix_length = prefix.k.shape[1]
     visible = _visible(t, q.shape[1], keys.shape[3] - prefix_length)
@@ -125,7 +132,7 @@ def decode_attention_reference(q: jax.Array, new: KV, prefix: KV, cache: KV, t: 
 
 
 def decode_attention_pallas(q: jax.Array, new: KV, prefix: KV, cache: KV, t: jax.Array) -> tuple[jax.Array, KV]:
-    """The same in one kernel a layer, which reads no further than position t; windows of several go to XLA.
+    """The same in one kernel per layer, which reads no further than position t; windows of several go to XLA.
 
     For NVIDIA GPUs; elsewhere it is interpreted, which is for tests. Triton knows powers of two only: other widths of a
     head go to XLA as well.
@@ -144,20 +151,25 @@ def decode_attention_pallas(q: jax.Array, new: KV, prefix: KV, cache: KV, t: jax
     return attended[:, None], cache
 
 
-def decode_attention_private(q: jax.Array, new: KV, prefix: KV, cache: KV, t: jax.Array) -> tuple[jax.Array, KV]:
-    """The same with a private prefix, whose keys and values are the first p of the cache: two products a layer."""
-    nothing = KV(prefix.k[:, :0], prefix.v[:, :0])
-    return decode_attention_xla(q, new, nothing, cache, prefix.k.shape[1] + t)
+def decode_attention_private(
+    q: jax.Array, new: KV, prefix: KV | int, cache: KV, t: jax.Array, *, axes: str = "bhtk"
+) -> tuple[jax.Array, KV]:
+    """The same with a private prefix, whose keys and values are the first p of the cache: two products per layer.
+
+    prefix: p, or what it was made from.
+    """
+    empty = jnp.zeros((q.shape[2], 0, q.shape[3]), q.dtype)
+    return decode_attention_xla(q, new, KV(empty, empty), cache, _length(prefix) + t, axes=axes)
 
 
 def decode_attention_cudnn(
-    q: jax.Array, new: KV, prefix: KV, cache: KV, t: jax.Array, *, implementation: Any = "cudnn"
+    q: jax.Array, new: KV, prefix: KV | int, cache: KV, t: jax.Array, *, implementation: Any = "cudnn"
 ) -> tuple[jax.Array, KV]:
     """The same by cuDNN's flash attention, which reads no further than position t; windows are masked instead.
 
     For NVIDIA GPUs, bfloat16, and a cache that is not quantised; raises RuntimeError where there is no cuDNN.
     """
-    at, (b, window) = prefix.k.shape[1] + t, q.shape[:2]
+    at, (b, window) = _length(prefix) + t, q.shape[:2]
     cache = _put(cache, new, at, CACHE_AXES["cudnn"])
     length = cache.k.shape[1]
     if window == 1:
@@ -165,6 +177,10 @@ def decode_attention_cudnn(
     else:
         limits = {"mask": _visible(at, window, length)[None, None]}
     return jax.nn.dot_product_attention(q, *cache, **limits, implementation=implementation), cache
+
+
+def _length(prefix: KV | int) -> int:
+    return prefix if isinstance(prefix, int) else prefix.k.shape[-2]
 
 
 def _put(cache: KV, new: KV, t: jax.Array, axes: str = "bhtk") -> KV:
@@ -215,10 +231,11 @@ def _visible(t: jax.Array, window: int, length: int) -> jax.Array:
     return jnp.arange(length) <= t + jnp.arange(window)[:, None]
 
 
-DECODE_ATTENTION: dict[str, Callable[[jax.Array, KV, KV, KV, jax.Array], tuple[jax.Array, KV]]] = {
+DECODE_ATTENTION: dict[str, Callable[[jax.Array, KV, Any, KV, jax.Array], tuple[jax.Array, KV]]] = {
     "xla": decode_attention_xla,
     "xla-lanes": partial(decode_attention_xla, axes=CACHE_AXES["xla-lanes"]),
     "xla-private": decode_attention_private,
+    "xla-lanes-private": partial(decode_attention_private, axes=CACHE_AXES["xla-lanes-private"]),
     "cudnn": decode_attention_cudnn,
     "pallas": decode_attention_pallas,
     "reference": decode_attention_reference,

@@ -22,7 +22,7 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 """Of red, green and blue in [0, 1] over the pictures that CLIP was trained on: its input is (x - mean) / std."""
 
 
-def normalise_pictures(pictures: jax.Array) -> jax.Array:
+def normalize_images(pictures: jax.Array) -> jax.Array:
     """uint8[..., 3] -> the float32 that the image tower takes."""
     return (pictures.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
 

@@ -125,35 +125,43 @@ class Transformer(nn.Module):
         x, kvs = self._trunk(x, False)
         p = len(prefix_ids)
         kvs = [KV(*(a[0].transpose(1, 0, 2) for a in kv)) for kv in kvs]  # [h, p + m, k]
-        prefix, kept = ([KV(kv.k[:, part], kv.v[:, part]) for kv in kvs] for part in (slice(p), slice(p, None)))
+        prefix, given = ([KV(kv.k[:, part], kv.v[:, part]) for kv in kvs] for part in (slice(p), slice(p, None)))
         # prefix a b, codes x y: the hidden states are those of a b x y, and code t = 1 follows x, at p - 1 + t = 2.
-        return self.image_head(x[0, p - 1 + t]), prefix, kept
+        return self.image_head(x[0, p - 1 + t]), prefix, given
 
-    def step(self, codes: jax.Array, t: jax.Array, prefix: list[KV], cache: list[KV]) -> tuple[jax.Array, list[KV]]:
-        """Feeds codes t..t+w-1 of every candidate, int32[b, w].
+    def step(
+        self, codes: jax.Array, t: jax.Array, prefix: list[KV] | int, cache: list[KV]
+    ) -> tuple[jax.Array, list[KV]]:
+        """Feeds codes t..t+w-1 of every row, int32[b, w].
 
+        prefix: keys and values that the rows share, one KV per layer; or, of a private prefix, its length alone.
         Returns the logits of the codes after each, f32[b, w, v], and the cache with these positions filled.
         """
         x = self.tok_emb_img(codes) + self.pos_emb_img(t + jnp.arange(codes.shape[1]))
-        filled = []
-        for block, shared, own in zip(self.blocks, prefix, cache, strict=True):
+        filled, shared_by_layer = [], [prefix] * len(cache) if isinstance(prefix, int) else prefix
+        for block, shared, own in zip(self.blocks, shared_by_layer, cache, strict=True):
             x, own = block.decode(x, shared, own, t)
             filled.append(own)
         return self.image_head(self.ln_f(x)), filled
 
-    def new_cache(
-        self, batch: int, length: int | None = None, prefix: list[KV] | None = None, kept: list[KV] | None = None
-    ) -> list[KV]:
-        """The cache for `length` codes (None: of a whole picture) of `batch` candidates, one KV a layer.
+    @property
+    def prefix_length(self) -> int:
+        """p: text positions, or the one start vector of the image-only model."""
+        return 1 if self.config.type == "igpt" else self.config.hparams.ctx_len_txt
 
-        prefix, kept: as prefill gives them; None is an empty one. The first `length` of kept are put into it.
+    def new_cache(
+        self, batch: int, length: int | None = None, prefix: list[KV] | None = None, given: list[KV] | None = None
+    ) -> list[KV]:
+        """The cache for `length` codes (None: of a whole image) of `batch` rows, one KV per layer.
+
+        prefix, given: as prefill gives them; None is an empty one. The first `length` of given are put into it.
         """
         h = self.config.hparams
         empty = jnp.zeros((h.n_heads, 0, h.embed_dim // h.n_heads), self.dtype)
         nothing = [KV(empty, empty)] * h.n_layers
         return [
             new_cache(self.attention, batch, shared, own, length or h.ctx_len_img, int8=self.int8_cache)
-            for shared, own in zip(prefix or nothing, kept or nothing, strict=True)
+            for shared, own in zip(prefix or nothing, given or nothing, strict=True)
         ]
 
     def embed_prefix(self, prefix_ids: jax.Array) -> jax.Array:
@@ -213,7 +221,7 @@ class Block(nn.Module):
         weights = self.attn_dropout(weights.astype(q.dtype), deterministic=False)
         return jnp.einsum("bhst,bthk->bshk", weights, v)
 
-    def decode(self, x: jax.Array, prefix: KV, cache: KV, t: jax.Array) -> tuple[jax.Array, KV]:
+    def decode(self, x: jax.Array, prefix: KV | int, cache: KV, t: jax.Array) -> tuple[jax.Array, KV]:
         """Positions t..t+w-1, [b, w, d], against the cache."""
         q, k, v = self._heads(x)
         attended, cache = DECODE_ATTENTION[self.attention](q, KV(k, v), prefix, cache, t)

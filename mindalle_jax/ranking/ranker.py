@@ -24,16 +24,16 @@ from PIL import Image
 from mindalle_jax.errors import NonFiniteError, UsageError
 from mindalle_jax.hub.resolve import find_clip
 from mindalle_jax.interop.clip import ClipModel, read_clip, write_clip
-from mindalle_jax.models.clip import CLIP, normalise_pictures
+from mindalle_jax.models.clip import CLIP, normalize_images
 from mindalle_jax.ranking.resize import resize_and_crop, resize_square
 from mindalle_jax.runtime.devices import (
     DType,
     choose_devices,
     device_memory,
-    matmul_precision,
+    pinned,
     prepare_process,
 )
-from mindalle_jax.sampling.codec import check_pixels
+from mindalle_jax.sampling.options import as_array, as_prompts, check_pixels
 from mindalle_jax.storage.weights import DiskDType
 from mindalle_jax.text.clip_tokenizer import clip_ids
 from mindalle_jax.text.tokenizer import check_prompt, quote_prompt
@@ -52,8 +52,9 @@ class ClipRanker:
         self.config, self.tokenizer, self.source = model.config, model.tokenizer, "in memory"
         self.mesh, self.dtype = choose_devices(mesh, dtype)
         self._clip = CLIP(self.config, dtype=jnp.dtype(self.dtype))
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(self.dtype)), model.params)
-        self._params = jax.device_put(params, NamedSharding(self.mesh, P()))
+        with pinned():
+            params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(self.dtype)), model.params)
+            self._params = jax.device_put(params, NamedSharding(self.mesh, P()))
 
     @classmethod
     def from_pretrained(
@@ -111,14 +112,14 @@ class ClipRanker:
         Warns (UserWarning) of prompts that are cut. Raises UsageError for no prompts, for what is not text, or over
         2,000 characters.
         """
-        return self._tokenize([prompts] if isinstance(prompts, str) else list(prompts))
+        return self._tokenize(as_prompts(prompts))
 
     def encode_text(self, prompts: str | Sequence[str]) -> np.ndarray:
         """Features f32[P, e] of length 1; prompts as in tokenize.
 
         Raises UsageError as tokenize, NonFiniteError for broken weights.
         """
-        return self._text_features(self._tokenize([prompts] if isinstance(prompts, str) else list(prompts)))
+        return self._text_features(self._tokenize(as_prompts(prompts)))
 
     def encode_images(self, images: Any) -> np.ndarray:
         """Features f32[n, e] of length 1.
@@ -138,19 +139,19 @@ class ClipRanker:
         features, waiting = [], None
         with (
             device_memory(f"no room to rank pictures in the memory of {device}; use a larger device"),
-            matmul_precision(self.dtype),
+            pinned(self.dtype),
         ):
             for first in range(0, len(pictures), rows):
                 chunk = pictures[first : first + rows]
                 padded = np.stack(chunk + chunk[:1] * (rows - len(chunk)))
                 padded = jax.device_put(padded, NamedSharding(self.mesh, P("data")))
-                encoded = encode_pictures(self._clip, self.mesh, self._params, padded)
+                encoded = encode_images(self._clip, self.mesh, self._params, padded)
                 # One call is in flight while the result of the one before it is fetched.
                 if waiting is not None:
                     features.append(np.asarray(waiting))
                 waiting = encoded
             features.append(np.asarray(waiting))
-        return _normalise(np.concatenate(features)[: len(pictures)], "picture")
+        return _normalize(np.concatenate(features)[: len(pictures)], "picture")
 
     def scores(self, prompt: str, images: Any) -> np.ndarray:
         """Cosines f32[n] in [-1, 1] of the prompt with each picture.
@@ -163,13 +164,13 @@ class ClipRanker:
         """Indices int[n] of the pictures, the best first, the lower index first where scores are equal."""
         return np.argsort(-self._scores(self._tokenize([prompt]), images), kind="stable")
 
-    def _tokenize(self, prompts: list[str]) -> np.ndarray:
+    def _tokenize(self, prompts: Sequence[str]) -> np.ndarray:
         if not prompts:
             raise UsageError("no prompt was given")
         for prompt in prompts:
             check_prompt(prompt)
         length = self.config.text.max_position_embeddings
-        tokenized = clip_ids(self.tokenizer, prompts, length)
+        tokenized = clip_ids(self.tokenizer, list(prompts), length)
         for prompt, tokens in zip(prompts, tokenized.num_tokens, strict=True):
             if tokens > length:
                 warnings.warn(
@@ -181,9 +182,9 @@ class ClipRanker:
 
     def _text_features(self, ids: np.ndarray) -> np.ndarray:
         # One row a call: the features of a prompt do not depend on the others, and their number compiles nothing.
-        with matmul_precision(self.dtype):
+        with pinned(self.dtype):
             features = [encode_ids(self._clip, self._params, row[None]) for row in ids]
-        return _normalise(np.concatenate(jax.device_get(features)), "prompt")
+            return _normalize(np.concatenate(jax.device_get(features)), "prompt")
 
     def _scores(self, ids: np.ndarray, images: Any) -> np.ndarray:
         text = self._text_features(ids)
@@ -193,20 +194,25 @@ class ClipRanker:
 
 @partial(jax.jit, static_argnames="clip")
 def encode_ids(clip: CLIP, params: dict[str, Any], ids: jax.Array) -> Any:
-    """Features f32[b, e], not normalised, of ids int32[b, N]."""
+    """Features f32[b, e], not normalized, of ids int32[b, N]."""
     return clip.apply({"params": params}, ids, method="encode_text")
 
 
 @partial(jax.jit, static_argnames=("clip", "mesh"))
-def encode_pictures(clip: CLIP, mesh: Mesh, params: dict[str, Any], pictures: jax.Array) -> jax.Array:
-    """Features f32[b, e], not normalised, of square pictures uint8[b, y, x, 3], each device its share."""
+def encode_images(clip: CLIP, mesh: Mesh, params: dict[str, Any], images: jax.Array) -> jax.Array:
+    """Features f32[b, e], not normalized, of square images uint8[b, y, x, 3], each device its share."""
+    # Only what the image tower reads goes into shard_map: jax 0.11.2 crashes on an input that is not used.
+    params = {name: params[name] for name in ("vision_model", "visual_projection")}
+    sharded = jax.shard_map(
+        partial(_encode_pixels, clip), mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False
+    )
+    return sharded(params, images)
 
-    def encode(params: Any, pictures: jax.Array) -> Any:
-        pixels = normalise_pictures(resize_square(pictures, clip.config.vision.image_size))
-        return clip.apply({"params": params}, pixels, method="encode_images")
 
-    spread = jax.shard_map(encode, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False)
-    return spread(params, pictures)
+def _encode_pixels(clip: CLIP, params: dict[str, Any], images: jax.Array) -> Any:
+    pixels = normalize_images(resize_square(images, clip.config.vision.image_size))
+    params = params | {"logit_scale": jnp.float32(0)}  # declared by the module; features do not depend on it
+    return clip.apply({"params": params}, pixels, method="encode_images")
 
 
 def _to_uint8(images: Any) -> list[np.ndarray]:
@@ -228,14 +234,14 @@ def _picture_to_uint8(image: Any, index: int) -> np.ndarray:
             image = image.convert("RGB")
         except (OSError, SyntaxError) as error:  # files are read when they are used; a damaged PNG is a SyntaxError
             raise UsageError(f"picture {index} cannot be read: {error}") from None
-    image = np.asarray(image)
+    image = as_array(image, f"picture {index}")
     if image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise UsageError(f"picture {index} must be [H, W, 3] with at least one pixel, not {list(image.shape)}")
     check_pixels(image)
     return image if image.dtype == np.uint8 else (image * 255).astype(np.uint8)
 
 
-def _normalise(features: np.ndarray, what: str) -> np.ndarray:
+def _normalize(features: np.ndarray, what: str) -> np.ndarray:
     """f32[n, e] divided by their lengths."""
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     bad = ~(np.isfinite(lengths) & (lengths > 0))

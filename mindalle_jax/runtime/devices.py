@@ -47,11 +47,12 @@ def prepare_process() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     try:
         jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # an assertion where a plugin is not installed
         platforms = jax.config.values["jax_platforms"]
         said = f"JAX_PLATFORMS={platforms}: " if platforms else ""
         remedy = "unset it, or set it to cpu" if platforms else "set JAX_PLATFORMS=cpu to do without it"
-        raise UsageError(f"{said}JAX cannot use the device: {one_line(error)}; {remedy}") from error
+        reason = str(error) and f": {one_line(error)}"
+        raise UsageError(f"{said}JAX finds no such device{reason}; {remedy}") from error
 
 
 @contextlib.contextmanager
@@ -59,7 +60,7 @@ def pinned(dtype: Any = None) -> Iterator[None]:
     """Around our work with arrays: it is the same whatever the process has set for its own.
 
     dtype: float32 multiplies in float32; GPUs and TPUs would otherwise multiply in fewer bits. Options that only report
-    (jax_log_compiles, jax_check_tracer_leaks) stay as they are. Never held across a `yield` to a caller: see `steps`.
+    (jax_log_compiles, jax_check_tracer_leaks) stay as they are. Not to be held across a `yield`: see pinned_steps.
     """
     with contextlib.ExitStack() as stack:
         for option in (

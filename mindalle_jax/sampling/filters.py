@@ -1,5 +1,7 @@
 """From logits to a code: temperature, top-k and top-p, and the draw among what they keep.
 
+Every row has its own settings, and what it draws depends on these alone.
+
 Dimensions: b rows, w positions, v vocabulary.
 """
 
@@ -9,26 +11,33 @@ import jax
 import jax.numpy as jnp
 
 
-class TracedSettings(NamedTuple):
-    """Scalars of the compiled loop. Off is top_k = v and top_p = 1."""
+class Rows(NamedTuple):
+    """What is asked for each row of a batch, arrays [b]: no change of a value compiles anything."""
 
-    seed: Any
+    candidates: Any
+    """int32: the number of the candidate, which its noise depends on"""
+    seeds: Any
+    """uint32"""
     temperature: Any
+    """f32; 0 is greedy"""
     top_k: Any
+    """int32 in [1, v]; v is off"""
     top_p: Any
+    """f32 in (0, 1]; 1 is off"""
     guidance_scale: Any
+    """f32; None in a batch without guidance"""
 
 
-def filter_logits(logits: jax.Array, settings: TracedSettings) -> jax.Array:
+def filter_logits(logits: jax.Array, rows: Rows) -> jax.Array:
     """Temperature, then top-k, then top-p: logits [b, v] -> f32[b, v] with -inf for what is not to be drawn."""
-    temperature = jnp.where(settings.temperature == 0, 1.0, settings.temperature)
+    temperature = jnp.where(rows.temperature == 0, 1.0, rows.temperature)[:, None]
     logits = logits.astype(jnp.float32) / temperature
-    logits = jnp.where(logits >= kth_largest(logits, settings.top_k), logits, -jnp.inf)
-    return jax.lax.cond(settings.top_p < 1, _top_p, lambda x, _: x, logits, settings.top_p)
+    logits = jnp.where(logits >= kth_largest(logits, rows.top_k[:, None]), logits, -jnp.inf)
+    return jax.lax.cond(jnp.any(rows.top_p < 1), _top_p, lambda x, _: x, logits, rows.top_p[:, None])
 
 
 def kth_largest(x: jax.Array, k: jax.Array) -> jax.Array:
-    """The k-th largest of each row of f32[b, v], [b, 1]; k is traced, 1 <= k <= v.
+    """The k-th largest of each row of f32[b, v], [b, 1]; k is traced, int32 [] or [b, 1], 1 <= k <= v.
 
     Found digit by digit in base 2**n of its bits, exact: counts, where a sort of 16,384 takes many times as long on
     CPU and as many launches on GPU. On CPU digits are bits, in a loop; elsewhere a loop would be launched trip by trip
@@ -66,7 +75,7 @@ def _digit_by_digit(ordered: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
-    """Keeps a code iff the probability of those before it, in descending order, is below p.
+    """Keeps a code iff the probability of those before it, in descending order, is below p, [b, 1]; all at p = 1.
 
     p = 0.6, probabilities .2 .5 .1 .2: sorted .5 .2 .2 .1, before each 0 .5 .7 .9, so the ids 1 and 0 stay; of the two
     with .2 the lower id comes first.
@@ -76,22 +85,28 @@ def _top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
     mass = jnp.cumsum(jnp.take_along_axis(probs, order, axis=-1), axis=-1)
     before = jnp.pad(mass[:, :-1], ((0, 0), (1, 0)))
     keep = jnp.put_along_axis(jnp.zeros_like(before, bool), order, before < p, axis=-1, inplace=False)
-    return jnp.where(keep, logits, -jnp.inf)
+    # A row that is off must not depend on whether another one of its batch is on.
+    return jnp.where(keep | (p == 1), logits, -jnp.inf)
 
 
-def gumbel_noise(candidates: jax.Array, positions: jax.Array, vocab_size: int, settings: TracedSettings) -> jax.Array:
-    """Of each candidate int32[b] at each position int32[w]: f32[b, w, v], or zeros where the draw is greedy."""
-    key = jax.random.key(settings.seed, impl="threefry2x32")
+def gumbel_noise(rows: Rows, positions: jax.Array, vocab_size: int) -> jax.Array:
+    """The noise of each row at each position int32[w]: f32[b, w, v], or zeros where a row is greedy.
 
-    def noise(candidate: jax.Array, t: jax.Array) -> jax.Array:
-        own = jax.random.fold_in(jax.random.fold_in(key, candidate), t)
-        return jax.random.gumbel(own, (vocab_size,), jnp.float32)
+    The key is fold_in(fold_in(key(seed), candidate), position), whatever else is in the batch.
+    """
 
-    each = jax.vmap(jax.vmap(noise, (None, 0)), (0, None))
-    return jnp.where(settings.temperature == 0, 0.0, each(candidates, positions))
+    def noise(seed: jax.Array, candidate: jax.Array, t: jax.Array) -> jax.Array:
+        own = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), candidate)
+        return jax.random.gumbel(jax.random.fold_in(own, t), (vocab_size,), jnp.float32)
+
+    each = jax.vmap(jax.vmap(noise, (None, None, 0)), (0, 0, None))
+    greedy = (rows.temperature == 0)[:, None, None]
+    return jnp.where(greedy, 0.0, each(rows.seeds, rows.candidates, positions))
 
 
-def draw(logits: jax.Array, noise: jax.Array, settings: TracedSettings) -> jax.Array:
+def draw(logits: jax.Array, noise: jax.Array, rows: Rows) -> jax.Array:
     """Codes int32[b, w] from logits and gumbel_noise f32[b, w, v]: Gumbel-max over what the filters keep."""
-    flat = logits.reshape(-1, logits.shape[-1])
-    return jnp.argmax(filter_logits(flat, settings).reshape(logits.shape) + noise, axis=-1).astype(jnp.int32)
+    b, w, v = logits.shape
+    each = Rows(*(None if setting is None else jnp.repeat(setting, w) for setting in rows))  # [b * w]
+    kept = filter_logits(logits.reshape(b * w, v), each)
+    return jnp.argmax(kept.reshape(logits.shape) + noise, axis=-1).astype(jnp.int32)

@@ -4,23 +4,12 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from mindalle_jax.errors import OutputError, UsageError
-
-
-class Progress(NamedTuple):
-    """How far drawing is: these candidates of this prompt have that many of their codes."""
-
-    prompt: int
-    """index into the prompts"""
-    candidates: range
-    codes: int
-    codes_total: int
-    """h * w"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +36,14 @@ class Generation:
         if self.scores is None:
             return np.broadcast_to(np.arange(self.seeds.shape[-1]), self.seeds.shape)
         return np.argsort(-self.scores, axis=-1, stable=True)  # NaN comes last
+
+    def of_prompt(self, p: int) -> "Generation":
+        """Of a list of prompts, the images of one, as a call with that prompt gives them."""
+        scores = None if self.scores is None else self.scores[p]
+        meta = (
+            self.meta | {"num_tokens": self.meta["num_tokens"][p : p + 1]} if "num_tokens" in self.meta else self.meta
+        )
+        return Generation(self.images[p], self.codes[p], scores, self.seeds[p], self.prompts[p : p + 1], meta)
 
     def grid(self, best: int | None = None) -> Image.Image:
         """A contact sheet, one block of rows a prompt: the pictures from best to worst, or at most `best` of them.

@@ -17,7 +17,7 @@ DEMO = Path(__file__).parent.parent / "demo"
 RANKER = "ranker"
 """Folder in a model folder with a CLIP model that goes with it."""
 SYNC_BYTES = 128 << 20
-"""How much a writer of gigabytes writes between two calls of to_disk."""
+"""A writer of gigabytes calls to_disk once per this many bytes."""
 
 
 def check_output(path: Path, overwrite: bool, marks: Collection[str] = ()) -> None:
@@ -94,7 +94,7 @@ def to_disk(file: IO[bytes]) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, without the number and the path that str(OSError) has."""
+    """The reason of an error, without the number and the path that str(OSError) has."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
@@ -164,7 +164,8 @@ def _umask() -> int:
 
 
 MAX_EXTENSION_BYTES = 1 << 20
-"""Of a tar extension header (long names, pax records), which tarfile reads into memory, and of data after the end."""
+"""Size limit of a tar extension header (long names, pax records), which tarfile reads into memory, and of data after
+the end."""
 
 
 class BoundedHeader(tarfile.TarInfo):

@@ -33,6 +33,7 @@ from mindalle_jax.errors import CheckpointError, UsageError
 from mindalle_jax.models.quantization import quantize
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
+from mindalle_jax.runtime.devices import pinned
 from mindalle_jax.storage.files import SYNC_BYTES, to_disk
 
 Stage = Literal["stage1", "stage2"]
@@ -42,7 +43,7 @@ FORMAT_VERSION = 1
 STAGES = ("stage1", "stage2")
 
 DiskDType = Literal["float32", "float16", "bfloat16"]
-"""What weights may be on disk, whatever they are computed in. float16 ends at 65504."""
+"""Dtype of weights on disk, whatever they are computed in. float16 ends at 65504."""
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """NumPy's names of the dtypes that weights may have -> those of safetensors."""
 
@@ -55,13 +56,14 @@ def leaf_shapes(config: Config, stage: Stage) -> dict[str, tuple[int, ...]]:
 @functools.cache  # tracing a network takes a second, and a conversion asks several times
 def _leaf_shapes(config: Config, stage: Stage) -> tuple[tuple[str, tuple[int, ...]], ...]:
     h1, h2 = config.stage1.hparams, config.stage2.hparams
-    if stage == "stage1":
-        images = jax.ShapeDtypeStruct((1, h1.resolution, h1.resolution, h1.in_channels), jnp.float32)
-        variables = jax.eval_shape(VQGAN(config.stage1).init, jax.random.key(0), images)
-    else:
-        prefix = jax.ShapeDtypeStruct((1, 1 if config.image_only else h2.ctx_len_txt), jnp.int32)
-        codes = jax.ShapeDtypeStruct((1, h2.ctx_len_img), jnp.int32)
-        variables = jax.eval_shape(Transformer(config.stage2).init, jax.random.key(0), prefix, codes)
+    with pinned():
+        if stage == "stage1":
+            images = jax.ShapeDtypeStruct((1, h1.resolution, h1.resolution, h1.in_channels), jnp.float32)
+            variables = jax.eval_shape(VQGAN(config.stage1).init, jax.random.key(0), images)
+        else:
+            prefix = jax.ShapeDtypeStruct((1, 1 if config.image_only else h2.ctx_len_txt), jnp.int32)
+            codes = jax.ShapeDtypeStruct((1, h2.ctx_len_img), jnp.int32)
+            variables = jax.eval_shape(Transformer(config.stage2).init, jax.random.key(0), prefix, codes)
     flat = flax.traverse_util.flatten_dict(variables["params"], sep="/")
     return tuple((path, tuple(leaf.shape)) for path, leaf in sorted(flat.items()))
 

@@ -75,7 +75,7 @@ def clip_ids(tokenizer: Tokenizer, prompts: list[str], length: int) -> Tokenized
 
 
 def make_clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    """What transformers' CLIPTokenizer builds (transformers/models/clip/tokenization_clip.py)."""
+    """The tokenizer that transformers' CLIPTokenizer builds (transformers/models/clip/tokenization_clip.py)."""
     for token in (START, END):
         if token not in vocab:
             raise ValueError(f"it has no {token}")

@@ -88,9 +88,14 @@ class TextTokenizer:
             np.asarray(rows, np.int32).reshape(len(prompts), self.context_length), num_tokens, num_unknown
         )
 
+    def save(self, folder: Path) -> None:
+        """Writes the two files of the vocabulary into a new folder, for TextTokenizer to read."""
+        folder.mkdir(parents=True)
+        self._tokenizer.model.save(str(folder), VOCAB_FILE.removesuffix("-vocab.json"))
+
 
 def char_bpe(model: models.BPE) -> Tokenizer:
-    """What CharBPETokenizer(lowercase=True) builds, without registering the special tokens for matching."""
+    """The tokenizer of CharBPETokenizer(lowercase=True), without registering the special tokens for matching."""
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.BertNormalizer(lowercase=False), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -1,86 +1,84 @@
-"""Pictures to look at while a model is trained: samples of fixed prompts, and how the VQGAN sees the data."""
+"""Images to look at while a model is trained: samples of fixed prompts, and reconstructions of the data by the VQGAN.
+
+Both are made on the first device of the run's mesh, which holds a copy of the complete model meanwhile.
+"""
 
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from PIL import Image
 
-from mindalle_jax.config.schema import Config
+from mindalle_jax.config.schema import Config, Stage1Config
 from mindalle_jax.errors import ConfigError, UsageError
-from mindalle_jax.models.attention import default_backend
-from mindalle_jax.models.transformer import Transformer, unstack_blocks
-from mindalle_jax.pipeline import class_prefix
-from mindalle_jax.sampling.codec import PictureCodec
-from mindalle_jax.sampling.decode import Settings, sample_codes
+from mindalle_jax.pipeline import Dalle, ImageGPT
+from mindalle_jax.runtime.devices import DType
+from mindalle_jax.sampling.codec import ImageCodec
+from mindalle_jax.sampling.options import class_prefix
 from mindalle_jax.sampling.result import Generation
-from mindalle_jax.storage.weights import load_params
 from mindalle_jax.text.tokenizer import TextTokenizer
 
 CANDIDATES = 4
+"""Number of images of each prompt."""
 RECONSTRUCTIONS = 8
+"""Number of images that are reconstructed."""
 
 
-class Sampler:
-    """Draws on the first device, which holds the whole model meanwhile."""
+class Previewer:
+    """Samples the prompts of a run with the model as it is trained: seed 0, temperature 1, the default top-k."""
 
-    def __init__(self, base: Path, config: Config, dtype: jnp.dtype, prompts: tuple[str, ...],
-                 tokenizer: TextTokenizer | None):  # fmt: skip
+    def __init__(self, config: Config, prompts: tuple[str, ...], tokenizer: TextTokenizer | None):
         """prompts: texts, or numbers of classes. Raises ConfigError for those that the model does not take."""
-        self.mesh = Mesh(np.array(jax.local_devices()[:1]), ("data",))
-        self.config, self.dtype, self.prompts = config, dtype, list(prompts)
-        self.prefixes = _prefixes(config, self.prompts, tokenizer)
-        stage1 = load_params(base, "stage1", config, jnp.dtype("float32"), self.mesh)
-        self.codec = PictureCodec(config.stage1, stage1, dtype, self.mesh)
+        self.config, self.prompts, self.tokenizer = config, list(prompts), tokenizer
+        _check_prompts(config, self.prompts, tokenizer)
 
-    def draw(self, params: dict[str, Any], path: Path) -> None:
-        """Writes a grid, a block a prompt. params: all of stage 2, nested, in the layout of training, anywhere."""
-        here = NamedSharding(self.mesh, PartitionSpec())
-        params = unstack_blocks(jax.tree.map(lambda leaf: jax.device_put(leaf.astype(self.dtype), here), params))
-        attention = default_backend(self.mesh.devices.flat[0].platform)
-        model = Transformer(self.config.stage2, stacked=False, dtype=self.dtype, attention=attention)
-        vocab_size = self.config.stage2.vocab_size_img
-        settings = Settings.make(vocab_size, seed=0, temperature=1.0, top_k=min(256, vocab_size), top_p=None)
-        codes = np.empty((len(self.prompts), CANDIDATES, self.config.stage2.hparams.ctx_len_img), np.int32)
-        for p, prefix in enumerate(self.prefixes):
-            drawn = sample_codes(
-                model, params, prefix, CANDIDATES, settings, batch_size=CANDIDATES, mesh=self.mesh,
-                kept=np.zeros(0, np.int32),
-            )  # fmt: skip
-            for part in drawn:
-                codes[p, :, part.start : part.start + part.codes.shape[1]] = part.codes
-        images = self._decode(codes.reshape(-1, codes.shape[-1]))
-        seeds = np.zeros(codes.shape[:2], np.uint32)
-        pictures = images.reshape(*codes.shape[:2], *images.shape[1:])
+    def write_samples(self, params: dict[str, Any], path: Path, *, dtype: DType, mesh: Mesh) -> None:
+        """Writes a grid with one block of images per prompt.
+
+        params: {"stage1", "stage2"}, nested, on the mesh of the run; stage 2 in the layout of training.
+        """
+        generation = self._generate(params, dtype, _first_device(mesh))
         path.parent.mkdir(exist_ok=True)
-        Generation(pictures, codes, None, seeds, self.prompts, {}).grid().save(path)
+        generation.grid().save(path)
 
-    def reconstruct(self, images: np.ndarray, path: Path) -> None:
-        """Writes pictures uint8[n, S, S, 3] above what the VQGAN makes of them."""
-        write_reconstructions(self.codec, images, path)
+    def _generate(self, params: dict[str, Any], dtype: DType, mesh: Mesh) -> Generation:
+        options: Any = {"num_candidates": CANDIDATES, "batch_size": CANDIDATES}
+        if self.tokenizer is not None:
+            model = Dalle(self.config, params, self.tokenizer, dtype=dtype, mesh=mesh)
+            return model.generate(self.prompts, allow_empty=True, **options)
+        model = ImageGPT(self.config, params, dtype=dtype, mesh=mesh)
+        each = [model.generate(int(prompt) if prompt else None, **options) for prompt in self.prompts]
+        images, codes, seeds = (np.stack([getattr(one, name) for one in each]) for name in ("images", "codes", "seeds"))
+        return Generation(images, codes, None, seeds, self.prompts, {})
 
-    def _decode(self, codes: np.ndarray) -> np.ndarray:
-        return np.concatenate(list(self.codec.decode(self.codec.check_codes(codes))))
 
+def write_reconstructions(
+    config: Stage1Config, params: dict[str, Any], images: np.ndarray, path: Path, *, dtype: DType, mesh: Mesh
+) -> None:
+    """Writes images uint8[n, S, S, 3] above what the VQGAN makes of them.
 
-def write_reconstructions(codec: PictureCodec, images: np.ndarray, path: Path) -> None:
-    """Writes pictures uint8[n, S, S, 3] above what the VQGAN makes of them."""
+    params: of the VQGAN, nested, on the mesh of the run. dtype: compute dtype of the decoder.
+    """
+    codec = ImageCodec(config, params, dtype=dtype, mesh=_first_device(mesh))
     decoded = np.concatenate(list(codec.decode(codec.encode(images))))
     both = np.stack([images, decoded])  # [2, n, S, S, 3]
+    path.parent.mkdir(exist_ok=True)
     Image.fromarray(np.concatenate(np.concatenate(both, axis=1), axis=1)).save(path)
 
 
-def _prefixes(config: Config, prompts: list[str], tokenizer: TextTokenizer | None) -> np.ndarray:
-    """int32[P, p]."""
+def _first_device(mesh: Mesh) -> Mesh:
+    return Mesh(mesh.devices.flat[:1], ("data",))
+
+
+def _check_prompts(config: Config, prompts: list[str], tokenizer: TextTokenizer | None) -> None:
+    """Raises ConfigError for prompts that the model does not take."""
     try:
         if tokenizer is not None:
-            return tokenizer(prompts).ids
-        if config.stage2.use_cls_cond:
-            labels = [int(prompt) for prompt in prompts] or np.zeros(0, np.int32)  # numpy takes [] for floats
-            return class_prefix(config.stage2, labels, len(prompts))
-        return class_prefix(config.stage2, None, len(prompts))
+            tokenizer(prompts)
+        elif config.stage2.use_cls_cond:
+            class_prefix(config.stage2, np.array([int(prompt) for prompt in prompts], int), len(prompts))
+        else:
+            class_prefix(config.stage2, None, len(prompts))
     except (UsageError, ValueError) as error:
         raise ConfigError(f"training.sample_prompts {prompts}: {error}") from None

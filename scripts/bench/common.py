@@ -30,6 +30,8 @@ from mindalle_jax.models.quantization import quantize
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.runtime.devices import first_devices
 from mindalle_jax.sampling import decode
+from mindalle_jax.sampling.filters import Rows
+from mindalle_jax.sampling.options import default_batch_size
 from mindalle_jax.storage.files import DEMO, RANKER
 from mindalle_jax.storage.weights import leaf_shapes, nest
 
@@ -221,7 +223,7 @@ def random_params(shapes: Mapping[str, tuple[int, ...]], dtype: Any, mesh: Mesh,
 
 def split_candidates(mesh: Mesh, candidates: int, *, small: bool, batch_size: int | None = None) -> tuple[Mesh, int]:
     """(the devices that get candidates, candidates of each per compiled call), as mindalle sample chooses them."""
-    batch = batch_size or decode.default_batch_size(candidates, mesh.devices.flat[0].platform, small=small)
+    batch = batch_size or default_batch_size(candidates, mesh.devices.flat[0].platform, small=small)
     mesh, _ = first_devices(mesh, min(mesh.size, math.ceil(candidates / batch)), ())
     return mesh, batch
 
@@ -258,15 +260,22 @@ class DecodeLoop:
         length, vocab_size = model.config.hparams.ctx_len_img, model.config.vocab_size_img
         platform_name = mesh.devices.flat[0].platform
         if cache_sizes:
-            decode.SEGMENTS[platform_name] = cache_sizes
+            decode.NUM_CACHE_SIZES[platform_name] = cache_sizes
         self.capacities = decode.cache_lengths(model, platform_name)
         """sizes of the cache, in codes"""
         self.candidates = batch * mesh.size
         self.side = self.rows = math.isqrt(length)
         """codes of a row, which is one call; rows of an image"""
-        self._settings = decode.Settings.make(
-            vocab_size, seed=0, temperature=1.0, top_k=min(256, vocab_size), top_p=None, guidance_scale=guidance_scale
-        ).traced(vocab_size)
+        self._guided = guidance_scale != 1
+        ones = np.ones(self.candidates, np.float32)
+        self._rows = Rows(
+            candidates=np.arange(self.candidates, dtype=np.int32),
+            seeds=np.zeros(self.candidates, np.uint32),
+            temperature=ones,
+            top_k=np.full(self.candidates, min(256, vocab_size), np.int32),
+            top_p=ones,
+            guidance_scale=ones * np.float32(guidance_scale),
+        )
 
     def prefill(self, prefix_ids: Any) -> Any:
         """The prompt int32[p] run through the network; [2, p] with guidance."""
@@ -274,7 +283,8 @@ class DecodeLoop:
 
     def start(self, prefix: Any) -> tuple[Any, Any]:
         """The state before the first code, and the codes before it: -1."""
-        state = decode.start_state(self.model, self.mesh, self.batch, self.capacities[0], prefix, np.int32(0))
+        start = decode.start_decode
+        state = start(self.model, self.mesh, self.batch, self.capacities[0], self._guided, prefix, np.int32(0))
         return state, np.full((self.candidates, self.side), -1, np.int32)
 
     def decode_row(self, prefix: Any, row: int, state: Any, codes: Any, chunk: int = 0) -> tuple[Any, Any]:
@@ -282,10 +292,9 @@ class DecodeLoop:
 
         chunk: number of the chunk of candidates, which the noise depends on.
         """
-        ids = np.arange(chunk * self.candidates, (chunk + 1) * self.candidates, dtype=np.int32)
-        end = (row + 1) * self.side
-        state = decode.make_room(self.model, self.mesh, state, end, self.capacities)
-        return decode.decode_segment(*self._static(), self.params, prefix.kv, ids, self._settings, state, codes)
+        rows = self._rows._replace(candidates=self._rows.candidates + np.int32(chunk * self.candidates))
+        state = decode.grow_cache(self.model, self.mesh, state, (row + 1) * self.side, self.capacities)
+        return decode.sample_row(self.model, self.mesh, self.jacobi, self.params, prefix.kv, rows, state, codes)
 
     def trace(self, prefix_shape: tuple[int, ...], placement: Any = None) -> tuple[Any, Any]:
         """(traced program of one row with the whole cache, its abstract state); neither runs anything.
@@ -299,12 +308,8 @@ class DecodeLoop:
         prefill = partial(decode.prefill, self.model)
         zeros = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (prefix_shape, (0,), ())]
         prefix = jax.eval_shape(prefill, self.params, *zeros)
-        start = partial(decode.start_state, self.model, self.mesh, self.batch, self.capacities[-1])
+        start = partial(decode.start_decode, self.model, self.mesh, self.batch, self.capacities[-1], self._guided)
         state = jax.eval_shape(start, prefix, zeros[-1])
-        ids = jax.ShapeDtypeStruct((self.candidates,), jnp.int32)
         codes = jax.ShapeDtypeStruct((self.candidates, self.side), jnp.int32)
-        arguments = (self.params, prefix.kv, ids, jax.tree.map(np.asarray, self._settings), state, codes)
-        return decode.decode_segment.trace(*self._static(), *placed(arguments)), state
-
-    def _static(self) -> tuple[Any, ...]:
-        return self.model, self.mesh, self.side, self.jacobi
+        arguments = placed((self.params, prefix.kv, self._rows, state, codes))
+        return decode.sample_row.trace(self.model, self.mesh, self.jacobi, *arguments), state

@@ -22,9 +22,9 @@ from mindalle_jax.config.schema import Config
 from mindalle_jax.interop.clip import clip_leaf_shapes
 from mindalle_jax.models.clip import CLIP
 from mindalle_jax.models.vqgan import VQGAN
-from mindalle_jax.ranking.ranker import encode_pictures as encode_images
+from mindalle_jax.ranking.ranker import encode_images
 from mindalle_jax.runtime.devices import choose_devices, pinned
-from mindalle_jax.sampling.codec import decode_pictures as decode_images
+from mindalle_jax.sampling.codec import decode_images
 from mindalle_jax.storage.weights import leaf_shapes
 from scripts.bench import common
 

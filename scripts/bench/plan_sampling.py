@@ -32,7 +32,7 @@ from mindalle_jax.models.attention import DECODE_ATTENTION, default_backend
 from mindalle_jax.models.clip import ClipConfig
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
-from mindalle_jax.sampling.codec import decode_pictures as decode_images
+from mindalle_jax.sampling.codec import decode_images
 from mindalle_jax.storage.weights import leaf_shapes, nest
 from scripts.bench import common
 

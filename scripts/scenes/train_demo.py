@@ -140,11 +140,9 @@ def make_tokenizers(work: Path) -> None:
 
 def make_codes(work: Path) -> None:
     """The codes of all pictures."""
-    import prepare_codes
-
     for name in ("scenes", "scenes-valid"):
         options = ["--model", work / "vqgan", "--data", work / name, "--out", work / name.replace("scenes", "codes")]
-        prepare_codes.main(prepare_codes.parser().parse_args([*map(str, options), "--batch-size", "32"]))
+        run("mindalle", "prepare-codes", *options, "--batch-size", 32)
 
 
 def pack(work: Path) -> None:

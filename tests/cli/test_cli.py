@@ -18,11 +18,12 @@ import pytest
 from PIL import Image
 
 from mindalle_jax import ClipRanker, Dalle, ImageGPT, cli, errors
+from mindalle_jax.cli import sample as sample_module
 from mindalle_jax.hub import resolve
 from mindalle_jax.interop import mindalle
 from mindalle_jax.interop.mindalle import import_checkpoint
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
-from mindalle_jax.sampling import decode as sampling
+from mindalle_jax.sampling import generate
 from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,45 +229,8 @@ def test_a_folder_in_the_originals_format_is_converted_into_the_cache(
 ):
     assert sample("a cat", model=tiny_folder)[0] == 0
     np.testing.assert_array_equal(codes(out), tiny_dalle.generate_codes("a cat", num_candidates=2))
-    converted = mindalle.find_model(tiny_folder)
+    converted = resolve.find_model(tiny_folder)
     assert converted.parent == cache_folder / "converted" and (converted / "manifest.json").is_file()
-
-
-@pytest.mark.parametrize("changed", ["config.yaml", f"tokenizer/{VOCAB_FILE}", "stage2_last.ckpt"])
-def test_a_source_that_changed_is_converted_again(tmp_path, tiny_folder, changed):
-    """Changes of the tokenizer once went unseen."""
-    source = Path(shutil.copytree(tiny_folder, tmp_path / "source"))
-    first = mindalle.find_model(source)
-    assert mindalle.find_model(source) == first
-    os.utime(source / changed, ns=(0, 0))
-    assert mindalle.find_model(source) != first
-
-
-def test_a_source_file_that_changed_is_converted_again(tmp_path, tiny_igpt_config, write_folder):
-    """A transfer checkpoint given as a file once had no time stamp at all."""
-    write_folder(tmp_path, tiny_igpt_config)
-    both = {}
-    for stage in ("stage1", "stage2"):
-        with TorchArchive(tmp_path / f"{stage}_last.ckpt") as archive:
-            both |= {f"{stage}.{key}": archive.read(ref) for key, ref in archive.state_dict().items()}
-    path = tmp_path / "both.ckpt"
-    write_torch_archive(path, [(key, a.dtype, a.shape) for key, a in both.items()], both.__getitem__)
-    first = mindalle.find_model(path)
-    (tmp_path / "unrelated.txt").write_text("x")
-    assert mindalle.find_model(path) == first
-    os.utime(path, ns=(0, 0))
-    assert mindalle.find_model(path) != first
-
-
-def test_another_process_may_convert_first(tmp_path, tiny_folder, monkeypatch):
-    source = Path(shutil.copytree(tiny_folder, tmp_path / "source"))
-
-    def slower(source, target):
-        import_checkpoint(source, target)  # the other process
-        return import_checkpoint(source, target)
-
-    monkeypatch.setattr(resolve, "import_checkpoint", slower)
-    assert (resolve.find_model(source) / "manifest.json").is_file()
 
 
 # Image-only models
@@ -395,14 +359,14 @@ def test_what_cannot_be_completed_is_told_before_the_model_is_loaded(sample, not
 def test_previews_are_seen_and_go(sample, out, monkeypatch):
     """preview.png is there while it draws, and the folder is as without in the end."""
     seen = []
-    write = cli._write_preview
+    write = sample_module._write_preview
 
     def spy(generation, path):
         write(generation, path)
         with Image.open(path) as image:
             seen.append((image.size, (generation.codes >= 0).sum(axis=-1).tolist()))
 
-    monkeypatch.setattr(cli, "_write_preview", spy)
+    monkeypatch.setattr(sample_module, "_write_preview", spy)
     assert sample("a cat", "--preview-every", 24)[0] == 0
     with Image.open(out / "grid.png") as image:
         size = image.size
@@ -419,7 +383,7 @@ def test_out_of_memory_is_exit_code_8(sample, monkeypatch, tmp_path):
     def exhausted(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 68719476736 bytes.")
 
-    monkeypatch.setattr(sampling, "start_state", exhausted)
+    monkeypatch.setattr(generate, "start_decode", exhausted)
     code, stdout, err = sample("a cat", "--batch-size", 2)
     assert (code, stdout) == (8, "") and "try batch_size 1 " in err.splitlines()[-1]
     assert tree(tmp_path) == []
@@ -852,8 +816,9 @@ def test_the_process_keeps_its_own_warnings(sample):
         ([], ["sample", "convert"]),
         (
             ["sample"],
-            ["--prompts-file", "N pictures a prompt (default: 16)", "(default: 256, or all codes", "(default: off)",
-             "0 is greedy (default: 1.0)", "or random (default: 0)", "(default: float32 on CPU, bfloat16 elsewhere)"],
+            ["--prompts-file", "N images per prompt (default: 16)", "(default: 256, or all codes", "(default: off)",
+             "the lowest id on a tie (default: 1.0)", "random draws one and reports it (default: 0)",
+             "(default: float32 on CPU, bfloat16 elsewhere)"],
         ),
         (["convert"], ["SRC", "DST", "the format to make (default: jax)"]),
     ],
@@ -931,8 +896,26 @@ def test_the_examples_of_the_documentation_are_commands():
     blocks = re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
     assert {command[1] for command in commands} == {
-        "sample", "finetune", "train-tokenizer", "train-vqgan", "train-clip", "convert"
+        "sample", "finetune", "train-tokenizer", "train-vqgan", "train-clip", "prepare-codes", "convert"
     }  # fmt: skip
     for command in commands:
         assert command[0] == "mindalle"
         cli._parser().parse_args(command[1:])  # exits where it does not parse
+
+
+@pytest.mark.parametrize("module", ["optax", "orbax.checkpoint", "grain"])
+def test_a_missing_extra_is_one_sentence(capsys, module):
+    def train():
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    assert cli.run_reporting("mindalle finetune", train) == 2
+    told = f"mindalle finetune: needs {module.split('.')[0]}: pip install 'mindalle-jax[train]'\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_missing_module_of_another_kind_is_a_fault_of_ours():
+    def train():
+        raise ModuleNotFoundError("No module named 'mindalle_jax.none'", name="mindalle_jax.none")
+
+    with pytest.raises(ModuleNotFoundError):
+        cli.run_reporting("mindalle finetune", train)

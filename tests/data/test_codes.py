@@ -1,4 +1,4 @@
-"""data/codes.py and scripts/prepare_codes.py: codes computed once, never half, never of another VQGAN."""
+"""data/codes.py: codes computed once, never half, never of another VQGAN."""
 
 import json
 import os
@@ -18,7 +18,6 @@ from mindalle_jax.data.images import crop_square, decode_image
 from mindalle_jax.data.loader import Loader
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import DataError, OutputError, UsageError
-from scripts import prepare_codes
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = 23
@@ -129,9 +128,7 @@ def test_killed_and_resumed(data, tmp_path):
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sorted(files(tmp_path / "out")) == ["00000.json", "00000.npy", "00001.json", "00001.npy", "codes.json"]
-    with pytest.raises(
-        DataError, match="3 of 5 shards are not there; the same scripts/prepare_codes.py command goes on"
-    ):
+    with pytest.raises(DataError, match="3 of 5 shards are not there; the same mindalle prepare-codes command resumes"):
         open_source(tmp_path / "out", "text", vqgan="a" * 64)
     # As a kill in the middle of a write leaves it.
     (tmp_path / "out" / ".00002.npy.partial").write_bytes(b"\x93NUMPY")
@@ -204,32 +201,3 @@ def test_the_digest_is_that_of_the_vqgan(tiny_model_folder, tiny_igpt_model_fold
     next(iter(manifest["tensors"]["stage1"].values()))["crc32"] ^= 1
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert vqgan_digest(tmp_path) != digest
-
-
-def test_the_script(data, tmp_path, tiny_dalle, tiny_model_folder, capsys):
-    """Its codes are those that the model gives; what it prints is what was written."""
-    command = [
-        "--model",
-        str(tiny_model_folder),
-        "--data",
-        str(data),
-        "--out",
-        str(tmp_path / "out"),
-        "--batch-size",
-        "4",
-    ]
-    prepare_codes.main(prepare_codes.parser().parse_args(command))
-    assert capsys.readouterr().out == f"{tmp_path / 'out'}: {SAMPLES - 1} samples\n"
-    source = open_source(tmp_path / "out", "text", vqgan=vqgan_digest(tiny_model_folder))
-    images = np.stack([crop_square(decode_image(data / sample.id), 32, None) for sample in source.samples])
-    expected = tiny_dalle.encode_images(images).reshape(len(source), -1)
-    assert (np.stack([sample.codes for sample in source.samples]) == expected).all()
-    with pytest.raises(UsageError, match="holds codes"):
-        prepare_codes.main(prepare_codes.parser().parse_args([*command[:3], str(tmp_path / "out"), *command[4:]]))
-
-
-def test_help_shows_the_defaults(capsys):
-    with pytest.raises(SystemExit):
-        prepare_codes.parser().parse_args(["--help"])
-    text = capsys.readouterr().out
-    assert "(default: 8)" in text and "(default: text)" in text and "random crops are gone" in " ".join(text.split())

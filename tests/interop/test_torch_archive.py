@@ -294,9 +294,9 @@ def test_a_storage_that_several_tensors_share_is_read_once(tmp_path, monkeypatch
     pickled = state_dict_pickle(tensor_pickle(), tensor_pickle(size=(2,)), tensor_pickle(size=(1,), offset=3), other)
     path = write(tmp_path / "a.ckpt", zip_bytes(pickled, {"0": FOUR_FLOATS, "1": FOUR_FLOATS}))
     reads = []
-    read_into = torch_archive._read_into
+    read_into = torch_archive.read_into
     with TorchArchive(path) as archive:
-        monkeypatch.setattr(torch_archive, "_read_into", lambda *args: (reads.append(1), read_into(*args)))
+        monkeypatch.setattr(torch_archive, "read_into", lambda *args: (reads.append(1), read_into(*args)))
         refs = archive.state_dict()
         first, second = archive.read(refs["w0"]), archive.read(refs["w1"])
         first[:] = 9  # must not reach the tensors read after it

@@ -358,7 +358,7 @@ GOOD = np.zeros((4, 4, 3), np.uint8)
         (np.full((1, 4, 4, 3), np.nan), r"\[0, 1\], not \[nan"),
         (Image.fromarray(GOOD), "a sequence of pictures; not Image"),
         ("cat.png", "a sequence of pictures; not str"),
-        (["cat.png"], r"picture 0 must be .*not \[\]"),
+        (["cat.png"], "picture 0: an array of numbers or a PIL image is wanted, not str; open it first"),
         (None, "not NoneType"),
     ],
 )
@@ -474,6 +474,6 @@ def test_out_of_memory_while_ranking(ranker, pictures, monkeypatch):
     def exhausted(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 68719476736 bytes.")
 
-    monkeypatch.setattr(rerank, "encode_pictures", exhausted)
+    monkeypatch.setattr(rerank, "encode_images", exhausted)
     with pytest.raises(DeviceMemoryError, match="no room to rank pictures in the memory of cpu"):
         ranker.scores("a cat", pictures)

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from mindalle_jax import Dalle, drawing
+from mindalle_jax import Dalle, pipeline
 from mindalle_jax.runtime.devices import CPU_DEVICES, choose_devices
-from mindalle_jax.sampling import decode as sampling
+from mindalle_jax.sampling import generate
 
 
 @pytest.mark.skipif(os.cpu_count() == 1, reason="one core makes one device")
@@ -27,7 +27,7 @@ def test_a_small_network_takes_the_devices_of_a_cpu(tiny_model_folder, tiny_dall
         np.testing.assert_array_equal(one.scores, drawn.scores)
         np.testing.assert_array_equal(one.images, drawn.images)
 
-    monkeypatch.setattr(drawing, "SMALL", 1000)
+    monkeypatch.setattr(pipeline, "SMALL", 1000)
     large = Dalle.from_pretrained(tiny_model_folder)
     assert large.mesh.devices.tolist() == jax.devices()[:1] and large.default_batch_size(16) == 16
     assert choose_devices(None, None)[0].size == 1
@@ -36,13 +36,13 @@ def test_a_small_network_takes_the_devices_of_a_cpu(tiny_model_folder, tiny_dall
 def test_no_device_draws_padding_alone(tiny_model_folder, monkeypatch):
     """Eight devices of which two have candidates: the others are not asked."""
     eight = Dalle.from_pretrained(tiny_model_folder, mesh=jax.sharding.Mesh(jax.devices(), ("data",)))
-    used, decode = [], sampling.decode_segment
+    used, decode = [], generate.sample_row
 
     def watch(model, mesh, *arguments):
         used.append(mesh.devices.tolist())
         return decode(model, mesh, *arguments)
 
-    monkeypatch.setattr(sampling, "decode_segment", watch)
+    monkeypatch.setattr(generate, "sample_row", watch)
     eight.generate_codes("the cat", num_candidates=6, batch_size=4)
     assert used == [jax.devices()[:2]] * 8
 

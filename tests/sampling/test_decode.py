@@ -1,6 +1,7 @@
 """Filters, noise and the decoding loop: what is kept, how often it is drawn, and what a draw depends on."""
 
 import copy
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,29 @@ import pytest
 import scipy.stats
 
 from mindalle_jax import Dalle
+from mindalle_jax.config.schema import Config
 from mindalle_jax.errors import NonFiniteError, UsageError
 from mindalle_jax.sampling import filters
-from mindalle_jax.sampling.decode import DEFAULT_TOP_K, Settings, check_num_candidates, default_batch_size, sample_codes
-from mindalle_jax.sampling.filters import draw, filter_logits, gumbel_noise, kth_largest
+from mindalle_jax.sampling.filters import Rows, draw, filter_logits, gumbel_noise, kth_largest
+from mindalle_jax.sampling.generate import request_rows, sample_codes
+from mindalle_jax.sampling.options import DEFAULT_TOP_K, SamplingOptions, default_batch_size
 
 
-def settings_of(vocab_size=80, *, seed=0, temperature=1.0, top_k=None, top_p=None) -> Settings:
-    return Settings.make(vocab_size, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
+def config_of(vocab_size: int) -> Config:
+    """A configuration with so many codes."""
+    return dataclasses.replace(Config(), stage2=dataclasses.replace(Config().stage2, vocab_size_img=vocab_size))
+
+
+def settings_of(vocab_size=80, **settings) -> SamplingOptions:
+    """Checked options, top-k off where it is not given."""
+    return SamplingOptions.of(**{"top_k": None} | settings).check(config_of(vocab_size))
+
+
+def rows_of(count: int, vocab_size: int, **settings) -> Rows:
+    """The same settings for candidates 0..count-1."""
+    options = settings_of(vocab_size, **settings)
+    options = dataclasses.replace(options, num_candidates=count, prompts=("",))
+    return request_rows(options, np.zeros((1, 1), np.int32), vocab_size, 1).rows
 
 
 # ---------------------------------------- filters
@@ -51,7 +67,7 @@ def actual_probs(logits: np.ndarray, **settings) -> np.ndarray:
     padded = np.zeros((16, 40), np.float32)
     padded[:, v:] = -np.inf
     padded[:b, :v] = logits
-    return np.asarray(_actual(padded, settings_of(40, **settings).traced(40)))[:b, :v]
+    return np.asarray(_actual(padded, rows_of(16, 40, **settings)))[:b, :v]
 
 
 def hard_logits() -> np.ndarray:
@@ -172,18 +188,18 @@ CANDIDATES = 4096
 
 
 @jax.jit
-def _draws(logits, candidates, positions, traced):
-    rows = jnp.broadcast_to(logits, (CANDIDATES, len(positions), 8))
-    return draw(rows, gumbel_noise(candidates, positions, 8, traced), traced).T
+def _draws(logits, positions, rows):
+    logits = jnp.broadcast_to(logits, (CANDIDATES, len(positions), 8))
+    return draw(logits, gumbel_noise(rows, positions, 8), rows).T
 
 
 def draws(logits, candidates=(), positions=(0, 1), **settings) -> np.ndarray:
     """int32[2, 4096]: draws of two positions from one row of 8 logits; `candidates` replaces the first of 0..4095."""
     numbers = np.arange(CANDIDATES, dtype=np.int32)
     numbers[: len(candidates)] = candidates
-    traced = settings_of(8, **settings).traced(8)
+    rows = rows_of(CANDIDATES, 8, **settings)._replace(candidates=numbers)
     with jax.threefry_partitionable(True):
-        return np.asarray(_draws(np.asarray(logits, np.float32), numbers, np.asarray(positions, np.int32), traced))
+        return np.asarray(_draws(np.asarray(logits, np.float32), np.asarray(positions, np.int32), rows))
 
 
 LOGITS = np.array([0.3, 1.1, -0.4, 1.1, 0.0, -2.0, 0.9, 0.2], np.float32)
@@ -246,7 +262,6 @@ def test_temperature_zero_is_greedy_with_the_lowest_id_on_a_tie():
 # ---------------------------------------- what a picture depends on
 
 BATCH = 4  # one compiled size for all tests of a device count
-OPTIONS = {"batch_size": BATCH, "kept": np.zeros(0, np.int32)}
 
 
 @pytest.fixture(scope="module")
@@ -353,21 +368,24 @@ def test_another_batch_size_compiles(tiny_dalle, compilations):
 
 def test_codes_come_row_by_row(tiny_dalle):
     """Progress, previews and stopping live on it; padding is not given out."""
-    prefix_ids = tiny_dalle.tokenize("the cat")[0]
-    model, params, mesh = tiny_dalle._transformer, tiny_dalle._stage2, tiny_dalle.mesh
-    drawn = sample_codes(model, params, prefix_ids, 6, settings_of(), **OPTIONS, mesh=mesh)
-    assert [(part.first, part.start, part.codes.shape) for part in drawn] == [
+    request = request_rows(six(tiny_dalle), tiny_dalle.tokenize("the cat"), 80, BATCH)
+    drawn = sample_codes(tiny_dalle._networks, request)
+    assert [(part.rows[0], part.start, part.values.shape) for part in drawn] == [
         (first, start, (count, 8)) for first, count in ((0, 4), (4, 2)) for start in range(0, 64, 8)
     ]
 
 
+def six(dalle: Dalle) -> SamplingOptions:
+    """Six candidates of one prompt."""
+    return SamplingOptions.of(prompts=("the cat",), num_candidates=6).check(dalle.config, dalle.tokenizer)
+
+
 def test_prefix_ids_out_of_range_are_refused(tiny_dalle):
     """An embedding clamps an id that it does not have, silently."""
-    model, params, mesh = tiny_dalle._transformer, tiny_dalle._stage2, tiny_dalle.mesh
     for bad in (-1, 110):
-        prefix_ids = np.full(12, bad, np.int32)
+        request = request_rows(six(tiny_dalle), np.full((1, 12), bad, np.int32), 80, BATCH)
         with pytest.raises(UsageError, match=r"\[0, 110\)"):
-            next(sample_codes(model, params, prefix_ids, 1, settings_of(), **OPTIONS, mesh=mesh))
+            next(sample_codes(tiny_dalle._networks, request))
 
 
 # ---------------------------------------- damaged weights
@@ -457,9 +475,14 @@ def test_settings_out_of_range_name_the_value_and_the_limits(name, values, messa
 
 def test_settings_at_the_limits_are_taken():
     """Ends of the ranges, and NumPy's numbers, which come out of arrays and sliders."""
-    assert settings_of(top_k=1, top_p=1, temperature=0, seed=0) == Settings(0, 0.0, 1, 1.0, 1.0)
+
+    def values(**settings) -> tuple:
+        found = settings_of(**settings)
+        return tuple(getattr(found, name) for name in ("seed", "temperature", "top_k", "top_p", "guidance_scale"))
+
+    assert values(top_k=1, top_p=1, temperature=0, seed=0) == (0, 0.0, 1, 1.0, 1.0)
     numpy_values = {"top_k": np.int64(80), "top_p": np.float32(0.5), "temperature": np.float64(2), "seed": np.uint32(7)}
-    assert settings_of(**numpy_values) == Settings(7, 2.0, 80, 0.5, 1.0)
+    assert values(**numpy_values) == (7, 2.0, 80, 0.5, 1.0)
     assert settings_of(seed=2**32 - 1).seed == 2**32 - 1
     assert settings_of(top_k=DEFAULT_TOP_K).top_k == 80
     assert settings_of(16384, top_k=DEFAULT_TOP_K).top_k == 256
@@ -475,11 +498,11 @@ def test_seed_none_draws_a_seed():
 def test_num_candidates_out_of_range(value):
     """0 gives empty arrays and a million runs for days."""
     with pytest.raises(UsageError, match=r"num_candidates must be an integer in \[1, 1000\], not"):
-        check_num_candidates(value)
+        settings_of(num_candidates=value)
 
 
 def test_num_candidates_at_the_limits():
-    assert [check_num_candidates(n) for n in (1, 1000, np.int32(96))] == [1, 1000, 96]
+    assert [settings_of(num_candidates=n).num_candidates for n in (1, 1000, np.int32(96))] == [1, 1000, 96]
 
 
 def test_default_batch_size():

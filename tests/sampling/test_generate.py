@@ -12,11 +12,14 @@ import pytest
 from PIL import Image
 
 from mindalle_jax import Dalle, ImageGPT
-from mindalle_jax import drawing as drawing_module
+from mindalle_jax import pipeline as pipeline_module
 from mindalle_jax.errors import DeviceMemoryError, UsageError
 from mindalle_jax.models.attention import DECODE_ATTENTION, PRIVATE_PREFIX, decode_attention_cudnn
-from mindalle_jax.sampling import decode as sampling_module
-from mindalle_jax.sampling.decode import Settings, decode_segment, prefill, start_state
+from mindalle_jax.sampling import decode as decode_module
+from mindalle_jax.sampling import generate as generate_module
+from mindalle_jax.sampling.decode import cache_lengths, prefill, sample_row, start_decode
+from mindalle_jax.sampling.generate import request_rows
+from mindalle_jax.sampling.options import SamplingOptions
 
 BATCH = 4  # one compiled size for all tests
 WIDTH, LENGTH, SIDE = 8, 64, 32  # codes in a row, in a picture; pixels
@@ -75,8 +78,8 @@ def test_a_cache_that_grows_draws_the_same_codes(tiny_model_folder, monkeypatch,
     if "keep_rows" in options:
         shared["kept_codes"] = np.arange(shared.pop("keep_rows") * WIDTH)
     whole = model.generate("the cat", **shared)
-    monkeypatch.setitem(sampling_module.SEGMENTS, "cpu", 4)
-    assert sampling_module.cache_lengths(model._transformer, "cpu") == [16, 32, 48, 64]
+    monkeypatch.setitem(decode_module.NUM_CACHE_SIZES, "cpu", 4)
+    assert cache_lengths(model._transformer, "cpu") == [16, 32, 48, 64]
     grown = model.generate("the cat", **shared)
     np.testing.assert_array_equal(grown.codes, whole.codes)
     np.testing.assert_allclose(grown.scores, whole.scores, rtol=0, atol=1e-3)
@@ -102,11 +105,11 @@ def test_sizes_of_the_cache(tiny_dalle, monkeypatch):
     """Whole rows, however many sizes; one for the kernel that reads what is filled."""
     model = tiny_dalle._transformer
     for sizes, expected in ((1, [64]), (3, [24, 48, 64]), (8, list(range(8, 65, 8))), (20, list(range(8, 65, 8)))):
-        monkeypatch.setitem(sampling_module.SEGMENTS, "cpu", sizes)
-        assert sampling_module.cache_lengths(model, "cpu") == expected
-    assert sampling_module.cache_lengths(model, "gpu") == [16, 32, 48, 64]
+        monkeypatch.setitem(decode_module.NUM_CACHE_SIZES, "cpu", sizes)
+        assert cache_lengths(model, "cpu") == expected
+    assert cache_lengths(model, "gpu") == [16, 32, 48, 64]
     for attention in ("pallas", *PRIVATE_PREFIX):
-        assert sampling_module.cache_lengths(model.copy(attention=attention), "gpu") == [64]
+        assert cache_lengths(model.copy(attention=attention), "gpu") == [64]
 
 
 # ---------------------------------------- likelihood
@@ -293,15 +296,14 @@ def test_a_candidate_of_jacobi_decoding_does_not_depend_on_the_others(tiny_dalle
 def test_jacobi_decoding_takes_fewer_passes_where_codes_can_be_guessed(tiny_dalle, plain):
     """At least one pass a row, at most one a code and one more; few, if the row above is the answer."""
     model, params, mesh = tiny_dalle._transformer, tiny_dalle._stage2, tiny_dalle.mesh
-    settings = Settings.make(80, seed=1, temperature=1.0, top_k=None, top_p=None).traced(80)
-    prefix = prefill(model, params, tiny_dalle.tokenize("the cat")[0], np.zeros(0, np.int32), np.int32(0))
-    ids, passes = np.arange(BATCH, dtype=np.int32), []
+    options = SamplingOptions.of(prompts=("the cat",), num_candidates=BATCH, seed=1, top_k=None)
+    prefix_ids = tiny_dalle.tokenize("the cat")
+    rows = request_rows(options.check(tiny_dalle.config), prefix_ids, 80, BATCH).rows
+    prefix, passes = prefill(model, params, prefix_ids[0], np.zeros(0, np.int32), np.int32(0)), []
     with jax.threefry_partitionable(True), jax.default_matmul_precision("highest"):
         for guess in (np.full((BATCH, WIDTH), -1, np.int32), plain.codes[:BATCH, :WIDTH]):
-            state = start_state(model, mesh, BATCH, LENGTH, prefix, np.int32(0))
-            state, codes = decode_segment(
-                model, mesh, WIDTH, True, params, prefix.kv, ids, settings, state, guess
-            )  # fmt: skip
+            state = start_decode(model, mesh, BATCH, LENGTH, False, prefix, np.int32(0))
+            state, codes = sample_row(model, mesh, True, params, prefix.kv, rows, state, guess)
             np.testing.assert_array_equal(codes, plain.codes[:BATCH, :WIDTH])
             passes.append(set(np.asarray(state.passes).tolist()))
     assert passes[1] == {1} and len(passes[0]) == 1 and 2 <= min(passes[0]) <= WIDTH + 1
@@ -404,7 +406,7 @@ def test_keep_rows_out_of_range(tiny_dalle, plain, keep_rows):
         (np.zeros((32, 32), int), r"codes must be \[n, 8, 8\] or \[n, 64\], not \[1, 32, 32\]"),
         (np.full(64, 80), r"codes must lie in \[0, 80\), not \[80, 80\]"),
         (np.full(64, -1), r"codes must lie in \[0, 80\), not \[-1, -1\]"),
-        ("cat.png", r"codes must be \[n, 8, 8\] or"),
+        ("cat.png", r"codes must be \[8, 8\] or \[64\]: an array of numbers or a PIL image is wanted, not str"),
     ],
 )
 def test_pictures_that_cannot_be_completed(tiny_dalle, image, message):
@@ -416,9 +418,9 @@ def test_pictures_that_cannot_be_completed(tiny_dalle, image, message):
 
 @pytest.mark.parametrize("kept", [np.zeros(7, int), np.zeros(64, int), np.zeros((1, 8), int), np.zeros(9, int)])
 def test_kept_codes_are_whole_rows(tiny_dalle, kept):
-    with pytest.raises(UsageError, match=r"kept_codes must be the codes of whole rows, \[m\] with m a multiple of 8"):
+    with pytest.raises(UsageError, match=r"prompt_codes must be the codes of whole rows, \[m\] with m a multiple of 8"):
         tiny_dalle.generate("the cat", kept_codes=kept)
-    with pytest.raises(UsageError, match=r"kept_codes must lie in \[0, 80\)"):
+    with pytest.raises(UsageError, match=r"prompt_codes must lie in \[0, 80\)"):
         tiny_dalle.generate("the cat", kept_codes=np.full(8, 80))
 
 
@@ -532,14 +534,14 @@ def test_pictures_are_decoded_while_others_are_drawn(tiny_dalle, monkeypatch, ro
     monkeypatch.setattr(codec, "decode_rows", rows)
     options = {"num_candidates": 6, "batch_size": BATCH, "seed": 1}
     expected = tiny_dalle.generate(["the cat", "dog"], **options)
-    begun, seen, begin = [], [], codec.begin
+    begun, seen, begin = [], [], codec.start_decode
 
     def watch(codes):
         begun.extend(codes)
         return begin(codes)
 
     monkeypatch.setattr(codec, "decode_ahead", True)
-    monkeypatch.setattr(codec, "begin", watch)
+    monkeypatch.setattr(codec, "start_decode", watch)
     chunk_begins = lambda done: seen.append(len(begun)) if done.codes == WIDTH else None  # noqa: E731
     drawn = tiny_dalle.generate(["the cat", "dog"], callback=chunk_begins, **options)
     np.testing.assert_array_equal(drawn.images, expected.images)
@@ -596,14 +598,14 @@ def exhausted(*_, **__):
 @pytest.mark.parametrize(("batch_size", "smaller"), [(96, 64), (64, 32), (5, 4), (2, 1)])
 def test_out_of_memory_names_a_batch_size(tiny_dalle, monkeypatch, batch_size, smaller):
     """By itself XLA says RESOURCE_EXHAUSTED and a stack trace."""
-    monkeypatch.setattr(sampling_module, "start_state", exhausted)
+    monkeypatch.setattr(generate_module, "start_decode", exhausted)
     message = f"{batch_size} candidates at once do not fit into the memory of cpu; try batch_size {smaller} "
     with pytest.raises(DeviceMemoryError, match=message):
         tiny_dalle.generate("the cat", num_candidates=96, batch_size=batch_size)
 
 
 def test_out_of_memory_with_one_candidate(tiny_dalle, monkeypatch):
-    monkeypatch.setattr(sampling_module, "start_state", exhausted)
+    monkeypatch.setattr(generate_module, "start_decode", exhausted)
     with pytest.raises(DeviceMemoryError, match="not even one candidate fits into the memory of cpu"):
         tiny_dalle.generate("the cat", num_candidates=1)
 
@@ -613,7 +615,7 @@ def test_out_of_memory_while_loading_and_decoding(tiny_model_folder, tiny_dalle,
     monkeypatch.setattr(type(tiny_dalle._codec), "decode", exhausted)
     with pytest.raises(DeviceMemoryError, match="no room to decode pictures in the memory of cpu"):
         tiny_dalle.generate("the cat", num_candidates=1, kept_codes=codes[0, :8])
-    monkeypatch.setattr(drawing_module, "load_params", exhausted)
+    monkeypatch.setattr(pipeline_module, "load_params", exhausted)
     with pytest.raises(DeviceMemoryError, match="the weights do not fit into the memory of cpu as bfloat16"):
         Dalle.from_pretrained(tiny_model_folder, dtype="bfloat16")
 
@@ -624,6 +626,6 @@ def test_other_errors_of_xla_are_not_renamed(tiny_dalle, monkeypatch):
     def broken(*_, **__):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(sampling_module, "start_state", broken)
+    monkeypatch.setattr(generate_module, "start_decode", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         tiny_dalle.generate("the cat", num_candidates=1)

@@ -214,7 +214,7 @@ def test_an_interruption_leaves_nothing(model, tmp_path, monkeypatch, error):
     def stop(*_):
         raise error
 
-    monkeypatch.setattr(model_folder, "_in_dtype", stop)
+    monkeypatch.setattr(model_folder, "in_dtype", stop)
     before = tree(tmp_path)
     with pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt):
         copy_model(model, tmp_path / "deep" / "a", dtype="bfloat16")

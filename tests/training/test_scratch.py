@@ -1,6 +1,5 @@
 """Training of the transformer from nothing: what it starts from, what a run makes of it, and what is refused."""
 
-import itertools
 import json
 import math
 import signal
@@ -14,7 +13,7 @@ from training_runs import checkpoint_arrays, metrics, weights_crc32, write_code_
 from mindalle_jax import Dalle, ImageGPT, cli
 from mindalle_jax.config.file import load_config
 from mindalle_jax.storage.initialize import CODE_ROWS, order_rows, place_rows, write_fresh
-from mindalle_jax.storage.model_folder import write_vqgan
+from mindalle_jax.storage.results import write_vqgan
 from mindalle_jax.storage.weights import leaf_shapes, map_weights, read_manifest
 from mindalle_jax.text.tokenizer import VOCAB_FILE
 from mindalle_jax.training.finetune import FinetuneRun, read_finetune
@@ -130,29 +129,6 @@ def test_fresh_weights_follow_the_rule(kind, tmp_path, request, tiny_model_folde
     assert (tmp_path / "fresh" / "tokenizer").exists() == (kind == "text")
 
 
-@pytest.mark.parametrize("side, width", [(4, 48), (16, 192), (16, 1536)])
-def test_places_look_alike_by_how_far_they_are_apart(side, width):
-    """The product of two rows follows from the distance in rows and columns alone, and is largest at none."""
-    rows = place_rows(side, width).astype(np.float64)
-    products = (rows @ rows.T).reshape(side, side, side, side)
-    assert abs(products[0, 0, 0, 0] - 0.5) < 1e-6
-    for down, right in itertools.product(range(side), repeat=2):
-        apart = [products[y, x, y + down, x + right] for y in range(side - down) for x in range(side - right)]
-        assert np.ptp(apart) < 1e-6
-        assert down == right == 0 or max(apart) < 0.499
-
-
-@pytest.mark.parametrize("length, width", [(24, 192), (64, 1536)])
-def test_positions_of_text_look_alike_by_how_far_they_are_apart(length, width):
-    rows = order_rows(length, width).astype(np.float64)
-    assert rows.shape == (length, width)
-    products = rows @ rows.T
-    assert abs(products[0, 0] - 0.5) < 1e-6
-    for apart in range(1, length):
-        found = np.diagonal(products, apart)
-        assert np.ptp(found) < 1e-6 and found[0] < 0.499
-
-
 def test_a_run_starts_from_fresh_weights_of_its_seed_beside_the_vqgan(finished, vqgan, tmp_path):
     """Which are there for whoever asks what a run began with, and are made again, bit by bit, by the same seed."""
     config_file, out = finished
@@ -232,7 +208,7 @@ def test_images_alone_are_learned_from_scratch_too(tiny_model_folder, tmp_path, 
 
 WRONG = {
     # name: overrides, exit code, message; a run that would do is left over when they are taken away
-    "no vqgan": (["training.vqgan=''"], 3, "training.vqgan names the model whose pictures' codes are learned, and"),
+    "no vqgan": (["training.vqgan=''"], 3, "training.vqgan names the model whose codes are learned, and"),
     "vqgan without scratch": (["training.init_from={model}"], 3, "goes with init_from: scratch"),
     "tokenizer without scratch": (
         ["training.init_from={model}", "training.vqgan=''"], 3, "training.tokenizer goes with init_from: scratch",

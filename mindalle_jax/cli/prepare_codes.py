@@ -1,0 +1,48 @@
+"""`mindalle prepare-codes`: its arguments, and the codec that it loads for them."""
+
+import argparse
+import sys
+from pathlib import Path
+
+NOTES = """Train with the folder --out as data.train. Images are cropped in the middle, where training on images crops
+at random: random crops are gone. All captions are kept. An interrupted run resumes when the same command is given
+again; codes of another model or of other data are never mixed in or overwritten."""
+
+
+def add_prepare_codes_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `mindalle prepare-codes`."""
+    parser.epilog = NOTES
+    parser.add_argument("--model", required=True, help="as mindalle sample takes it; its VQGAN alone is loaded")
+    parser.add_argument("--data", required=True, help="a folder of images, or tars: cc3m-{00000..00331}.tar")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder, or one to resume")
+    parser.add_argument(
+        "--task",
+        choices=["text", "class", "unconditional"],
+        default="text",
+        help="samples without captions, or without a label, are left out; unconditional takes all",
+    )
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images encoded at once")
+
+
+def run_prepare_codes(arguments: argparse.Namespace) -> None:
+    """Loads the VQGAN alone and writes the codes."""
+    import jax.numpy as jnp
+
+    from mindalle_jax.config.file import load_config
+    from mindalle_jax.data.codes import vqgan_digest
+    from mindalle_jax.data.prepare import open_images, prepare_codes
+    from mindalle_jax.hub.resolve import find_model
+    from mindalle_jax.runtime.devices import choose_devices, prepare_process
+    from mindalle_jax.sampling.codec import ImageCodec
+    from mindalle_jax.storage.weights import load_params
+
+    source = open_images(arguments.data, arguments.task)
+    print(f"{arguments.data}: {source.report}", file=sys.stderr)
+    folder = find_model(arguments.model)
+    config = load_config(folder / "config.yaml")
+    mesh, _ = choose_devices(None, "float32")
+    prepare_process()
+    params = load_params(folder, "stage1", config, jnp.dtype("float32"), mesh)
+    codec = ImageCodec(config.stage1, params, dtype="float32", mesh=mesh)
+    report = prepare_codes(source, codec, arguments.out, vqgan=vqgan_digest(folder), batch_size=arguments.batch_size)
+    print(f"{arguments.out}: {report}")

@@ -1,0 +1,303 @@
+"""Sampling on the host: rows -> batches -> codes -> images -> scores, told as events.
+
+    sample_codes   rows of codes, batch by batch
+    sample_images  these, and images as they are decoded
+    sample         these, and scores in the end; between events the caller has its own JAX settings
+    generate_*     what the public calls give
+
+Dimensions: r rows of a request, one for each candidate of each prompt, prompt by prompt.
+"""
+
+import math
+import platform
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import mindalle_jax
+from mindalle_jax.errors import NonFiniteError, UsageError
+from mindalle_jax.models.attention import private_backend
+from mindalle_jax.models.transformer import Transformer
+from mindalle_jax.runtime.devices import device_memory, first_devices, pinned_steps
+from mindalle_jax.sampling.codec import ImageCodec
+from mindalle_jax.sampling.decode import (
+    Prefix,
+    cache_lengths,
+    grow_cache,
+    prefill,
+    row_length,
+    sample_row,
+    start_decode,
+)
+from mindalle_jax.sampling.events import Bars, RowRequest, Sampled, SamplingEvent, call_back
+from mindalle_jax.sampling.filters import Rows
+from mindalle_jax.sampling.options import SamplingOptions
+from mindalle_jax.sampling.result import Generation
+
+
+class Networks(NamedTuple):
+    """What samples: the networks, with their weights on the devices of a mesh."""
+
+    transformer: Transformer
+    params: dict[str, Any]
+    """of the transformer, blocks one by one, replicated"""
+    codec: ImageCodec
+    mesh: Mesh
+
+    @property
+    def device(self) -> str:
+        """The kind of the devices, for messages."""
+        return self.mesh.devices.flat[0].device_kind
+
+
+def request_rows(options: SamplingOptions, prefix_ids: np.ndarray, vocab_size: int, batch_size: int) -> RowRequest:
+    """The rows of checked options. prefix_ids: as in RowRequest. vocab_size: of the codes."""
+    count, prompts = options.num_candidates, len(prefix_ids)
+    total, top_k = count * prompts, vocab_size if options.top_k is None else options.top_k
+    rows = Rows(
+        candidates=np.tile(np.arange(count, dtype=np.int32), prompts),
+        seeds=np.full(total, options.seed, np.uint32),
+        temperature=np.full(total, options.temperature, np.float32),
+        top_k=np.full(total, top_k, np.int32),
+        top_p=np.full(total, 1.0 if options.top_p is None else options.top_p, np.float32),
+        guidance_scale=np.full(total, options.guidance_scale, np.float32),
+    )
+    return RowRequest(
+        prompts=options.prompts,
+        prefix_ids=prefix_ids,
+        prompt_of=np.repeat(np.arange(prompts), count),
+        rows=rows,
+        prompt_codes=options.prompt_codes,
+        batch_size=batch_size,
+        mixed=options.mixed_batches,
+        jacobi=options.jacobi,
+        ranker=options.ranker,
+    )
+
+
+def generate_codes(networks: Networks, request: RowRequest, options: SamplingOptions) -> np.ndarray:
+    """Codes int32[r, h * w], not decoded; -1 where the callback of the options has stopped."""
+    sampled = Sampled(request, networks.codec)
+    length = sampled.codes.shape[1]
+    bars = Bars(request, length - len(request.prompt_codes), options.progress)
+    for event in pinned_steps(sample_codes(networks, request), networks.transformer.dtype):
+        sampled.add(event)
+        bars.update(event)
+        if call_back(options.callback, request, event, length):
+            break
+    bars.close()
+    return sampled.codes
+
+
+def generate_images(
+    networks: Networks,
+    request: RowRequest,
+    options: SamplingOptions,
+    every: int | None,
+    single: bool,
+    about: dict[str, Any],
+) -> Iterator[Generation]:
+    """Yields what there is after every `every` codes, and in the end the result.
+
+    single: results are without the axis of prompts. about: what meta says of the model.
+    """
+    device = networks.mesh.devices.flat[0]
+    meta = {
+        "seed": options.seed,
+        "num_candidates": options.num_candidates,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "guidance_scale": options.guidance_scale,
+        "keep_rows": len(request.prompt_codes) // networks.codec.side,
+        "ranker": options.ranker if isinstance(options.ranker, str | None) else str(options.ranker),
+        "batch_size": request.batch_size,
+        "mixed_batches": options.mixed_batches,
+        "jacobi": options.jacobi,
+        "noise": "threefry2x32, partitionable, fold_in(fold_in(key(seed), candidate), position)",
+        **about,
+        "dtype": jnp.dtype(networks.transformer.dtype).name,
+        "device": f"{device.platform}: {device.device_kind}",
+        "devices": networks.mesh.size,
+        "versions": {
+            "mindalle-jax": mindalle_jax.__version__,
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    shape = (options.num_candidates,) if single else (len(request.prompts), options.num_candidates)
+    sampled = Sampled(request, networks.codec)
+    length = sampled.codes.shape[1]
+    bars = Bars(request, length - len(request.prompt_codes), options.progress)
+    for event in sample(networks, request, sampled):
+        sampled.add(event)
+        bars.update(event)
+        if event.kind != "codes":
+            continue
+        sampled.stopped = call_back(options.callback, request, event, length)
+        at_stop = every and (event.start + event.values.shape[1]) % every == 0
+        if at_stop and not sampled.stopped and not sampled.complete.all():
+            for decoded in decode_rows(networks.codec, sampled, event.rows):
+                sampled.add(decoded)
+            yield sampled.generation(request, shape, meta, with_scores=False)
+    bars.close()
+    yield sampled.generation(request, shape, meta)
+
+
+def sample_codes(networks: Networks, request: RowRequest) -> Iterator[SamplingEvent]:
+    """Samples every row, batch by batch and row of codes by row of codes.
+
+    The last batch of a group is padded to the one compiled size. Raises NonFiniteError when the network gives NaN or
+    infinite logits, UsageError for ids that it does not know, DeviceMemoryError.
+    """
+    model = networks.transformer
+    limit = prefix_vocab_size(model)
+    if request.prefix_ids.min() < 0 or request.prefix_ids.max() >= limit:
+        raise UsageError(f"prefix ids must lie in [0, {limit})")
+    if request.mixed:
+        model = model.copy(attention=private_backend(model.attention))
+    numbers = np.arange(len(request.prompt_of))
+    for group in [numbers] if request.mixed else [numbers[request.prompt_of == p] for p in range(len(request.prompts))]:
+        # Devices for which no row is left would sample padding.
+        count = min(networks.mesh.size, math.ceil(len(group) / request.batch_size))
+        mesh, params = first_devices(networks.mesh, count, networks.params)
+        prefix, at_once = None, request.batch_size * mesh.size
+        for first in range(0, len(group), at_once):
+            chunk = group[first : first + at_once]
+            # Padding repeats the first row of the chunk; what it samples is thrown away.
+            padded = np.concatenate([chunk, np.repeat(chunk[:1], at_once - len(chunk))])
+            if request.mixed or prefix is None:
+                prefix = _prefill(model, params, mesh, request, padded)
+            for start, codes, bad_position, log_likelihood in _sample_batch(
+                model, params, mesh, request, padded, prefix
+            ):
+                _check_finite(bad_position[: len(chunk)], request.rows.candidates[chunk])
+                count = len(chunk)
+                yield SamplingEvent("codes", chunk, codes[:count], start, log_likelihood[:count])
+
+
+def _prefill(model: Transformer, params: Any, mesh: Mesh, request: RowRequest, rows: np.ndarray) -> Prefix:
+    """The prefix of these rows: one that they share, or one for each."""
+    start = len(request.prompt_codes)
+    # One compiled program for any number of given codes: those still to be sampled are zeros, which nothing looks at.
+    codes = np.zeros(model.config.hparams.ctx_len_img if start else 0, np.int32)
+    codes[:start] = request.prompt_codes
+    prefix_ids = request.prefix_ids[request.prompt_of[rows]]
+    if not request.mixed:
+        return prefill(model, params, prefix_ids[0], codes, np.int32(start))
+    by_row = NamedSharding(mesh, P(None, "data") if request.guided else P("data"))
+    prefix_ids = jax.device_put(np.moveaxis(prefix_ids, 0, -2), by_row)  # [(2,) b, p]
+    codes = jax.device_put(np.tile(codes, (len(rows), 1)), NamedSharding(mesh, P("data")))
+    return prefill(model, params, prefix_ids, codes, np.int32(start))
+
+
+def _sample_batch(
+    model: Transformer, params: Any, mesh: Mesh, request: RowRequest, rows: np.ndarray, prefix: Prefix
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields (position, codes int32[b, row_length], bad positions int32[b], log-likelihoods f32[b]), row by row.
+
+    One call is in flight while the result of the one before it is fetched.
+    """
+    length, start = model.config.hparams.ctx_len_img, len(request.prompt_codes)
+    steps, lengths = row_length(length), cache_lengths(model, mesh.devices.flat[0].platform)
+    by_row, waiting = NamedSharding(mesh, P("data")), None
+    settings = jax.device_put(Rows(*(setting[rows] for setting in request.rows)), by_row)
+    capacity = next(capacity for capacity in lengths if capacity > start)
+    state = start_decode(model, mesh, request.batch_size, capacity, request.guided, prefix, np.int32(start))
+    shared = [] if request.mixed else prefix.kv
+    del prefix  # a private one lies in the cache now
+    # The best guess of a row of codes is the row above it.
+    above = request.prompt_codes[-steps:] if start else np.full(steps, -1, np.int32)
+    codes = jax.device_put(np.tile(above, (len(rows), 1)), by_row)
+    for t in range(start, length, steps):
+        state = grow_cache(model, mesh, state, t + steps, lengths)
+        state, codes = sample_row(model, mesh, request.jacobi, params, shared, settings, state, codes)
+        if waiting is not None:
+            yield (t - steps, *jax.device_get(waiting))
+        # Copies: the next call takes the state's memory.
+        waiting = codes, state.bad_position.copy(), state.log_likelihood.copy()
+    yield (length - steps, *jax.device_get(waiting))
+
+
+def sample(networks: Networks, request: RowRequest, sampled: Sampled) -> Iterator[SamplingEvent]:
+    """Codes, images and scores of every row.
+
+    sampled: holds what the events have told so far; the caller adds each, and sets sampled.stopped to have no more
+    codes. Rankers run with the caller's JAX settings, everything else with ours.
+    """
+    yield from pinned_steps(sample_images(networks, request, sampled), networks.transformer.dtype)
+    for p, prompt in enumerate(request.prompts):
+        rows = np.flatnonzero((request.prompt_of == p) & sampled.complete)
+        if request.ranker == "likelihood":
+            yield SamplingEvent("scores", rows, sampled.log_likelihood[rows])
+        elif request.ranker is not None and len(rows):
+            yield SamplingEvent("scores", rows, request.ranker.scores(prompt, sampled.images[rows]))
+
+
+def sample_images(networks: Networks, request: RowRequest, sampled: Sampled) -> Iterator[SamplingEvent]:
+    """Codes and images of every row; sampled: as in `sample`.
+
+    On an accelerator images are decoded as soon as there are enough for a compiled call, else when all codes are there.
+    """
+    codec, decoding, complete = networks.codec, [], []
+    no_room = f"no room to decode pictures in the memory of {networks.device}; use a larger device"
+    with device_memory(_too_many(request.batch_size, networks.device)):
+        for event in sample_codes(networks, request):
+            yield event
+            if sampled.stopped:
+                break
+            if codec.decode_ahead and event.start + event.values.shape[1] == sampled.codes.shape[1]:
+                complete += event.rows.tolist()
+            while len(complete) >= codec.decode_rows:
+                rows, complete = np.array(complete[: codec.decode_rows]), complete[codec.decode_rows :]
+                with device_memory(no_room):
+                    decoding.append((rows, codec.start_decode(sampled.grid(rows))))
+    with device_memory(no_room):
+        for rows, images in decoding:
+            yield SamplingEvent("images", rows, np.asarray(images))
+        done = [rows for rows, _ in decoding]
+        todo = np.setdiff1d(np.flatnonzero(sampled.begun), np.concatenate(done) if done else [])
+        yield from decode_rows(codec, sampled, todo)
+
+
+def decode_rows(codec: ImageCodec, sampled: Sampled, rows: np.ndarray) -> Iterator[SamplingEvent]:
+    """The images of these rows, and one for all rows that have no code yet, which look alike."""
+    for images in codec.decode(sampled.grid(rows)) if len(rows) else ():
+        yield SamplingEvent("images", rows[: len(images)], images)
+        rows = rows[len(images) :]
+    if not sampled.begun.all():
+        blank = np.flatnonzero(~sampled.begun)
+        (image,) = next(codec.decode(sampled.grid(blank[:1])))
+        yield SamplingEvent("images", blank, np.broadcast_to(image, (len(blank), *image.shape)))
+
+
+def prefix_vocab_size(model: Transformer) -> int:
+    """How many prefix ids there are: text tokens, or classes."""
+    c = model.config
+    if c.type == "igpt":
+        return (c.hparams.n_classes or 1) if c.use_cls_cond else 1
+    return c.vocab_size_txt
+
+
+def _check_finite(bad_position: np.ndarray, candidates: np.ndarray) -> None:
+    if (bad_position >= 0).any():
+        i = int(np.argmax(bad_position >= 0))
+        raise NonFiniteError(
+            f"NaN or infinite logits at step {bad_position[i]} of candidate {candidates[i]}: the weights are damaged, "
+            "or overflow in this dtype (try float32)"
+        )
+
+
+def _too_many(batch_size: int, device: str) -> str:
+    if batch_size == 1:
+        return f"not even one candidate fits into the memory of {device} beside the weights; use a larger device"
+    smaller = 1 << (batch_size - 1).bit_length() - 1  # the largest power of two below it
+    return (
+        f"{batch_size} candidates at once do not fit into the memory of {device}; try batch_size {smaller} "
+        "(no fewer pictures, more rounds)"
+    )
