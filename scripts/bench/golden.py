@@ -75,7 +75,7 @@ def compare_text_to_image(golden: Path, work: Path, found: Differences) -> None:
     found.close("image logits", image_logits, arrays["s2_logits_img"])
     found.close("text logits", text_logits, arrays["s2_logits_txt"])
     chosen = [prompts[i] for i in (0, 1, 5)]
-    options = {"num_candidates": 2, "batch_size": 2, "top_k": 1}
+    options: dict[str, Any] = {"num_candidates": 2, "batch_size": 2, "top_k": 1}
     found.same("greedy codes", model.generate_codes(chosen, **options), arrays["s2_greedy"][:, None])
     found.same("codes of images", model.encode_images(images_of(arrays["vq_x"])).reshape(2, -1), arrays["vq_codes"])
     found.close("pixels", model.decode_codes(arrays["vq_dec_codes"]), np.moveaxis(arrays["pixels"], 1, -1))
