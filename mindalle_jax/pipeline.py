@@ -1,8 +1,6 @@
 """Dalle and ImageGPT: text, or a class, -> codes -> pixels -> ranked images. Images are channels last."""
 
-import hashlib
 import os
-import platform
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
@@ -13,24 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
-import mindalle_jax
-from mindalle_jax.config.file import dump_config, load_config
+from mindalle_jax.config.file import load_config
 from mindalle_jax.config.schema import Config
 from mindalle_jax.errors import CheckpointError, UsageError
 from mindalle_jax.hub.resolve import find_model
 from mindalle_jax.models.attention import default_backend
 from mindalle_jax.models.transformer import Transformer
-from mindalle_jax.runtime.cache import cache_dir
-from mindalle_jax.runtime.devices import (
-    DType,
-    choose_devices,
-    device_memory,
-    first_devices,
-    pinned,
-    prepare_process,
-)
+from mindalle_jax.runtime.devices import DType, choose_devices, device_memory, first_devices, pinned, prepare_process
 from mindalle_jax.sampling.codec import ImageCodec
 from mindalle_jax.sampling.events import RowRequest
 from mindalle_jax.sampling.generate import Networks, generate_codes, generate_images, request_rows
@@ -39,29 +27,19 @@ from mindalle_jax.sampling.options import (
     Quantize,
     SamplingKeywords,
     SamplingOptions,
-    as_array,
     as_prompts,
     check_every,
     check_ids,
-    check_image,
-    check_keep_rows,
     check_quantize,
     class_prefix,
     default_batch_size,
     takes_options,
 )
 from mindalle_jax.sampling.result import Generation
-from mindalle_jax.storage.initialize import write_transfer
+from mindalle_jax.storage.initialize import cached_transfer
 from mindalle_jax.storage.model_folder import copy_model
 from mindalle_jax.storage.params import describe_params, place_params, write_params
-from mindalle_jax.storage.weights import (
-    STAGES,
-    DiskDType,
-    count_parameters,
-    fingerprint,
-    load_params,
-    read_manifest,
-)
+from mindalle_jax.storage.weights import DiskDType, count_parameters, fingerprint, load_params, read_manifest
 from mindalle_jax.text.tokenizer import TextTokenizer, TokenizedPrompts
 
 SMALL = 8 << 20
@@ -73,10 +51,24 @@ class Model:
 
     folder: Path | None = None
     """Where the model was loaded from; None for one made in memory."""
+    _image_only: bool
 
     def __init__(
-        self, config: Config, params: dict[str, Any], dtype: DType | None, mesh: Mesh | None, quantize: Quantize | None
+        self,
+        config: Config,
+        params: dict[str, Any],
+        *,
+        dtype: DType | None = None,
+        mesh: Mesh | None = None,
+        quantize: Quantize | None = None,
     ):
+        """A model of arrays in memory; from_pretrained loads one.
+
+        params: {"stage1": the VQGAN, "stage2": the transformer}, nested, NumPy or JAX arrays; stage 2 with its blocks
+        stacked, as in training, or one by one. dtype, mesh, quantize: as from_pretrained.
+        Raises CheckpointError naming the arrays that do not fit config, UsageError, ConfigError, DeviceMemoryError.
+        """
+        self._check_kind(config, "", "make")
         check_quantize(quantize)
         prepare_process()
         config.check()
@@ -92,7 +84,8 @@ class Model:
             attention=default_backend(self.backend),
             int8_cache=quantize == "weights+cache",
         )
-        with pinned(), device_memory(f"the weights do not fit into the memory of {self._device_name} as {self.dtype}"):
+        kind = self.mesh.devices.flat[0].device_kind
+        with pinned(), device_memory(f"the weights do not fit into the memory of {kind} as {self.dtype}"):
             stage1 = place_params(params["stage1"], "stage1", config, np.dtype("float32"), self.mesh)
             int8 = quantize is not None
             self._stage2 = place_params(params["stage2"], "stage2", config, compute, self.mesh, int8=int8)
@@ -112,18 +105,15 @@ class Model:
         """Loads a model.
 
         path_or_name: "demo", the small model in the package, which draws coloured shapes; a converted folder; a folder
-        in the original's PyTorch format (converted into the cache first); "minDALL-E/1.3B" (downloaded and converted
-        into the cache, about 5 GB each); or "OWNER/NAME", a repository of the Hugging Face hub that holds either format
-        (downloaded into the cache of the hub).
+        in the original's PyTorch format, or "minDALL-E/1.3B" (downloaded), which are converted into the cache first,
+        about 5 GB each; or "OWNER/NAME", a repository of the Hugging Face hub that holds either format.
         dtype: compute dtype; None is float32 on CPU and bfloat16 elsewhere.
         mesh: a jax Mesh with the one axis "data": rows are sharded over its devices. None: the first device; for a
         small network on CPU one per core, up to 8, which JAX finds there if it has not been used before.
-        quantize: "weights" holds the transformer's matrices as int8 with a scale for each output, half the memory of
-        bfloat16; "weights+cache" also the keys and values of the images being sampled. The images are others, hardly
-        less right: docs/log.md. None: neither.
+        quantize: "weights" holds the transformer's matrices as int8, half the memory of bfloat16; "weights+cache" also
+        the keys and values of the images being sampled. Images change, and are hardly less right (docs/log.md).
         revision: branch, tag or commit of the repository; None is its main branch.
         local_files_only: nothing is downloaded; what the caches hold has to do.
-
         Raises CheckpointError, ConfigError, DownloadError, OutputError or UsageError with the file and the reason, and
         DeviceMemoryError.
         """
@@ -133,7 +123,10 @@ class Model:
         config, tensors = load_config(folder / "config.yaml"), read_manifest(folder)["tensors"]
         if "stage2" not in tensors:
             raise CheckpointError(f"{folder}: holds a VQGAN only, nothing that draws codes")
-        others = cls._others(folder, config)
+        cls._check_kind(config, f"{folder}: ", "load")
+        text, h = [], config.stage2.hparams
+        if not config.image_only:
+            text = [TextTokenizer(folder / "tokenizer", h.ctx_len_txt, config.stage2.vocab_size_txt)]
         mesh, dtype = choose_devices(mesh, dtype, small=_is_small(config))
         kind, int8 = mesh.devices.flat[0].device_kind, quantize is not None
         # Straight into the layout of sampling, layer by layer: a model needs its own size in memory and no more.
@@ -142,14 +135,15 @@ class Model:
                 "stage1": load_params(folder, "stage1", config, np.dtype("float32"), mesh),
                 "stage2": load_params(folder, "stage2", config, jnp.dtype(dtype), mesh, int8=int8),
             }
-        model = cls(config, params, *others, dtype=dtype, mesh=mesh, quantize=quantize)  # type: ignore[call-arg]
+        model = cls(config, params, *text, dtype=dtype, mesh=mesh, quantize=quantize)
         model.folder, model._fingerprint = folder, fingerprint(tensors)
         return model
 
     @classmethod
-    def _others(cls, folder: Path, config: Config) -> tuple[Any, ...]:
-        """What the constructor takes beside config and params. Raises CheckpointError for a model of another kind."""
-        raise AssertionError("Model is not made by itself; use Dalle or ImageGPT")
+    def _check_kind(cls, config: Config, where: str, verb: str) -> None:
+        if config.image_only != cls._image_only:
+            kind, home = ("an image-only", "ImageGPT") if config.image_only else ("a text-to-image", "Dalle")
+            raise CheckpointError(f"{where}{kind} model; {verb} it with {home}")
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, overwrite: bool = False, dtype: DiskDType | None = None
@@ -204,14 +198,7 @@ class Model:
         image: RGB, of the model's size: a PIL image, or an array uint8 or float in [0, 1], [H, W, 3]; or its codes,
         int[h * w] or [h, w]. keep_rows: in [1, h - 1]. Raises UsageError.
         """
-        keep_rows = check_keep_rows(keep_rows, self.config.stage1)
-        if not isinstance(image, Image.Image):
-            image = as_array(image, f"codes must be [{self.code_size}, {self.code_size}] or [{self.code_size**2}]")
-        if isinstance(image, Image.Image) or image.ndim == 3:
-            codes = self._codec.encode(check_image(image, self.image_size)[None])
-        else:
-            codes = self._codec.check_codes(image[None])
-        return codes[0, :keep_rows].reshape(-1)
+        return self._codec.encode_rows(image, keep_rows)
 
     kept_codes = prompt_codes
     """The name of prompt_codes until version 0.1."""
@@ -228,20 +215,8 @@ class Model:
     def _stream(
         self, request: RowRequest, options: SamplingOptions, every: int | None, single: bool, **notes: Any
     ) -> Iterator[Generation]:
-        device = self.mesh.devices.flat[0]
-        about = notes | {
-            "dtype": self.dtype,
-            "quantize": self.quantize,
-            "model": "in memory" if self.folder is None else str(self.folder),
-            "model_sha256": self._fingerprint,
-            "device": f"{device.platform}: {device.device_kind}",
-            "devices": self.mesh.size,
-            "versions": {
-                "mindalle-jax": mindalle_jax.__version__,
-                "jax": jax.__version__,
-                "python": platform.python_version(),
-            },
-        }
+        model = "in memory" if self.folder is None else str(self.folder)
+        about = notes | {"quantize": self.quantize, "model": model, "model_sha256": self._fingerprint}
         return generate_images(self._networks, request, options, every, single, about)
 
     @cached_property
@@ -249,15 +224,11 @@ class Model:
         """Of the weights as they are held."""
         held: Any = {"stage1": self._codec.params, "stage2": self._stage2}
         with pinned():
-            return fingerprint({stage: describe_params(held[stage], stage, self.config) for stage in STAGES})
+            return fingerprint({stage: describe_params(held[stage], stage, self.config) for stage in held})
 
     @property
     def _networks(self) -> Networks:
         return Networks(self._transformer, self._stage2, self._codec, self.mesh)
-
-    @property
-    def _device_name(self) -> str:
-        return self.mesh.devices.flat[0].device_kind
 
     def _check_sequence(self, codes: Any) -> np.ndarray:
         codes, length = np.asarray(codes), self.config.stage2.hparams.ctx_len_img
@@ -278,32 +249,12 @@ class Model:
 class Dalle(Model):
     """Text to image."""
 
-    def __init__(
-        self,
-        config: Config,
-        params: dict[str, Any],
-        tokenizer: TextTokenizer,
-        *,
-        dtype: DType | None = None,
-        mesh: Mesh | None = None,
-        quantize: Quantize | None = None,
-    ):
-        """A model of arrays in memory; from_pretrained loads one.
+    _image_only = False
 
-        params: {"stage1": the VQGAN, "stage2": the transformer}, nested, NumPy or JAX arrays; stage 2 with its blocks
-        stacked, as in training, or one by one. dtype, mesh, quantize: as from_pretrained.
-        Raises CheckpointError naming the arrays that do not fit config, UsageError, ConfigError, DeviceMemoryError.
-        """
-        if config.image_only:
-            raise CheckpointError("an image-only model; make it with ImageGPT")
-        super().__init__(config, params, dtype, mesh, quantize)
+    def __init__(self, config: Config, params: dict[str, Any], tokenizer: TextTokenizer, **settings: Any):
+        """As Model, with the tokenizer that turns prompts into the ids of config."""
+        super().__init__(config, params, **settings)
         self.tokenizer = tokenizer
-
-    @classmethod
-    def _others(cls, folder: Path, config: Config) -> tuple[Any, ...]:
-        if config.image_only:
-            raise CheckpointError(f"{folder}: an image-only model; load it with ImageGPT")
-        return (TextTokenizer(folder / "tokenizer", config.dataset.context_length, config.stage2.vocab_size_txt),)
 
     def tokenize(self, prompts: str | Sequence[str]) -> np.ndarray:
         """Text ids int32[P, N] of P prompts (one for a bare string); "" gives padding only.
@@ -420,25 +371,7 @@ class Dalle(Model):
 class ImageGPT(Model):
     """Images without text: unconditional, or by class."""
 
-    def __init__(
-        self,
-        config: Config,
-        params: dict[str, Any],
-        *,
-        dtype: DType | None = None,
-        mesh: Mesh | None = None,
-        quantize: Quantize | None = None,
-    ):
-        """A model of arrays in memory; params and errors as Dalle."""
-        if not config.image_only:
-            raise CheckpointError("a text-to-image model; make it with Dalle")
-        super().__init__(config, params, dtype, mesh, quantize)
-
-    @classmethod
-    def _others(cls, folder: Path, config: Config) -> tuple[Any, ...]:
-        if not config.image_only:
-            raise CheckpointError(f"{folder}: a text-to-image model; load it with Dalle")
-        return ()
+    _image_only = True
 
     @classmethod
     def from_upstream(
@@ -457,11 +390,7 @@ class ImageGPT(Model):
         seed. The model lies in the cache. Raises ConfigError where the two do not fit, and as from_pretrained.
         """
         prepare_process()
-        upstream = find_model(dalle_path)
-        about = f"{fingerprint(read_manifest(upstream)['tensors'])}\n{dump_config(config)}\n{head} {seed}"
-        target = cache_dir() / "transfer" / f"{upstream.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
-        if not target.exists():
-            write_transfer(upstream, config, target, head=head, seed=seed)
+        target = cached_transfer(find_model(dalle_path), config, head=head, seed=seed)
         return cls.from_pretrained(target, dtype=dtype, mesh=mesh)
 
     @property

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from PIL import Image
 
 from mindalle_jax.config.schema import Stage1Config
 from mindalle_jax.errors import UsageError
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.runtime.devices import DType, choose_devices, first_devices, pinned, pinned_steps
-from mindalle_jax.sampling.options import as_array, check_ids, check_pixels
+from mindalle_jax.sampling.options import as_array, check_ids, check_image, check_keep_rows, check_pixels
 
 DECODER = ("codebook", "post_quant_conv", "decoder")
 """Parameters that decoding reads: jax 0.11.2 crashes on an input of shard_map that is not used."""
@@ -64,6 +65,17 @@ class ImageCodec:
                 chunk = _filled(images[first : first + batch_size], batch_size)
                 chunks.append(encode_pixels(self.encoder, params, chunk * 2 - 1))
             return np.concatenate([np.asarray(chunk) for chunk in chunks])[: len(images)]
+
+    def encode_rows(self, image: Any, keep_rows: int) -> np.ndarray:
+        """Codes int32[m] of the first rows of one image, or of its codes; see Dalle.prompt_codes. Raises UsageError."""
+        keep_rows = check_keep_rows(keep_rows, self.encoder.config)
+        if not isinstance(image, Image.Image):
+            image = as_array(image, f"codes must be [{self.side}, {self.side}] or [{self.side**2}]")
+        if isinstance(image, Image.Image) or image.ndim == 3:
+            codes = self.encode(check_image(image, self.size)[None])
+        else:
+            codes = self.check_codes(image[None])
+        return codes[0, :keep_rows].reshape(-1)
 
     def decode(self, codes: np.ndarray) -> Iterator[np.ndarray]:
         """Images uint8[m, H, W, 3] of checked codes int32[n, h, w], chunk by chunk; -1 is a code not sampled yet.

@@ -9,14 +9,17 @@ Dimensions: r rows of a request, one for each candidate of each prompt, prompt b
 """
 
 import math
+import platform
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import mindalle_jax
 from mindalle_jax.errors import NonFiniteError, UsageError
 from mindalle_jax.models.attention import private_backend
 from mindalle_jax.models.transformer import Transformer
@@ -101,8 +104,9 @@ def generate_images(
 ) -> Iterator[Generation]:
     """Yields what there is after every `every` codes, and in the end the result.
 
-    single: results are without the axis of prompts. about: what meta says of the model and the device.
+    single: results are without the axis of prompts. about: what meta says of the model.
     """
+    device = networks.mesh.devices.flat[0]
     meta = {
         "seed": options.seed,
         "num_candidates": options.num_candidates,
@@ -117,6 +121,14 @@ def generate_images(
         "jacobi": options.jacobi,
         "noise": "threefry2x32, partitionable, fold_in(fold_in(key(seed), candidate), position)",
         **about,
+        "dtype": jnp.dtype(networks.transformer.dtype).name,
+        "device": f"{device.platform}: {device.device_kind}",
+        "devices": networks.mesh.size,
+        "versions": {
+            "mindalle-jax": mindalle_jax.__version__,
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+        },
     }
     shape = (options.num_candidates,) if single else (len(request.prompts), options.num_candidates)
     sampled = Sampled(request, networks.codec)

@@ -1,5 +1,6 @@
 """Fresh weights: the start of a transfer, or of a model from scratch."""
 
+import hashlib
 import math
 import shutil
 import zlib
@@ -8,15 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mindalle_jax.config.file import load_config
+from mindalle_jax.config.file import dump_config, load_config
 from mindalle_jax.config.schema import Config
 from mindalle_jax.errors import ConfigError
+from mindalle_jax.runtime.cache import cache_dir
 from mindalle_jax.storage.files import new_folder
 from mindalle_jax.storage.results import write_model
-from mindalle_jax.storage.weights import (
-    map_weights,
-    read_manifest,
-)
+from mindalle_jax.storage.weights import fingerprint, map_weights, read_manifest
 
 SHARED = ("tok_emb_img/", "pos_emb_img/", "blocks/", "ln_f/")
 """Paths of what an image-only model takes over from a text-to-image model."""
@@ -39,6 +38,15 @@ def check_upstream(upstream: Config, config: Config) -> None:
         lines.append("stage2.type: a transfer goes from transformer1d to igpt")
     if lines:
         raise ConfigError(f"the model to start from does not fit: {'; '.join(lines)}")
+
+
+def cached_transfer(upstream: Path, config: Config, *, head: str, seed: int) -> Path:
+    """The folder in the cache with what write_transfer writes, made once for each model, configuration and seed."""
+    about = f"{fingerprint(read_manifest(upstream)['tensors'])}\n{dump_config(config)}\n{head} {seed}"
+    target = cache_dir() / "transfer" / f"{upstream.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
+    if not target.exists():
+        write_transfer(upstream, config, target, head=head, seed=seed)
+    return target
 
 
 def write_transfer(upstream: Path, config: Config, target: Path, *, head: str = "fresh", seed: int = 0) -> None:

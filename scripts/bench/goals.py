@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench.peer import missing
-from scripts.bench.stages import RESULTS, TABLE, Folder, Record, Stage, interruptible, run_stages
+from scripts.bench.stages import RESULTS, TABLE, Folder, Record, Stage, run_stages
 
 BACKENDS = ("xla", "pallas", "cudnn", "xla-private")
 TRAINING: tuple[tuple[str, ...], ...] = (
@@ -43,6 +43,8 @@ def stages(preset: str, peer: Path | None) -> list[Stage]:
     def stage(kind: str, name: str, *command: str) -> Stage:
         script, *options = command
         named = [] if script == "golden" else ["--preset", preset]
+        if preset == "tiny" and script == "sampling":
+            named += ["--rows", "1"]  # of 16: a rehearsal
         return Stage(kind, name, (script, *options, *named), LIMITS_S.get(kind, 180.0), LEAST_S[preset])
 
     found = [stage("golden", "golden parity", "golden")]
@@ -81,7 +83,11 @@ def sampling_run(
     options += ["--quantize", quantize] if quantize else []
     options += ["--jacobi"] if jacobi else []
     parts = [attention or "default attention", f"int8 {quantize}" if quantize else None, "jacobi" if jacobi else None]
-    return kind, f"{candidates} candidates, " + ", ".join(part for part in parts if part), options
+    return (
+        kind,
+        f"{candidates} candidate{'s' if candidates != '1' else ''}, " + ", ".join(part for part in parts if part),
+        options,
+    )
 
 
 # ---------------------------------------- the table of goals
@@ -204,16 +210,21 @@ def command(record: Record) -> str:
     return f"{device}: {' '.join(word for word in record.command if word != '--codes-only')}"
 
 
+def one_line(text: str) -> str:
+    """Text without line breaks."""
+    return " ".join(text.split())
+
+
 def cell(text: str) -> str:
     """Text that does not end a cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
+    return one_line(text).replace("|", "\\|")
 
 
 def best_default(records: list[Record]) -> str:
     """The attention with the fastest codes of 96 in the dtype that is not quantized, and the next one."""
     found = measured(GOALS[0], records)
     if not found:
-        return f"best default: not known; {why_not(records, 'codes 96')}"
+        return f"best default: not known; {one_line(why_not(records, 'codes 96'))}"
     (seconds, record), *others = found
     result = record.result or {}
     text = f"best default: attention={result['attention']}, cache sizes={len(result['cache_lengths'])}, "
@@ -234,7 +245,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="time for all stages (default: no limit)")
     parser.add_argument("--preset", choices=LEAST_S, default="1.3b", help="the network (default: %(default)s)")
     parser.add_argument("--peer", type=Path, metavar="DIR", help="a clone of the original repository, timed as well")
-    parser.add_argument("--only", default="", metavar="TEXT", help="stages with this in their name or command")
+    text = "stages with one of these in their name or command (default: all)"
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help=text)
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
     arguments = parser.parse_args()
     if arguments.peer and (reason := missing(arguments.peer)):
@@ -242,10 +254,12 @@ def parse_arguments() -> argparse.Namespace:
     arguments.stages = [
         stage
         for stage in stages(arguments.preset, arguments.peer)
-        if arguments.only in stage.name or arguments.only in " ".join(stage.command)
+        if any(text in stage.name or text in " ".join(stage.command) for text in arguments.only)
     ]
     if not arguments.stages:
-        parser.error(f"no stage has {arguments.only!r} in its name or command; --dry-run lists them")
+        parser.error(
+            f"no stage has {' or '.join(map(repr, arguments.only))} in its name or command; --dry-run lists them"
+        )
     if not arguments.dry_run and arguments.out is None:
         parser.error("--out DIR is needed, for the results")
     if arguments.out is not None and (arguments.out / RESULTS).exists():
@@ -261,8 +275,7 @@ def main() -> None:
             print(f"python -m scripts.bench.{' '.join(stage.command)}    # {stage.name}, {stage.limit_s:.0f} s at most")
         return
     folder = Folder(arguments.out)
-    with interruptible():
-        records, interrupted = run_stages(arguments.stages, folder, arguments.budget, table)
+    records, interrupted = run_stages(arguments.stages, folder, arguments.budget, table)
     print((folder.path / TABLE).read_text(encoding="utf-8"), end="")
     done = sum(record.status == "done" for record in records)
     print(f"{done} of {len(records)} stages done; results in {folder.path}", file=sys.stderr)

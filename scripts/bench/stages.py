@@ -58,8 +58,49 @@ class Record:
     """the JSON line of the bench"""
 
 
-class Interrupted(KeyboardInterrupt):
-    """SIGTERM or SIGHUP."""
+class Interrupted(Exception):
+    """A signal came while a stage ran."""
+
+
+class Interruption:
+    """Ctrl-C, SIGTERM and SIGHUP: ends the running stage, and never the writing of a result.
+
+    with Interruption() as interruption:
+        with interruption.armed():      # here, and only here, a signal raises Interrupted
+            process.wait()
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.signal = ""
+        """name of the first signal; empty if there was none"""
+        self._armed = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        self.signal = self.signal or signal.Signals(number).name
+        if self._armed:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def armed(self) -> Iterator[None]:
+        """Raises Interrupted for a signal that comes within, or has come before."""
+        self._armed = True
+        try:
+            if self.signal:
+                raise Interrupted
+            yield
+        finally:
+            self._armed = False
 
 
 class Folder:
@@ -69,13 +110,15 @@ class Folder:
         """path: a folder that has no results yet; it is made if it is not there."""
         self.path = path.resolve()
         (self.path / LOGS).mkdir(parents=True, exist_ok=True)
-        self._results = (self.path / RESULTS).open("x", encoding="utf-8")
+        self._results = self.path / RESULTS
+        self._results.touch(exist_ok=False)
 
     def append(self, record: Record) -> None:
         """Writes a line that survives whatever happens next."""
-        self._results.write(json.dumps(dataclasses.asdict(record)) + "\n")
-        self._results.flush()
-        os.fsync(self._results.fileno())
+        with self._results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def write_table(self, text: str) -> None:
         """Replaces table.md as a whole."""
@@ -87,29 +130,26 @@ class Folder:
         partial.replace(self.path / TABLE)
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise Interrupted, as Ctrl-C raises KeyboardInterrupt."""
-
-    def interrupt(number: int, _: Any) -> None:
-        raise Interrupted(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def run_stages(
     stages: Sequence[Stage], folder: Folder, budget_s: float | None, table: Callable[[list[Record]], str]
 ) -> tuple[list[Record], bool]:
-    """Runs the stages within the budget; returns their records, and whether they were interrupted.
+    """Runs the stages within the budget; returns their records, and whether a signal interrupted them.
 
     table: text of the records so far, those not started included; written after every stage.
     """
-    start, records, interrupted = time.monotonic(), [], False
+    with Interruption() as interruption:
+        records = _run_stages(stages, folder, budget_s, table, interruption)
+    return records, bool(interruption.signal)
+
+
+def _run_stages(
+    stages: Sequence[Stage],
+    folder: Folder,
+    budget_s: float | None,
+    table: Callable[[list[Record]], str],
+    interruption: Interruption,
+) -> list[Record]:
+    start, records = time.monotonic(), []
 
     def keep(record: Record) -> None:
         records.append(record)
@@ -118,18 +158,17 @@ def run_stages(
     waiting = "the stages before it are not over yet"
     for number, stage in enumerate(stages):
         left_s = float("inf") if budget_s is None else budget_s - (time.monotonic() - start)
-        if interrupted or left_s < stage.least_s:
-            reason = "interrupted" if interrupted else f"the budget of {budget_s:g} s was used up"
-            keep(not_reached(stage, reason))
+        if interruption.signal or left_s < stage.least_s:
+            used_up = f"{max(left_s, 0):.0f} s of the budget were left, {stage.least_s:.0f} is the least"
+            keep(not_reached(stage, interruption.signal or used_up))
             continue
         print(f"[{number + 1}/{len(stages)}] {stage.name}", file=sys.stderr, flush=True)
-        record = run_stage(stage, min(stage.limit_s, left_s), folder)
-        interrupted = record.status == "interrupted"
+        record = run_stage(stage, min(stage.limit_s, left_s), folder, interruption)
         keep(record)
         print(f"    {record.status}, {record.seconds:.1f} s {record.reason}", file=sys.stderr, flush=True)
         folder.write_table(table(records + [not_reached(later, waiting) for later in stages[number + 1 :]]))
     folder.write_table(table(records))
-    return records, interrupted
+    return records
 
 
 def not_reached(stage: Stage, reason: str) -> Record:
@@ -137,28 +176,28 @@ def not_reached(stage: Stage, reason: str) -> Record:
     return Record(stage.kind, stage.name, list(stage.command), "not reached", reason=reason)
 
 
-def run_stage(stage: Stage, limit_s: float, folder: Folder) -> Record:
+def run_stage(stage: Stage, limit_s: float, folder: Folder, interruption: Interruption) -> Record:
     """Runs a stage to its end, or to that of its limit, and ends all processes that it started."""
     log = folder.path / LOGS / re.sub(r"[^\w.+-]+", "-", stage.name)
     # The compiled programs of one stage serve the next, and a run after this one.
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(folder.path / "xla")} | os.environ
-    start, status, reason = time.monotonic(), "interrupted", ""
-    process = None
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.path / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = cache | os.environ
+    start, status, reason = time.monotonic(), "failed", ""
     with open(f"{log}.out", "w+b") as out, open(f"{log}.err", "w+b") as err:
+        # A session of its own: Ctrl-C reaches this process alone, and what a stage started can be ended with it.
+        process = subprocess.Popen(
+            stage.argv(), stdout=out, stderr=err, cwd=ROOT, env=environment, start_new_session=True
+        )
         try:
-            # A session of its own, so that Ctrl-C reaches this process alone, and its children end with it.
-            process = subprocess.Popen(
-                stage.argv(), stdout=out, stderr=err, cwd=ROOT, env=environment, start_new_session=True
-            )
-            code = process.wait(limit_s)
+            with interruption.armed():
+                code = process.wait(limit_s)
             status, reason = ("done", "") if code == 0 else ("failed", f"exit code {code}")
         except subprocess.TimeoutExpired:
             status, reason = "timed out", f"after {limit_s:.0f} s"
-        except KeyboardInterrupt as interrupt:
-            reason = str(interrupt) or "Ctrl-C"
+        except Interrupted:
+            status, reason = "interrupted", interruption.signal
         finally:
-            if process is not None:
-                end_group(process)
+            end_group(process)
         seconds = time.monotonic() - start
         result = last_json(out)
         if status == "failed":
@@ -170,16 +209,11 @@ def run_stage(stage: Stage, limit_s: float, folder: Folder) -> Record:
 
 def end_group(process: "subprocess.Popen[bytes]") -> None:
     """Ends a process that leads a session, with all that it started: SIGTERM, then SIGKILL."""
-    for number, wait_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
-        try:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):  # nothing of the group is left
             os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break  # nothing of the group is left
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(wait_s)
-            if number == signal.SIGTERM:
-                continue  # its children may be alive still
-    process.wait()
+            process.wait(GRACE_S)
 
 
 def last_json(file: Any) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ speed of a large matrix product in the same run.
 """
 
 import argparse
+import functools
 import time
 from typing import Any
 
@@ -29,16 +30,20 @@ from scripts.bench.plan_training import compile_update, compute_dtype
 def fill(tree: Any, seed: int) -> Any:
     """Arrays of these shapes, dtypes and shardings: floating point N(0, 0.02), made where it lies, and integers 0."""
     leaves, structure = jax.tree.flatten(tree)
-    filled = []
-    for number, leaf in enumerate(leaves):
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-
-        def make(number: int = number, leaf: Any = leaf, floating: bool = floating) -> jax.Array:
-            key = jax.random.key(seed + number)
-            return (0.02 * jax.random.normal(key, leaf.shape) if floating else jnp.zeros(leaf.shape)).astype(leaf.dtype)
-
-        filled.append(jax.jit(make, out_shardings=leaf.sharding)())
+    filled = [maker(leaf.shape, leaf.dtype, leaf.sharding)(seed + number) for number, leaf in enumerate(leaves)]
     return jax.tree.unflatten(structure, filled)
+
+
+@functools.cache  # parameters, moments and averages have the same shapes, and each program takes a while to compile
+def maker(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
+    """A function seed -> array, see fill."""
+
+    def make(seed: Any) -> jax.Array:
+        if not jnp.issubdtype(dtype, jnp.floating):
+            return jnp.zeros(shape, dtype)
+        return (0.02 * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
+
+    return jax.jit(make, out_shardings=sharding)
 
 
 def time_steps(compiled: Any, state: Any, frozen: Any, batch: Any, count: int) -> tuple[float, float]:

@@ -358,7 +358,7 @@ GOOD = np.zeros((4, 4, 3), np.uint8)
         (np.full((1, 4, 4, 3), np.nan), r"\[0, 1\], not \[nan"),
         (Image.fromarray(GOOD), "a sequence of pictures; not Image"),
         ("cat.png", "a sequence of pictures; not str"),
-        (["cat.png"], r"picture 0 must be .*not \[\]"),
+        (["cat.png"], "picture 0: an array of numbers or a PIL image is wanted, not str; open it first"),
         (None, "not NoneType"),
     ],
 )

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from mindalle_jax.config.file import load_config
-from mindalle_jax.models.transformer import Transformer, unstack_blocks
-from mindalle_jax.sampling.decode import prefill, row_length, sample_row, start_decode
-from mindalle_jax.sampling.filters import Rows
+from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.storage.weights import leaf_shapes
+from scripts.bench.common import DecodeLoop
+from scripts.bench.plan_sampling import transformer_params
 
 BATCH = 4
 
@@ -22,29 +22,17 @@ def loop(request):
     larger = ["dataset.image_resolution=48", "stage1.hparams.resolution=48", "stage2.hparams.ctx_len_img=576"]
     config = load_config(request.config.rootpath / "configs" / "tiny.yaml", larger)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
-    h = config.stage2.hparams
-    stacked = Transformer(config.stage2).init(
-        jax.random.key(0), np.zeros((1, h.ctx_len_txt), np.int32), np.zeros((1, h.ctx_len_img), np.int32)
-    )
-    model, params = Transformer(config.stage2, stacked=False), unstack_blocks(stacked["params"])
-    rows = 2 if request.param else 1
-    prefix_ids = np.zeros((rows, h.ctx_len_txt) if request.param else h.ctx_len_txt, np.int32)
-    prefix = prefill(model, params, prefix_ids, np.zeros(0, np.int32), 0)
-    state = start_decode(model, mesh, BATCH, h.ctx_len_img, request.param, prefix, 0)
-    settings = Rows(
-        np.arange(BATCH, dtype=np.int32), np.zeros(BATCH, np.uint32), np.ones(BATCH, np.float32),
-        np.full(BATCH, 16, np.int32), np.ones(BATCH, np.float32), np.full(BATCH, rows, np.float32),
-    )  # fmt: skip
-    guess = np.zeros((BATCH, row_length(h.ctx_len_img)), np.int32)
-    arguments = (params, prefix.kv, settings, state, guess)
-    jaxpr = jax.make_jaxpr(sample_row, static_argnums=(0, 1, 2))(model, mesh, False, *arguments)
-    return config, rows, str(jaxpr), sample_row.lower(model, mesh, False, *arguments).compile()
+    model, params = Transformer(config.stage2, stacked=False), transformer_params(config, np.float32, None)
+    rows, length = (2, (2,)) if request.param else (1, ())
+    decoding = DecodeLoop(model, params, mesh, BATCH, guidance_scale=rows)
+    traced, _ = decoding.trace((*length, config.stage2.hparams.ctx_len_txt))
+    return config, rows, str(traced.jaxpr), traced.lower().compile()
 
 
 def test_one_scan_over_the_positions(loop):
     """A data-dependent loop would wait for the host, or for a flag on the device, at every step."""
     config, _, jaxpr, _ = loop
-    steps = row_length(config.stage2.hparams.ctx_len_img)
+    steps = config.stage1.code_size
     assert steps == 24 and len(re.findall(rf"\blength={steps}\b", jaxpr)) == 1
     assert " while[" not in jaxpr
 
@@ -55,7 +43,7 @@ def test_every_loop_has_a_static_trip_count(loop):
     loops = [line for line in compiled.as_text().splitlines() if re.search(r"\bwhile\(", line)]
     counts = [re.search(r'"known_trip_count":\{"n":"(\d+)"', line) for line in loops]
     assert loops and all(counts)
-    steps = row_length(config.stage2.hparams.ctx_len_img)
+    steps = config.stage1.code_size
     assert sum(int(count[1]) == steps for count in counts) == 1
 
 

@@ -185,12 +185,9 @@ def test_an_update_of_fsdp(script, need_cuda, request, flash_attention):
 
     Flash attention is split with the batch, and writes no weights of 319 or 320 squared.
     """
-    from jax.experimental import topologies
-
     from scripts.bench import plan_training
 
-    target = (request.config.rootpath / "scripts" / "h100.textproto").read_text()
-    devices = topologies.get_topology_desc(platform="cuda", topology="1x1x8", target_config=target).devices
+    devices = script.h100_devices(8)
     config = request.config.rootpath / "configs" / "finetune-captions.yaml"
     overrides = ["sharding.strategy=fsdp", "data.train=photos"]
     overrides.append(f"training.flash_attention={str(flash_attention).lower()}")
