@@ -4,11 +4,11 @@
         training.init_from=models/mindalle training.caption_dropout=0 training.ema_decay=0
 
 The loss, the optimizer, the data and the configuration are those of `mindalle finetune`, and so are the numbers. Every
-device of this machine holds the whole state: 20 bytes a parameter, 25.8 GB for the published model, and activations.
+device of this machine holds the whole state: 20 bytes per parameter, 25.8 GB for the published model, and activations.
 There are no adapters, no moving average, no caption dropout, no sharding, no validation and no checkpoints: for any of
 these use `mindalle finetune`.
 
-    base model -> a copy on each device -> updates, gradients summed over micro-batches and devices -> model folder
+    base model -> a copy on each device -> steps, gradients summed over micro-batches and devices -> model folder
 """
 
 import argparse
@@ -38,10 +38,10 @@ from mindalle_jax.storage.results import write_model
 from mindalle_jax.storage.weights import Stage, leaf_shapes, load_stacked, nest
 from mindalle_jax.text.tokenizer import TextTokenizer
 from mindalle_jax.training.config import FinetuneConfig
-from mindalle_jax.training.finetune import read_finetune
+from mindalle_jax.training.finetune import encode_batch, read_finetune
 from mindalle_jax.training.optimizer import count_steps, learning_rate, make_optimizer
 from mindalle_jax.training.run_dir import check_base, start_folder
-from mindalle_jax.training.step import Terms, loss_sums, target_weights
+from mindalle_jax.training.step import Metrics, Terms, loss_sums, target_weights
 
 AXIS = "devices"
 
@@ -55,20 +55,21 @@ def train_step(
     state: Any,
     stage1: Any,
     batch: dict[str, jax.Array],
-) -> tuple[Any, dict[str, jax.Array]]:
-    """One update on one of the devices: (parameters, state of the optimizer), and the figures of the whole batch.
+) -> tuple[Any, Metrics]:
+    """One step on one of the devices: (parameters, state of the optimizer), and the metrics of the whole batch.
 
     batch: this device's micro-batches, prefix int32[a, b, p], and image uint8[a, b, S, S, 3] or codes int32[a, b, t].
     """
     params, opt_state = state
     if "image" in batch:
-        batch["codes"] = encode(vqgan, stage1, batch.pop("image"))
+        with matmul_precision(jnp.float32):
+            batch["codes"] = encode_batch(vqgan, stage1, batch.pop("image"))
     batch["rows"] = jnp.ones(batch["codes"].shape[:2], jnp.float32)
     # Captions differ in length, so the mean is over the targets of all devices and not a mean of means.
     counts = jax.lax.psum(Terms(*map(jnp.sum, target_weights(batch, pad_id))), AXIS)
 
     def share(params: dict[str, jax.Array], micro: dict[str, jax.Array]) -> tuple[jax.Array, Terms]:
-        """What a micro-batch adds to the loss of the whole batch."""
+        """The part of a micro-batch in the loss of the whole batch."""
         sums = loss_sums(model, nest(params), micro, pad_id)
         terms = Terms(*(total / jnp.maximum(count, 1) for total, count in zip(sums, counts, strict=True)))
         return terms.image + text_loss_weight * terms.text, terms
@@ -81,26 +82,15 @@ def train_step(
     (grads, terms), _ = jax.lax.scan(add, nothing, batch)
     grads, terms = jax.lax.psum((grads, terms), AXIS)  # shares of one mean: summed, not averaged again
 
-    # Every device makes the same update of its copy.
+    # Every device makes the same step with its copy.
     updates, opt_state = optimizer.update(grads, opt_state, params)
     loss = terms.image + text_loss_weight * terms.text
-    figures = {"loss": loss, "image_loss": terms.image, "text_loss": terms.text, "grad_norm": optax.tree.norm(grads)}
-    return (optax.apply_updates(params, updates), opt_state), figures
-
-
-def encode(vqgan: VQGAN, stage1: Any, images: jax.Array) -> jax.Array:
-    """int32[a, b, t] of pictures uint8[a, b, S, S, 3], in float32, a micro-batch at a time."""
-
-    def codes(micro: jax.Array) -> jax.Array:
-        grid: Any = vqgan.apply({"params": stage1}, micro.astype(jnp.float32) / 255 * 2 - 1, method="encode")
-        return grid.reshape(len(grid), -1)
-
-    with matmul_precision(jnp.float32):
-        return jax.lax.map(codes, images)
+    metrics = {"loss": loss, "image_loss": terms.image, "text_loss": terms.text, "grad_norm": optax.tree.norm(grads)}
+    return (optax.apply_updates(params, updates), opt_state), metrics
 
 
 def check(config: FinetuneConfig, num_devices: int) -> None:
-    """Raises ConfigError for what changes the result and is not here, and for batches that cannot be split."""
+    """Raises ConfigError for settings that change the result and are not here, and for batches that cannot be split."""
     training, h = config.training, config.stage2.hparams
     asked = {
         "training.lora.rank": training.lora.rank,
@@ -134,7 +124,7 @@ def finetune(
     check_output(out, overwrite=out.is_dir())  # an empty folder may be used
     prepare_process()
 
-    # ---- data: batches of the size of an update
+    # ---- data: batches of the size of a step
     model_config, experiment = config.model_config(), config.experiment
     tokenizer, task = None, "text"
     if config.image_only:
@@ -196,9 +186,9 @@ def finetune(
     state = on_each(lambda _, params: (params, optimizer.init(params)))(ranks, load("stage2"))
     stage1 = None if source.has_codes else on_each(lambda _, leaves: nest(leaves))(ranks, load("stage1"))
 
-    # ---- updates
-    print(f"{source.report}; {max_steps} updates of {experiment.total_batch_size} on {len(devices)} devices")
-    with open(out / "metrics.jsonl", "w", encoding="utf-8") as metrics, matmul_precision(dtype):
+    # ---- steps
+    print(f"{source.report}; {max_steps} steps of {experiment.total_batch_size} on {len(devices)} devices")
+    with open(out / "metrics.jsonl", "w", encoding="utf-8") as file, matmul_precision(dtype):
         for step in (bar := tqdm(range(1, max_steps + 1), unit="step")):
             rows = next(loader)
             prefix = rows.get("text")
@@ -208,16 +198,16 @@ def finetune(
             # [B, ...] -> [devices, a, b, ...]
             shape = (len(devices), -1, experiment.local_batch_size)
             batch = {name: array.reshape(*shape, *array.shape[1:]) for name, array in batch.items()}
-            state, figures = step_fn(state, stage1, batch)
+            state, metrics = step_fn(state, stage1, batch)
             line = {
-                name: float(value[0]) for name, value in jax.device_get(figures).items()
+                name: float(value[0]) for name, value in jax.device_get(metrics).items()
             }  # the same on every device
             line["learning_rate"] = np.asarray(schedule(step - 1)).item()
-            metrics.write(json.dumps({"step": step, "kind": "train", **line}) + "\n")
-            metrics.flush()
+            file.write(json.dumps({"step": step, "kind": "train", **line}) + "\n")
+            file.flush()
             bar.set_postfix(loss=f"{line['loss']:.4f}")
             if not np.isfinite(line["loss"] + line["grad_norm"]):
-                raise NonFiniteError(f"update {step}: the loss or its gradient is not finite; lower optimizer.base_lr")
+                raise NonFiniteError(f"step {step}: the loss or its gradient is not finite; lower optimizer.base_lr")
 
     # ---- model folder
     write_model(base, model_config, out, lambda path, _: np.asarray(state[0][path][0]), f"fine-tuned from {base.name}")

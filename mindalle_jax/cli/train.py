@@ -64,7 +64,7 @@ def _run(train: Callable[..., bool], arguments: argparse.Namespace) -> None:
         arguments.config, arguments.overrides, arguments.out, ignore_fingerprint=arguments.ignore_fingerprint
     )
     if not complete:
-        raise KeyboardInterrupt  # so that a script does not go on as if there were a model
+        raise KeyboardInterrupt  # so that a script does not continue as if there were a model
 
 
 def run_tokenizer(arguments: argparse.Namespace) -> None:

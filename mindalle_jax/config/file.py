@@ -1,6 +1,7 @@
 """Reads and writes config.yaml: YAML, `section.key=value` overrides, and the types of the schema."""
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import re
@@ -42,24 +43,45 @@ def load_config(
     stage2 that the file leaves out; None: the published model's.
     Raises ConfigError naming the file, the field and the nearest valid name or the type expected.
     """
-    with _naming(path):
-        return parse_config(_read(path), overrides, kind, defaults)
+    return ConfigFile(path, overrides).config(kind, defaults)
 
 
 def load_section(path: str | Path, overrides: Iterable[str], name: str, kind: type[Section]) -> Section:
-    """One section of the file alone, where the rest cannot be read yet; otherwise as load_config."""
-    with _naming(path):
-        tree = _overridden(_parse_yaml(_read(path)), overrides)
-        _check_mapping(tree, "the file")
-        section = tree.get(name)
-        return _build(kind, {} if section is None else section, f"{name}.")
+    """One section of the file, where the other sections cannot be read yet; otherwise as load_config."""
+    return ConfigFile(path, overrides).section(name, kind)
+
+
+class ConfigFile:
+    """A config.yaml that is read once, and from which sections and whole configurations are made."""
+
+    def __init__(self, path: str | Path, overrides: Iterable[str] = ()):
+        """Raises ConfigError for a file that cannot be read or is not YAML."""
+        self.path, self.overrides = path, tuple(overrides)
+        with _naming(path):
+            self._tree = _parse_yaml(_read(path))
+
+    def config(self, kind: type[AnyConfig] = Config, defaults: Config | None = None) -> AnyConfig:
+        """The configuration; arguments and errors as load_config."""
+        with _naming(self.path):
+            return _build_config(self._tree, self.overrides, kind, defaults)
+
+    def section(self, name: str, kind: type[Section]) -> Section:
+        """One section; errors as load_config."""
+        with _naming(self.path):
+            tree = _overridden(self._tree, self.overrides)
+            _check_mapping(tree, "the file")
+            section = tree.get(name)
+            return _build(kind, {} if section is None else section, f"{name}.")
 
 
 def parse_config(
     text: str, overrides: Iterable[str] = (), kind: type[AnyConfig] = Config, defaults: Config | None = None
 ) -> AnyConfig:
     """load_config from the text of a config.yaml."""
-    tree = _parse_yaml(text)
+    return _build_config(_parse_yaml(text), overrides, kind, defaults)
+
+
+def _build_config(tree: Any, overrides: Iterable[str], kind: type[AnyConfig], defaults: Config | None) -> AnyConfig:
     if defaults is not None and isinstance(tree, dict):
         plain, sections = _plain(defaults), typing.get_type_hints(kind)
         tree = _merged({name: plain[name] for name in ("dataset", "stage1", "stage2") if name in sections}, tree)
@@ -121,6 +143,8 @@ def _merged(under: Any, over: Any) -> Any:
 
 
 def _overridden(tree: Any, overrides: Iterable[str]) -> Any:
+    """A copy of the parsed file with the overrides applied."""
+    tree = copy.deepcopy(tree)
     for override in overrides:
         _apply_override(tree, override)
     return tree

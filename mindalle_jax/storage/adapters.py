@@ -5,7 +5,6 @@ W x becomes W x + alpha / rank B A x: Hu et al., "LoRA: Low-Rank Adaptation of L
 """
 
 import dataclasses
-import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -18,8 +17,10 @@ import safetensors
 
 from mindalle_jax.config.file import load_config
 from mindalle_jax.errors import CheckpointError, ConfigError, one_line
-from mindalle_jax.storage import weights
-from mindalle_jax.storage.weights import leaf_shapes
+from mindalle_jax.storage.weights import fingerprint, leaf_shapes, read_manifest
+
+LORA_SCALE, BASE_FINGERPRINT = "lora_scale", "base_fingerprint"
+"""Keys in the metadata of adapters.safetensors: alpha / rank, and weights.fingerprint of the base model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Adapters(NamedTuple):
 
 
 def load_adapters(file: Path, base: Path) -> Adapters:
-    """The adapters.safetensors of a run that began from the model folder `base`.
+    """The adapters.safetensors of a run that started from the model folder `base`.
 
     Raises CheckpointError for a file that is missing, damaged or not of a run, that belongs to another model than
     `base`, or whose adapters do not fit its weights: all that differ are listed.
@@ -98,16 +99,15 @@ def load_adapters(file: Path, base: Path) -> Adapters:
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: truncated or damaged: {one_line(error)}") from None
     try:
-        scale, theirs = float(about["lora_scale"]), about["base_sha256"]
+        scale, theirs = float(about[LORA_SCALE]), about[BASE_FINGERPRINT]
     except (KeyError, ValueError):
         raise CheckpointError(
-            f"{file}: not the adapters of a run: lora_scale and base_sha256 are not in its metadata"
+            f"{file}: not the adapters of a run: {LORA_SCALE} and {BASE_FINGERPRINT} are not in its metadata"
         ) from None
-    ours = hashlib.sha256((base / weights.MANIFEST).read_bytes()).hexdigest()
+    ours = fingerprint(read_manifest(base)["tensors"])
     if theirs != ours:
         raise CheckpointError(
-            f"{file}: adapters of another model than {base}: the SHA-256 of its {weights.MANIFEST} was {theirs} and is "
-            f"{ours}"
+            f"{file}: adapters of another model than {base}: the fingerprint of its weights was {theirs} and is {ours}"
         )
     odd = _misfits(leaves, leaf_shapes(load_config(base / "config.yaml"), "stage2"))
     if odd or not leaves:

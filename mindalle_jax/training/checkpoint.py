@@ -1,4 +1,4 @@
-"""The state of a training on disk: written while training goes on, whole or not at all, and verified when it is read.
+"""The state of a training on disk: written while training continues, whole or not at all, and verified when it is read.
 
 A folder of checkpoints holds one folder for each step that is kept; Orbax writes them:
 
@@ -40,7 +40,7 @@ _RECORD_FILE = "record.json"
 
 
 class Restored(NamedTuple):
-    """What `Checkpoints.restore` returns."""
+    """A checkpoint that `Checkpoints.restore` has read."""
 
     state: Any
     """The arrays, in the tree, with the dtypes and on the devices that the target asked for."""
@@ -99,7 +99,7 @@ class Checkpoints:
     ) -> None:
         """Saves a tree of jax.Arrays, sharded in any way, and `data_state`, which must be JSON.
 
-        Returns when the arrays are copied off the devices, so that they may be donated; writing goes on, and an error
+        Returns when the arrays are copied off the devices, so that they may be donated; writing continues, and an error
         in it is raised by the next call of save, restore, wait or close. Until the step is complete all older ones
         stay. Random keys go in as jax.random.key_data(key). Raises OutputError if the disk is too small, cannot be
         written to, or holds this step or a later one; UsageError for typed random keys.
@@ -109,7 +109,7 @@ class Checkpoints:
         if newest is not None and step <= newest:
             raise OutputError(
                 f"{self.folder}: step {step} is not after step {newest}, which is saved already; name another folder, "
-                "or to go on from an older step remove the later ones first (delete_after)"
+                "or to resume from an older step remove the later ones first (delete_after)"
             )
         leaves = _by_path(state)
         for path, leaf in leaves.items():
@@ -163,7 +163,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.folder / str(step)}: the data set has changed since this checkpoint (its fingerprint was "
                 f"{record['fingerprint']!r} and is {self.fingerprint!r}), so its place in the data means other "
-                "samples; bring the old data back, or go on with --ignore-fingerprint (in Python: "
+                "samples; bring the old data back, or resume with --ignore-fingerprint (in Python: "
                 "ignore_fingerprint=True)"
             )
         with (
@@ -183,7 +183,7 @@ class Checkpoints:
         return Restored(state, record["data_state"], step)
 
     def delete_after(self, step: int) -> None:
-        """Deletes the later steps, so that a training can go on from this one. Raises OutputError."""
+        """Deletes the later steps, so that a training can resume from this one. Raises OutputError."""
         self.close()
         self._empty_removed()
         if jax.process_index() == 0:

@@ -1,6 +1,6 @@
-"""The configuration of a run: sections that every run has, and for fine-tuning those of the model's config.yaml.
+"""The configuration of a run: the sections that every run has, and for fine-tuning those of the model's config.yaml.
 
-The original's recipes are such files too: they have the sections of config.yaml alone.
+The original's recipes are such files too: they have only the sections of config.yaml.
 """
 
 import dataclasses
@@ -26,50 +26,50 @@ from mindalle_jax.runtime.sharding import AXES, Strategy
 from mindalle_jax.storage.adapters import LoraConfig
 
 SCRATCH = "scratch"
-"""The name under training.init_from that stands for no model."""
+"""The value of training.init_from that stands for no model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the pictures are; docs/fine-tuning.md shows the formats."""
+    """The images of a run; docs/fine-tuning.md shows the formats."""
 
     train: str = ""
     """Folder, tar files, or codes from mindalle prepare-codes."""
     valid: str | None = None
     """The same for validation; None: no validation."""
     threads: int = 8
-    """Threads that read, decode and crop pictures."""
+    """Threads that read, decode and crop images."""
     group_size: int = 1
-    """Samples in a row that stay together when the others are shuffled: of pictures that differ little CLIP learns in
-    one batch what they differ in."""
+    """This many consecutive samples stay together when samples are shuffled. From images that differ little in a batch
+    CLIP learns what they differ in."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """What is said of every run, whatever it trains."""
+    """The section `training` of every run, whatever it trains."""
 
     seed: int = 0
-    """Of the order of the data, its crops, dropout and fresh parameters."""
+    """Seed of the order of the data, its crops, dropout and fresh parameters."""
     warmup_steps: int = 0
-    """Updates over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0."""
     ema_decay: float = 0.0
-    """Of the moving average of the parameters that is validated, sampled and saved as the model; 0: off."""
+    """Decay of the moving average of the parameters that is validated, sampled and saved as the model; 0: off."""
     keep_checkpoints: int = 2
     checkpoint_every_steps: int = 0
-    """Updates between checkpoints; 0: as experiment.save_ckpt_freq, in epochs."""
+    """Steps between checkpoints; 0: as experiment.save_ckpt_freq, in epochs."""
     validate_every_steps: int = 0
-    """Updates between validations; 0: as experiment.test_freq, in epochs."""
+    """Steps between validations; 0: as experiment.test_freq, in epochs."""
     sample_every_steps: int = 0
-    """Updates between pictures to look at; 0: none."""
+    """Steps between previews, images of sample_prompts; 0: none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardingConfig:
-    """How the state is spread over devices; sharding.py has the table."""
+    """How the state is sharded over devices; runtime/sharding.py has the table."""
 
     strategy: Strategy = "replicated"
     mesh: tuple[str, ...] = ()
-    """Sizes of mesh axes, as `fsdp=4`; the one that the strategy is named after takes the devices that are left."""
+    """Sizes of mesh axes, as `fsdp=4`; the axis that the strategy is named after takes the devices that are left."""
 
     def sizes(self) -> dict[str, int]:
         """mesh as {axis: size}."""
@@ -84,7 +84,7 @@ class ShardingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """The sections that every run has."""
+    """The sections of the file of every run."""
 
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -110,50 +110,50 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(LoopConfig):
-    """What is trained of a transformer, and how."""
+    """The section `training` of a run that trains a transformer."""
 
     init_from: str = "minDALL-E/1.3B"
     """The model to start from, as for `mindalle sample`: a folder or a name; scratch: a fresh transformer."""
     vqgan: str = ""
-    """From scratch: the model, or VQGAN alone, that turns pictures into codes; a folder or a name."""
+    """From scratch: the model, or VQGAN alone, that turns images into codes; a folder or a name."""
     tokenizer: str = ""
     """From scratch: a folder with bpe-16k-vocab.json and bpe-16k-merges.txt; the default is that of `vqgan`."""
     head: Literal["fresh", "head_img"] = "fresh"
-    """Head of an image-only model that starts from a text-to-image model: drawn anew as in the original, or taken."""
+    """Head of an image-only model that starts from a text-to-image model: random as in the original, or taken over."""
     text_loss_weight: float = 0.125
-    """Of the text term. A caption has fewer tokens that count than a picture has codes, and the text is not drawn: at
-    full weight it would be learned at the expense of the pictures. As in DALL-E (Ramesh et al., 2021)."""
+    """Weight of the text term. A caption has fewer tokens that count than an image has codes, and text is not sampled:
+    at full weight it would be learned at the expense of the images. As in DALL-E (Ramesh et al., 2021)."""
     caption_dropout: float = 0.0
     """Share of captions that are left blank, for guidance_scale; 0.1 is usual."""
     decay: Literal["all", "matrices"] = "all"
-    """What weight_decay covers: every parameter, as in the original, or those of two and more axes but tables."""
+    """The parameters that weight_decay covers: all, as in the original, or those of two and more axes but tables."""
     freeze: tuple[str, ...] = ()
     """Patterns of parameters that stay as they are; a whole path must match: `blocks/.*`, `tok_emb_img/embedding`."""
     remat: Remat = "dots"
-    """What the backward pass computes again to save memory: none, dots (little) or full (more, a third slower)."""
+    """How much the backward pass computes again to save memory: none, dots (little) or full (more, a third slower)."""
     flash_attention: bool = False
     """Attention by cuDNN, which keeps no weights of it: NVIDIA GPUs since Ampere, bfloat16, no dropout of attention."""
     lora: LoraConfig = LoraConfig()
     sample_prompts: tuple[str, ...] = ()
-    """Prompts, or numbers of classes, to draw every sample_every_steps."""
+    """Prompts, or numbers of classes, that are sampled every sample_every_steps."""
 
-    def check_origin(self) -> None:
+    def check_init_from(self) -> None:
         """Raises ConfigError for fields that do not go with init_from; before what it names is looked for."""
         if (self.init_from == SCRATCH) != bool(self.vqgan):
             raise ConfigError(
-                f"training.vqgan names the model whose pictures' codes are learned, and goes with init_from: {SCRATCH}"
+                f"training.vqgan names the model whose codes are learned, and goes with init_from: {SCRATCH}"
             )
         if self.tokenizer and self.init_from != SCRATCH:
             raise ConfigError(f"training.tokenizer goes with init_from: {SCRATCH}; other models have their own")
         if self.init_from == SCRATCH and (self.freeze or self.lora.rank):
             raise ConfigError(
-                "training.freeze and training.lora keep what a model has learned; from scratch it is nothing"
+                "training.freeze and training.lora keep what a model has learned; from scratch it has learned nothing"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
-    """A whole file for `mindalle finetune`."""
+    """The file of `mindalle finetune`."""
 
     training: TrainingConfig = TrainingConfig()
     dataset: DatasetConfig = DatasetConfig()
@@ -166,7 +166,7 @@ class FinetuneConfig(RunConfig):
 
     @property
     def image_only(self) -> bool:
-        """Whether the model draws without text."""
+        """Whether the model makes images without text."""
         return self.model_config().image_only
 
     def check(self) -> None:
@@ -192,7 +192,7 @@ class FinetuneConfig(RunConfig):
                 re.compile(pattern)
             except re.error as error:
                 raise ConfigError(f"{pattern!r} is not a pattern: {error}") from None
-        t.check_origin()
+        t.check_init_from()
 
 
 def check_share(path: str, share: float) -> None:
@@ -202,5 +202,5 @@ def check_share(path: str, share: float) -> None:
 
 
 def load_finetune_config(path: str | Path, overrides: Iterable[str] = (), base: Config | None = None) -> FinetuneConfig:
-    """As config.load_config, base being the configuration of the model to start from."""
+    """Reads the file as config.load_config does; base: the configuration of the model to start from."""
     return load_config(path, overrides, FinetuneConfig, base)

@@ -1,9 +1,8 @@
-"""Training of the transformer: further, on other pictures, as another kind of model, or from nothing.
+"""Training of the transformer: further, on other images, as another kind of model, or from scratch.
 
 base model -> parameters on the mesh -> the loop -> model folder
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,29 +11,45 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from mindalle_jax.config.file import load_config, load_section
+from mindalle_jax.config.file import ConfigFile, load_config
 from mindalle_jax.data.codes import vqgan_digest
 from mindalle_jax.errors import ConfigError
 from mindalle_jax.hub.resolve import find_model
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.runtime.devices import matmul_precision
-from mindalle_jax.runtime.sharding import BATCH, SplitByBatch, param_shardings
-from mindalle_jax.storage.adapters import adapter_shapes, matches, merged
+from mindalle_jax.runtime.sharding import SplitByBatch, param_shardings
+from mindalle_jax.sampling.codec import encode_pixels
+from mindalle_jax.storage.adapters import BASE_FINGERPRINT, LORA_SCALE, adapter_shapes, matches, merged
 from mindalle_jax.storage.results import write_model
-from mindalle_jax.storage.weights import MANIFEST, leaf_shapes, load_params, load_stacked, map_weights, read_manifest
+from mindalle_jax.storage.weights import (
+    fingerprint,
+    leaf_shapes,
+    load_params,
+    load_stacked,
+    map_weights,
+    read_manifest,
+)
 from mindalle_jax.text.tokenizer import TextTokenizer
-from mindalle_jax.training.config import SCRATCH, FinetuneConfig, TrainingConfig, load_finetune_config
-from mindalle_jax.training.loop import Batch, Rows, Run, whole
+from mindalle_jax.training.config import SCRATCH, FinetuneConfig, TrainingConfig
+from mindalle_jax.training.loop import Batch, Rows, Run, gather_to_host, run_training
 from mindalle_jax.training.lora import init_adapters
 from mindalle_jax.training.metrics import flops_per_sequence
 from mindalle_jax.training.optimizer import make_optimizer
-from mindalle_jax.training.previews import RECONSTRUCTIONS, Sampler
-from mindalle_jax.training.run_dir import check_base, check_folder, claim_folder, start_folder
-from mindalle_jax.training.step import Params, Task, TrainState, compile_train_step, eval_step, init_state, whole_params
+from mindalle_jax.training.previews import RECONSTRUCTIONS, Previewer, write_reconstructions
+from mindalle_jax.training.run_dir import check_base, start_folder
+from mindalle_jax.training.step import (
+    Metrics,
+    Params,
+    StepConfig,
+    TrainState,
+    compile_train_step,
+    eval_step,
+    init_state,
+    model_params,
+)
 
 
 class FinetuneRun(Run):
@@ -45,6 +60,7 @@ class FinetuneRun(Run):
 
         Raises ConfigError, CheckpointError, DataError or UsageError before anything is written.
         """
+        check_base(config, base)
         self.config, self.base = config, base
         self.model_config = config.model_config()
         self.task = "text"
@@ -79,7 +95,7 @@ class FinetuneRun(Run):
         self.trained_shapes = trained
         if training.flash_attention and jax.default_backend() != "gpu":
             raise ConfigError(f"training.flash_attention needs an NVIDIA GPU; JAX uses {jax.default_backend()}")
-        self.step_task = Task(
+        self.step_config = StepConfig(
             model=Transformer(
                 config.stage2,
                 dtype=self.dtype,
@@ -98,18 +114,23 @@ class FinetuneRun(Run):
         )
 
         self.frozen: Params = {}
-        self.vqgan: Params = {}  # loaded if there are pictures to encode
-        self.sampler: Sampler | None = None
+        self.stage1: dict[str, Any] = {}  # the VQGAN, loaded by init_state if there are images to encode or to decode
+        self.encoder = VQGAN(config.stage1)  # in float32 whatever the dtype: stage 1 is small
+        self.previewer: Previewer | None = None
         if (training.sample_every_steps or not self.source.has_codes) and jax.process_count() == 1:
             prompts = training.sample_prompts or (("",) if self.task == "unconditional" else ())
-            self.sampler = Sampler(base, self.model_config, self.dtype, prompts, self.tokenizer)
+            self.previewer = Previewer(self.model_config, prompts, self.tokenizer)
 
-    def origin(self) -> str:
-        """Digest of the manifest of the base model."""
-        return hashlib.sha256((self.base / MANIFEST).read_bytes()).hexdigest()
+    def prepare(self) -> None:
+        """Writes the model to start from, for a transfer and from scratch."""
+        self.base = start_folder(self.config, self.base, self.out)
+
+    def base_fingerprint(self) -> str:
+        """The fingerprint of the weights that the run starts from."""
+        return fingerprint(read_manifest(self.base)["tensors"])
 
     def init_state(self) -> TrainState:
-        """What is trained in float32, the rest in the compute dtype; each on the mesh as the strategy says."""
+        """Trained parameters in float32, the rest in the compute dtype; all sharded over the mesh by the strategy."""
         config = self.config
         shardings = param_shardings(self.shapes, config.sharding.strategy, self.mesh)
         dtypes = {path: np.dtype("float32" if path in self.trained_shapes else self.dtype) for path in self.shapes}
@@ -117,30 +138,31 @@ class FinetuneRun(Run):
         params = {path: leaves.pop(path) for path in self.trained_shapes if path in leaves}
         if config.training.lora.rank:
             adapters = init_adapters(self.trained_shapes, config.training.seed)
-            everywhere = NamedSharding(self.mesh, PartitionSpec())
-            params = {path: jax.device_put(array, everywhere) for path, array in adapters.items()}
+            replicated = NamedSharding(self.mesh, PartitionSpec())
+            params = {path: jax.device_put(array, replicated) for path, array in adapters.items()}
         self.frozen = leaves
-        if not all(source.has_codes for source in (self.source, self.valid_source) if source is not None):
-            self.vqgan = load_params(self.base, "stage1", self.model_config, jnp.dtype("float32"), self.mesh)
-        return init_state(self.step_task, params)
+        sources = [source for source in (self.source, self.valid_source) if source is not None]
+        if self.previewer is not None or not all(source.has_codes for source in sources):
+            self.stage1 = load_params(self.base, "stage1", self.model_config, jnp.dtype("float32"), self.mesh)
+        return init_state(self.step_config, params)
 
-    def compile_step(self, state: TrainState) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-        """step.train_step."""
-        step = compile_train_step(self.step_task, jax.tree.map(lambda leaf: leaf.sharding, state))
+    def compile_step(self, state: TrainState) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+        """Compiles step.train_step."""
+        step = compile_train_step(self.step_config, jax.tree.map(lambda leaf: leaf.sharding, state))
         return lambda state, batch: step(state, self.frozen, batch)
 
     def make_batch(self, rows: Rows) -> Batch:
-        """prefix, codes and index in micro-batches."""
+        """The batch of train_step: prefix, codes and index in micro-batches."""
         batch = {"index": rows["index"].astype(np.uint32), "prefix": _prefix(rows)}
-        return self._with_codes(self.place(batch | _pictures(rows), micro=True))
+        return self._with_codes(self.shard_batch(batch | _images(rows), micro=True))
 
     def validate(self, state: TrainState) -> dict[str, float]:
         """Mean cross-entropies over the validation data, of the moving average where there is one."""
         params, totals = state.ema or state.params, np.zeros(4)
         for rows in self.validation_rows():
-            batch = {"prefix": _prefix(rows), "rows": rows["valid"].astype(np.float32)} | _pictures(rows)
-            placed = self._with_codes(self.place(batch, micro=False))
-            sums, counts = eval_step(self.step_task, params, self.frozen, placed)
+            batch = {"prefix": _prefix(rows), "rows": rows["valid"].astype(np.float32)} | _images(rows)
+            batch = self._with_codes(self.shard_batch(batch, micro=False))
+            sums, counts = eval_step(self.step_config, params, self.frozen, batch)
             totals += np.array(jax.device_get([*sums, *counts]), np.float64)
         image, text = totals[0] / max(totals[2], 1), totals[1] / max(totals[3], 1)
         if self.config.image_only:
@@ -148,32 +170,35 @@ class FinetuneRun(Run):
         return {"loss": image + self.config.training.text_loss_weight * text, "image_loss": image, "text_loss": text}
 
     def memory(self, state: TrainState) -> dict[str, Any]:
-        """Parameters and what Adam keeps."""
-        return {"trained": state.params, "frozen": self.frozen, "optimizer": state.opt_state, "average": state.ema}
+        """Parameters, the optimizer's state, the average, and the VQGAN where it is loaded."""
+        parts = {"trained": state.params, "frozen": self.frozen, "optimizer": state.opt_state, "average": state.ema}
+        return parts | ({"vqgan": self.stage1} if self.stage1 else {})
 
-    def show_data(self) -> None:
-        """reconstructions.png: pictures of the data above what the VQGAN makes of them, the best that can be drawn."""
+    def preview_data(self) -> None:
+        """Writes reconstructions.png: images of the data above what the VQGAN, at its best, makes of them."""
         path, source = self.out / "reconstructions.png", self.valid_source or self.source
-        if self.sampler is None or source.has_codes or path.exists():
+        if self.previewer is None or source.has_codes or path.exists():
             return
         part = source.part(0, RECONSTRUCTIONS)
         images = next(iter(self.load_rows(part, train=False)))["image"][: len(part)]
-        self.sampler.reconstruct(images, path)
+        write_reconstructions(self.config.stage1, self.stage1, images, path, dtype=self.dtype_name, mesh=self.mesh)
 
-    def draw_samples(self, state: TrainState, step: int) -> None:
-        """samples/step_*.png: pictures of the sample prompts."""
-        if self.sampler is not None and self.sampler.prompts:
-            params = whole_params(self.step_task, state.ema or state.params, self.frozen)
-            self.sampler.draw(params, self.out / "samples" / f"step_{step:06d}.png")
+    def preview_samples(self, state: TrainState, step: int) -> None:
+        """Writes samples/step_*.png: images of the sample prompts, of the moving average where there is one."""
+        if self.previewer is not None and self.previewer.prompts:
+            stage2 = model_params(self.step_config, state.ema or state.params, self.frozen)
+            path = self.out / "samples" / f"step_{step:06d}.png"
+            params = {"stage1": self.stage1, "stage2": stage2}
+            self.previewer.write_samples(params, path, dtype=self.dtype_name, mesh=self.mesh)
 
     def write_result(self, state: TrainState) -> None:
-        """The folder of the run becomes a model: the average where there is one, adapters merged."""
-        trained = {path: whole(leaf) for path, leaf in (state.ema or state.params).items()}
+        """Turns the folder of the run into a model: the average where there is one, adapters merged."""
+        trained = {path: gather_to_host(leaf) for path, leaf in (state.ema or state.params).items()}
         if jax.process_index() != 0:
             return
         tensors = read_manifest(self.base)["tensors"]["stage2"]
         before = map_weights(self.base / "stage2.safetensors", tensors)
-        scale = self.step_task.lora_scale
+        scale = self.step_config.lora_scale
 
         def leaf(path: str, shape: tuple[int, ...]) -> np.ndarray:
             weight = trained[path] if path in trained else np.asarray(before[path], np.float32)
@@ -183,42 +208,36 @@ class FinetuneRun(Run):
         if self.config.training.lora.rank:
             import safetensors.numpy
 
-            about = {"lora_scale": str(scale), "base_sha256": self.origin()}
+            about = {LORA_SCALE: str(scale), BASE_FINGERPRINT: self.base_fingerprint()}
             (self.out / "adapters.safetensors").write_bytes(safetensors.numpy.save(trained, metadata=about))
 
     def _with_codes(self, batch: Batch) -> Batch:
-        """The batch with codes in place of pictures, encoded in float32, a micro-batch at a time."""
+        """The batch with codes instead of images."""
         if "image" in batch:
             with matmul_precision(jnp.float32):
-                batch["codes"] = _encode(VQGAN(self.config.stage1), self.mesh, self.vqgan, batch.pop("image"))
+                batch["codes"] = encode_batch(self.encoder, self.stage1, batch.pop("image"))
         return batch
 
 
 def finetune(config_file: str | Path, overrides: Sequence[str], out: Path, *, ignore_fingerprint: bool = False) -> bool:
-    """What `mindalle finetune` does: reads the configuration, finds the model to start from, and runs or goes on.
+    """Runs `mindalle finetune`: reads the configuration, finds the model to start from, and starts or resumes the run.
 
     Returns whether the run is complete.
     """
     config, base = read_finetune(config_file, overrides)
-    check_folder(out, config)
-    check_base(config, base)
-    run = FinetuneRun(config, base, out)  # the rest of what can be wrong
-    multihost_utils.sync_global_devices("checked")  # the first process changes what the others looked at
-    claim_folder(out, config)
-    run.base = start_folder(config, base, out)
-    multihost_utils.sync_global_devices("begun")  # and they read what it wrote
-    return run(ignore_fingerprint=ignore_fingerprint)
+    return run_training(config, out, lambda: FinetuneRun(config, base, out), ignore_fingerprint=ignore_fingerprint)
 
 
 def read_finetune(config_file: str | Path, overrides: Sequence[str]) -> tuple[FinetuneConfig, Path]:
     """The configuration, and the folder of the model to start from, or from scratch of the VQGAN.
 
-    What the file leaves out of dataset, stage1 and stage2 is as in that model.
+    Fields of dataset, stage1 and stage2 that the file leaves out are as in that model.
     """
-    training = load_section(config_file, overrides, "training", TrainingConfig)
-    training.check_origin()
+    file = ConfigFile(config_file, overrides)
+    training = file.section("training", TrainingConfig)
+    training.check_init_from()
     base = find_model(training.vqgan if training.init_from == SCRATCH else training.init_from)
-    return load_finetune_config(config_file, overrides, load_config(base / "config.yaml")), base
+    return file.config(FinetuneConfig, load_config(base / "config.yaml")), base
 
 
 def _tokenizer(config: FinetuneConfig, base: Path) -> TextTokenizer:
@@ -230,7 +249,7 @@ def _tokenizer(config: FinetuneConfig, base: Path) -> TextTokenizer:
     return TextTokenizer(folder, config.dataset.context_length, config.stage2.vocab_size_txt)
 
 
-def _pictures(rows: Rows) -> Rows:
+def _images(rows: Rows) -> Rows:
     return {name: rows[name] for name in ("image", "codes") if name in rows}
 
 
@@ -241,21 +260,13 @@ def _prefix(rows: Rows) -> np.ndarray:
     return rows["label"][:, None] if "label" in rows else np.zeros((len(rows["index"]), 1), np.int32)
 
 
-@partial(jax.jit, static_argnames=("vqgan", "mesh"))
-def _encode(vqgan: VQGAN, mesh: Mesh, params: dict[str, Any], images: jax.Array) -> jax.Array:
-    """int32[..., t] of pictures uint8[..., S, S, 3]."""
+@partial(jax.jit, static_argnames="encoder")
+def encode_batch(encoder: VQGAN, params: dict[str, Any], images: jax.Array) -> jax.Array:
+    """Codes int32[..., b, t] of images uint8[..., b, S, S, 3], a micro-batch of b at a time.
 
-    def encode(params: dict[str, Any], images: jax.Array) -> jax.Array:
-        codes: Any = vqgan.apply({"params": params}, images.astype(jnp.float32) / 255 * 2 - 1, method="encode")
-        return codes.reshape(len(codes), -1)
-
-    spread = jax.shard_map(
-        encode,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(BATCH)),
-        out_specs=PartitionSpec(BATCH),
-        check_vma=False,
-    )
-    if images.ndim == 4:
-        return spread(params, images)
-    return jax.lax.map(lambda micro: spread(params, micro), images)
+    Images that are sharded over the batch are encoded where they lie. params: of the VQGAN, nested.
+    """
+    if images.ndim > 4:
+        return jax.lax.map(partial(encode_batch, encoder, params), images)
+    codes = encode_pixels(encoder, params, images.astype(jnp.float32) / 255 * 2 - 1)
+    return codes.reshape(len(codes), -1)

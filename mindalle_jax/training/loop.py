@@ -1,8 +1,9 @@
-"""The loop of a run, whatever it trains.
+"""The loop of a run, whatever it trains, and the one way to start a run.
 
-    data -> batches -> (resume) -> updates, validation, pictures to look at, checkpoints -> result
+    run_training: check the folder -> build the run -> create the folder -> train
+    Run:          data -> batches -> (resume) -> steps, validation, previews, checkpoints -> result
 
-Whatever a run is interrupted by, the same command goes on after the last checkpoint, with the same samples and numbers.
+Whatever interrupts a run, the same command resumes it after the last checkpoint, with the same samples and numbers.
 """
 
 import abc
@@ -26,31 +27,51 @@ from mindalle_jax.data.loader import Loader
 from mindalle_jax.data.samples import DataTask, Source
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from mindalle_jax.runtime.devices import device_memory, matmul_precision, prepare_process, training_devices
+from mindalle_jax.runtime.devices import DType, device_memory, pinned, prepare_process, training_devices
 from mindalle_jax.runtime.sharding import BATCH, batch_devices, make_mesh
 from mindalle_jax.training.checkpoint import Checkpoints
 from mindalle_jax.training.config import RunConfig
 from mindalle_jax.training.metrics import Monitor, memory_line
 from mindalle_jax.training.optimizer import count_steps, learning_rate
+from mindalle_jax.training.run_dir import check_run_dir, create_run_dir
+from mindalle_jax.training.step import Metrics
 
 SUMMARY_FILE = "summary.json"
 MAX_SKIPPED = 10
-"""Updates in a row without a finite loss after which a run stops."""
+"""A run stops after this many steps in a row without a finite loss."""
 
 Batch = dict[str, jax.Array]
 Rows = dict[str, np.ndarray]
 
 
+def run_training(
+    config: RunConfig, out: Path, make_run: Callable[[], "Run"], *, ignore_fingerprint: bool = False
+) -> bool:
+    """Starts or resumes the run of `config` in the folder `out`; returns whether the run is complete.
+
+    make_run: builds the run, and raises for all else that can be wrong with configuration, model and data. Until it
+    returns nothing is written. Raises as check_run_dir, make_run and Run.__call__.
+    """
+    with pinned():
+        check_run_dir(out, config)
+        run = make_run()
+        multihost_utils.sync_global_devices("checked")  # the first process changes what the other ones looked at
+        create_run_dir(out, config)
+        run.prepare()
+        multihost_utils.sync_global_devices("created")  # and they read what it wrote
+        return run(ignore_fingerprint=ignore_fingerprint)
+
+
 class Run(abc.ABC):
-    """One run: mesh and data are set up once, then it is called. What is trained is a subclass's.
+    """One run: mesh and data are set up once, then it is called. A subclass says what is trained.
 
     A state is a NamedTuple of trees of arrays on the mesh. Two of its fields are known here: `step`, int32, batches
-    seen, and `skipped`, int32, updates in a row that changed nothing because a loss or gradient was not finite.
+    seen, and `skipped`, int32, steps in a row that changed nothing because a loss or gradient was not finite.
     """
 
     task: DataTask
     flops_per_sample: float = 0.0
-    """Of a forward and a backward pass, for MFU; 0: not counted."""
+    """Number of operations of a forward and a backward pass, for MFU; 0: not counted."""
 
     def __init__(self, config: RunConfig, out: Path, *, image_size: int, tokenizer: Any = None, **options: Any):
         """out: folder of the run. image_size: in pixels. tokenizer: as Loader. options: of open_source.
@@ -78,7 +99,9 @@ class Run(abc.ABC):
             )
         self.micro_batches = experiment.total_batch_size // rows
         self.valid_batch = -(-experiment.valid_batch_size // batch_devices(self.mesh)) * batch_devices(self.mesh)
-        self.dtype = jnp.dtype("bfloat16" if experiment.use_amp and jax.default_backend() != "cpu" else "float32")
+        amp = experiment.use_amp and jax.default_backend() != "cpu"
+        self.dtype_name: DType = "bfloat16" if amp else "float32"
+        self.dtype = jnp.dtype(self.dtype_name)
 
         # ---- data
         self.source = open_source(config.data.train, self.task, **options)
@@ -91,46 +114,49 @@ class Run(abc.ABC):
         self.loader = self.load_rows(self.source, train=True)
         self.schedule = learning_rate(config.optimizer, config.training.warmup_steps, self.max_steps)
 
-    # ---- what a subclass says
+    # ---- a subclass implements these
 
-    def origin(self) -> str:
-        """Digest of what the run began from; a checkpoint with another one is refused."""
-        return ""
+    @abc.abstractmethod
+    def base_fingerprint(self) -> str:
+        """Names the model, tokenizer or other start of the run; a checkpoint with another fingerprint is refused."""
 
     @abc.abstractmethod
     def init_state(self) -> Any:
-        """The state before the first update."""
+        """The state before the first step."""
 
     @abc.abstractmethod
-    def compile_step(self, state: Any) -> Callable[[Any, Batch], tuple[Any, dict[str, jax.Array]]]:
-        """(state, batch) -> (next state, figures), for states placed as this one, which is donated.
+    def compile_step(self, state: Any) -> Callable[[Any, Batch], tuple[Any, Metrics]]:
+        """(state, batch) -> (next state, metrics), for states with the shardings of this one; the state is donated.
 
-        Figures are scalars: loss, grad_norm, learning_rate, skipped (as in the state), and what else is of interest.
+        Metrics are scalars: loss, grad_norm, learning_rate, skipped (as in the state), and more of the subclass.
         """
 
     @abc.abstractmethod
     def make_batch(self, rows: Rows) -> Batch:
-        """What the step takes, of the rows [total batch, ...] that the loader gave; see `place`."""
+        """The batch of a step from the rows [total batch, ...] that the loader gave; see `shard_batch`."""
 
     @abc.abstractmethod
     def validate(self, state: Any) -> dict[str, float]:
-        """Figures over valid_source (see `validation_rows`); by `loss` the best checkpoint is told."""
+        """Metrics over valid_source (see `validation_rows`); the best checkpoint is that of the lowest `loss`."""
 
     @abc.abstractmethod
     def write_result(self, state: Any) -> None:
-        """Makes the folder of the run what it is to become."""
+        """Turns the folder of the run into a model."""
+
+    def prepare(self) -> None:  # noqa: B027
+        """Is called when the folder of the run exists, before init_state; may write the model to start from."""
 
     def memory(self, state: Any) -> dict[str, Any]:
-        """Trees of arrays that stay on the devices, by what a person calls them."""
+        """Trees of arrays that stay on the devices, by names for people."""
         return {"state": state}
 
-    def show_data(self) -> None:  # noqa: B027
-        """Called before the first update of each start; need not do anything."""
+    def preview_data(self) -> None:  # noqa: B027
+        """Is called before the first step of each start."""
 
-    def draw_samples(self, state: Any, step: int) -> None:  # noqa: B027
-        """Called every training.sample_every_steps; need not do anything."""
+    def preview_samples(self, state: Any, step: int) -> None:  # noqa: B027
+        """Is called every training.sample_every_steps."""
 
-    # ---- what a subclass can use
+    # ---- a subclass can use these
 
     def load_rows(self, source: Source, train: bool) -> Loader:
         """Batches of a source: endless for training, one pass in order otherwise."""
@@ -153,23 +179,27 @@ class Run(abc.ABC):
         assert self.valid_source is not None
         return iter(self.load_rows(self.valid_source, train=False))
 
-    def place(self, rows: Rows, micro: bool) -> Batch:
-        """Arrays on the mesh, rows split over it: [a, b, ...] in micro-batches, or [b, ...]."""
-        placed = {}
+    def shard_batch(self, rows: Rows, micro: bool) -> Batch:
+        """Arrays on the mesh with their rows split over it: [a, b, ...] in micro-batches, or [b, ...]."""
+        sharded = {}
         for name, array in rows.items():
             if micro:
                 array = array.reshape(self.micro_batches, -1, *array.shape[1:])
             sharding = NamedSharding(self.mesh, PartitionSpec(None, BATCH) if micro else PartitionSpec(BATCH))
-            placed[name] = jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(array))
-        return placed
+            sharded[name] = jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(array))
+        return sharded
 
     # ---- the loop
 
     def __call__(self, *, ignore_fingerprint: bool = False) -> bool:
         """Trains, and returns whether the run is complete: not so after SIGTERM or Ctrl-C, which save and stop.
 
-        Raises NonFiniteError after MAX_SKIPPED updates in a row without a finite loss, and as __init__.
+        Raises NonFiniteError after MAX_SKIPPED steps in a row without a finite loss, and as __init__.
         """
+        with pinned(self.dtype):
+            return self._train(ignore_fingerprint)
+
+    def _train(self, ignore_fingerprint: bool) -> bool:
         config, training, batch_size = self._config, self._config.training, self._config.experiment.total_batch_size
         start_s = time.perf_counter()
         with device_memory(
@@ -177,11 +207,12 @@ class Run(abc.ABC):
         ):
             state = self.init_state()
         step_fn = self.compile_step(state)
-        steps_an_epoch = max(1, len(self.source) // batch_size)
-        checkpoint_every = training.checkpoint_every_steps or steps_an_epoch * config.experiment.save_ckpt_freq
-        validate_every = training.validate_every_steps or steps_an_epoch * config.experiment.test_freq
+        base_fingerprint = self.base_fingerprint()
+        steps_per_epoch = max(1, len(self.source) // batch_size)
+        checkpoint_every = training.checkpoint_every_steps or steps_per_epoch * config.experiment.save_ckpt_freq
+        validate_every = training.validate_every_steps or steps_per_epoch * config.experiment.test_freq
         fingerprint = self.source.fingerprint()
-        too_large = "an update does not fit into the memory of the devices; lower experiment.local_batch_size"
+        too_large = "a step does not fit into the memory of the devices; lower experiment.local_batch_size"
         with Checkpoints(self.out / "checkpoints", keep=training.keep_checkpoints, fingerprint=fingerprint) as saved:
             # ---- resume
             done = 0
@@ -189,7 +220,7 @@ class Run(abc.ABC):
                 target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
                 del state  # not twice in memory
                 restored = saved.restore(target, ignore_fingerprint=ignore_fingerprint)
-                if restored.data_state["base"] != self.origin():
+                if restored.data_state["base"] != base_fingerprint:
                     raise CheckpointError(f"{self.out}: the run began from another model than is given now")
                 state, done = restored.state, restored.step
                 self.loader.set_state(restored.data_state["loader"])
@@ -199,26 +230,25 @@ class Run(abc.ABC):
                 return True
 
             def save(step: int, valid_loss: float | None) -> None:
-                data_state = {"loader": {"next_index": step * batch_size}, "base": self.origin()}
+                data_state = {"loader": {"next_index": step * batch_size}, "base": base_fingerprint}
                 saved.save(step, state, data_state=data_state, validation_loss=valid_loss)
 
-            # ---- updates
+            # ---- steps
             with (
                 stop_on_signals() as stop,
                 Monitor(self.out, self.flops_per_sample, batch_size, done, self.max_steps) as monitor,
                 device_memory(too_large),
-                matmul_precision(self.dtype),
             ):
-                monitor.say(memory_line(self.memory(state)))
-                monitor.say(f"{self.source.report}; {self.max_steps} updates of {batch_size}")
-                self.show_data()
-                unlogged: list[Any] = []  # figures of an update are fetched while the next one is computed
+                monitor.log(memory_line(self.memory(state)))
+                monitor.log(f"{self.source.report}; {self.max_steps} steps of {batch_size}")
+                self.preview_data()
+                unlogged: list[Any] = []  # the metrics of a step are fetched while the next step is computed
                 while done < self.max_steps:
                     rows = next(self.loader)
-                    state, figures = step_fn(state, self.make_batch(rows))
+                    state, metrics = step_fn(state, self.make_batch(rows))
                     done += 1
                     samples = _gathered(rows["sample"]).T.reshape(-1)  # process p has p, p + P, ... of the batch
-                    unlogged.append((done, figures, samples))
+                    unlogged.append((done, metrics, samples))
                     valid_loss = None
                     last, stopping = done == self.max_steps, _any_process(stop.requested)
                     validating = self.valid_source is not None and (last or done % validate_every == 0)
@@ -227,33 +257,35 @@ class Run(abc.ABC):
                     while len(unlogged) > (0 if validating or sampling or saving else 1):
                         self._log(monitor, *unlogged.pop(0))
                     if validating:
-                        figures = self.validate(state)
-                        valid_loss = figures["loss"]
-                        monitor.log(done, figures, "valid")
+                        valid_metrics = self.validate(state)
+                        valid_loss = valid_metrics["loss"]
+                        monitor.log_metrics(done, valid_metrics, "valid")
                     if sampling:
-                        self.draw_samples(state, done)
+                        self.preview_samples(state, done)
                     if saving:
                         save(done, valid_loss)
                     if stopping and not last:
-                        monitor.say(f"stopped after update {done}; the same command goes on from there")
+                        monitor.log(f"stopped after step {done}; the same command resumes from there")
                         return False
         self.write_result(state)
         self._write_summary(time.perf_counter() - start_s)
         multihost_utils.sync_global_devices("written")  # a process that ends well may say so
         return True
 
-    def _log(self, monitor: Monitor, step: int, figures: dict[str, Any], samples: np.ndarray) -> None:
-        """Writes the figures of an update. Raises NonFiniteError after MAX_SKIPPED in a row without a finite loss."""
-        values = {name: float(value) for name, value in jax.device_get(figures).items()}
+    def _log(self, monitor: Monitor, step: int, metrics: Metrics, samples: np.ndarray) -> None:
+        """Writes the metrics of a step. Raises NonFiniteError after MAX_SKIPPED in a row without a finite loss."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         skipped = int(values.pop("skipped"))
         if skipped:
-            monitor.say(f"update {step} was skipped: its loss or gradient is not finite")
+            monitor.log(f"step {step} was skipped: its loss or gradient is not finite")
         crc = zlib.crc32(np.ascontiguousarray(samples).tobytes())
         bad_images = int(_gathered(np.array(self.loader.counts["bad_images"])).sum())
-        monitor.log(step, values | {"samples_crc32": crc, "skipped": int(skipped > 0), "bad_images": bad_images})
+        monitor.log_metrics(
+            step, values | {"samples_crc32": crc, "skipped": int(skipped > 0), "bad_images": bad_images}
+        )
         if skipped >= MAX_SKIPPED:
             raise NonFiniteError(
-                f"{MAX_SKIPPED} updates in a row without a finite loss, the last at step {step}: lower "
+                f"{MAX_SKIPPED} steps in a row without a finite loss, the last at step {step}: lower "
                 f"optimizer.base_lr ({self._config.optimizer.base_lr}), or look at the data"
             )
 
@@ -276,15 +308,15 @@ class Run(abc.ABC):
         (self.out / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
-def whole(leaf: jax.Array) -> np.ndarray:
-    """The array on the host, wherever its parts are."""
+def gather_to_host(leaf: jax.Array) -> np.ndarray:
+    """The complete array on the host, however it is sharded. Every process must call it."""
     if leaf.is_fully_addressable:
         return np.asarray(leaf)
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
 def _any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process, so that all stop after the same update."""
+    """Whether the flag is set in any process, so that all stop after the same step."""
     return bool(_gathered(np.array(flag)).any())
 
 
@@ -294,10 +326,10 @@ def _gathered(array: np.ndarray) -> np.ndarray:
 
 
 class StopFlag:
-    """What `stop_on_signals` yields."""
+    """Is yielded by `stop_on_signals`."""
 
     requested = False
-    """Whether a signal has come: finish the step, save, and leave."""
+    """Whether a signal has come: then finish the step, save and leave."""
 
 
 @contextlib.contextmanager

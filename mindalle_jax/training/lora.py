@@ -1,4 +1,4 @@
-"""Fresh low-rank adapters: A drawn at random, B zeros, so nothing changes before the first step."""
+"""Fresh low-rank adapters: A is random and B is zero, so nothing changes before the first step."""
 
 from collections.abc import Mapping
 
@@ -6,12 +6,12 @@ import numpy as np
 
 
 def init_adapters(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
-    """float32: A from N(0, 1 / in), B zeros."""
+    """Adapters float32 by path: A from N(0, 1 / in), B zeros."""
     adapters = {}
     for number, (path, shape) in enumerate(sorted(shapes.items())):
         if path.endswith("/lora_a"):
-            draw = np.random.default_rng([seed, number]).standard_normal(shape, np.float32)
-            adapters[path] = draw * np.float32(shape[-1] ** -0.5)
+            normal = np.random.default_rng([seed, number]).standard_normal(shape, np.float32)
+            adapters[path] = normal * np.float32(shape[-1] ** -0.5)
         else:
             adapters[path] = np.zeros(shape, np.float32)
     return adapters

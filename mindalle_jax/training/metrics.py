@@ -1,4 +1,4 @@
-"""What is seen of a run: a progress bar, metrics.jsonl, TensorBoard, and its memory."""
+"""Shows a run while it goes: a progress bar, metrics.jsonl, TensorBoard, and the memory that it takes."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mindalle_jax.config.schema import Config
 from mindalle_jax.storage.weights import leaf_shapes
 
-# Dense bfloat16 FLOP/s by the makers' data sheets, by jax's device_kind.
+# jax's device_kind -> dense bfloat16 FLOP/s, by the makers' data sheets.
 PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -28,10 +28,11 @@ PEAK_FLOPS = {
 
 
 def flops_per_sequence(config: Config) -> float:
-    """Of a forward and a backward pass: 6 a matrix weight and position, and 12 a layer, width and pair of positions.
+    """Number of operations of a forward and a backward pass over one sequence.
 
-    Half of the pairs are masked; tables are looked up, and each head has its own positions. What is computed again to
-    save memory does not count. Chowdhery et al., "PaLM", 2022, arXiv:2204.02311, appendix B.
+    6 per weight of a matrix and position, and 12 per layer, width and pair of positions. Half of the pairs are masked;
+    tables are looked up, and each head has its own positions. Recomputation to save memory does not count.
+    Chowdhery et al., "PaLM", 2022, arXiv:2204.02311, appendix B.
     """
     c, h = config.stage2, config.stage2.hparams
     text = 1 if config.image_only else h.ctx_len_txt
@@ -43,11 +44,12 @@ def flops_per_sequence(config: Config) -> float:
 
 
 class Monitor:
-    """Writes the figures of a run; in the first process only, silent in the others."""
+    """Writes the metrics of a run. It does so in the first process only and is silent in all other processes."""
 
     def __init__(self, out: Path, flops_per_sample: float, batch_size: int, first_step: int, max_steps: int):
-        """flops_per_sample: for MFU; 0 if it is not counted. first_step: the updates that a resumed run has behind it;
-        later lines of metrics.jsonl are taken out.
+        """flops_per_sample: for MFU; 0 if it is not counted.
+
+        first_step: the number of steps that a resumed run has made; later lines of metrics.jsonl are removed.
         """
         self.is_first = jax.process_index() == 0
         self._bar = tqdm(total=max_steps, initial=first_step, unit="step", disable=not self.is_first)
@@ -77,37 +79,37 @@ class Monitor:
         if self._board is not None:
             self._board.close()
 
-    def log(self, step: int, figures: dict[str, Any], kind: str = "train") -> None:
-        """Writes the figures of an update, or of a validation, whose number is `step`."""
+    def log_metrics(self, step: int, metrics: dict[str, Any], kind: str = "train") -> None:
+        """Writes the metrics of the training step `step`, or of the validation after it."""
         if kind == "train":
             now = time.perf_counter()
             rate = (step - self._since_step) * self._batch_size / max(now - self._since, 1e-9)
             self._since, self._since_step = now, step
-            figures = figures | {"images_per_s": round(rate, 3)}
+            metrics = metrics | {"images_per_s": round(rate, 3)}
             if self._peak:
-                figures["mfu"] = round(rate * self._flops / self._peak, 4)
-            shown = {"loss": f"{figures['loss']:.4f}", "lr": f"{figures['learning_rate']:.2e}", "img/s": f"{rate:.3g}"}
-            self._bar.set_postfix(shown | ({"MFU": f"{figures['mfu']:.1%}"} if self._peak else {}))
+                metrics["mfu"] = round(rate * self._flops / self._peak, 4)
+            shown = {"loss": f"{metrics['loss']:.4f}", "lr": f"{metrics['learning_rate']:.2e}", "img/s": f"{rate:.3g}"}
+            self._bar.set_postfix(shown | ({"MFU": f"{metrics['mfu']:.1%}"} if self._peak else {}))
             self._bar.update(step - self._bar.n)
         if not self.is_first:
             return
         # JSON has no NaN.
-        line = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, "kind": kind, **line}) + "\n")
         self._file.flush()
         if self._board is not None:
-            for name, value in figures.items():
+            for name, value in metrics.items():
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(f"{kind}/{name}", value, step)
 
-    def say(self, line: str) -> None:
-        """A line above the bar, where the bar is: results alone go to stdout."""
+    def log(self, line: str) -> None:
+        """Writes a line above the bar, to stderr: only results go to stdout."""
         if self.is_first:
             self._bar.write(line, file=sys.stderr)
 
 
 def memory_line(parts: dict[str, Any]) -> str:
-    """Bytes on the first device of named trees of arrays: "weights 5.2 GB, optimizer 10.3 GB"."""
+    """Says how many bytes named trees of arrays take on the first device: "weights 5.2 GB, optimizer 10.3 GB"."""
     device = jax.local_devices()[0]
     texts = []
     for name, tree in parts.items():
@@ -122,7 +124,7 @@ def memory_line(parts: dict[str, Any]) -> str:
 
 
 def _drop_later_lines(path: Path, last_step: int) -> None:
-    """Keeps what was written up to the update that a run goes on from; a killed run may have got further."""
+    """Keeps the lines up to the step that a run resumes from; a killed run may have got further."""
     if not path.exists():
         return
     kept = []

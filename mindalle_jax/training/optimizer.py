@@ -9,16 +9,16 @@ from mindalle_jax.config.schema import OptimizerConfig
 from mindalle_jax.errors import ConfigError
 
 MUON_RMS = 0.2
-"""Root mean square of an update of Muon at learning rate 1: about that of AdamW, so that one rate serves both."""
+"""Root mean square of a step of Muon at learning rate 1: about that of AdamW, so that one rate serves both."""
 
 
 def learning_rate(optimizer: OptimizerConfig, warmup_steps: int, max_steps: int) -> optax.Schedule:
-    """Rate of update i = 0, 1, ...: base_lr * i / warmup_steps, then a cosine that is at min_lr from max_steps on.
+    """Rate of step i = 0, 1, ...: base_lr * i / warmup_steps, then a cosine that is at min_lr from max_steps on.
 
     Without warm-up it is the original's: min + (base - min) (1 + cos(pi i / max_steps)) / 2.
     """
     if not 0 <= warmup_steps < max_steps:
-        raise ConfigError(f"training.warmup_steps {warmup_steps} must be below the number of updates, {max_steps}")
+        raise ConfigError(f"training.warmup_steps {warmup_steps} must be below the number of steps, {max_steps}")
     if optimizer.base_lr <= 0:
         raise ConfigError(f"optimizer.base_lr must be over 0, not {optimizer.base_lr}")
     cosine = optax.cosine_decay_schedule(
@@ -54,7 +54,10 @@ def make_optimizer(
 
 
 def _matrix_axes(path: str, shape: tuple[int, ...]) -> optax.contrib.MuonDimensionNumbers | None:
-    """Axes of a matrix for Muon, others being several matrices; None for AdamW: heads, and kernels that see colours."""
+    """Axes of a matrix for Muon; along all other axes there are several matrices.
+
+    None for AdamW: heads, and kernels that see colors.
+    """
     last = len(shape) - 1
     if not _is_matrix(path) or path.startswith("head"):
         return None
@@ -69,11 +72,11 @@ def _is_matrix(path: str) -> bool:
 
 
 def count_steps(config_max_steps: int, images: int, batch_size: int, epochs: int) -> int:
-    """Updates of a run: optimizer.max_steps, or where that is 0 (images // batch_size) * epochs, as the original."""
+    """Number of steps: optimizer.max_steps, or if that is 0 (images // batch_size) * epochs, as in the original."""
     steps = config_max_steps or images // batch_size * epochs
     if steps < 1:
         raise ConfigError(
-            f"{images} pictures are fewer than experiment.total_batch_size {batch_size}: no update would be made; "
+            f"{images} images are fewer than experiment.total_batch_size {batch_size}: no step would be made; "
             f"at most {images} would work"
         )
     return steps

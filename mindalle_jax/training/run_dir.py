@@ -1,4 +1,4 @@
-"""The folder of a run: whether one may begin or go on there, and from which model."""
+"""The folder of a run: whether a run may start or resume there, and from which model."""
 
 import dataclasses
 import shutil
@@ -16,8 +16,8 @@ from mindalle_jax.training.config import SCRATCH, FinetuneConfig, RunConfig
 
 CONFIG_FILE = "run.yaml"
 START = "start"
-"""Folder with the model that a transfer, or a run from scratch, starts from."""
-# What may change when a run goes on, because it has no effect on what is learned.
+"""Folder with the model that a transfer or a run from scratch starts from."""
+# Fields that may change when a run is resumed, because they have no effect on what is learned.
 FREE_FIELDS = (
     "data.threads", "experiment.local_batch_size", "experiment.valid_batch_size", "experiment.save_ckpt_freq",
     "experiment.test_freq", "training.keep_checkpoints", "training.checkpoint_every_steps",
@@ -41,9 +41,9 @@ def check_base(config: FinetuneConfig, base: Path) -> None:
 
 
 def start_folder(config: FinetuneConfig, base: Path, out: Path) -> Path:
-    """The folder whose weights a run starts from: `base`, or one made in the folder of the run.
+    """The folder whose weights a run starts from: `base`, or a folder that is made in the folder of the run.
 
-    The latter for a transfer, whose weights are partly fresh, and from scratch.
+    It is made for a transfer, whose weights are partly fresh, and for a run from scratch.
     """
     training, start = config.training, out / START
     scratch = training.init_from == SCRATCH
@@ -58,10 +58,10 @@ def start_folder(config: FinetuneConfig, base: Path, out: Path) -> Path:
     return start
 
 
-def check_folder(out: Path, config: RunConfig) -> None:
-    """Raises OutputError if `out` holds something else than a run, ConfigError if one of another configuration.
+def check_run_dir(out: Path, config: RunConfig) -> None:
+    """Raises OutputError if `out` holds something else than a run, ConfigError if a run of another configuration.
 
-    A run that came to no checkpoint has nothing to go on from: it is begun anew, with any configuration.
+    A run without a checkpoint has nothing to resume from: it starts again, with any configuration.
     """
     file = out / CONFIG_FILE
     if file.exists() and Checkpoints(out / "checkpoints").latest_step() is None:
@@ -73,12 +73,12 @@ def check_folder(out: Path, config: RunConfig) -> None:
                 f"{out} holds a run of another configuration: {'; '.join(lines)}; name another folder, or undo that"
             )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} exists, is not empty and holds no run to go on with; name another place")
+        raise OutputError(f"{out} exists, is not empty and holds no run to resume; name another place")
     check_writable(out)
 
 
-def claim_folder(out: Path, config: RunConfig) -> None:
-    """Makes the folder of a run, with its configuration; what a run without a checkpoint left is begun anew."""
+def create_run_dir(out: Path, config: RunConfig) -> None:
+    """Creates the folder of a run with its configuration, and removes what a run without a checkpoint left there."""
     if jax.process_index() == 0:
         with disk_errors(out):
             if Checkpoints(out / "checkpoints").latest_step() is None:
@@ -88,7 +88,7 @@ def claim_folder(out: Path, config: RunConfig) -> None:
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """Fields that differ, but for those of FREE_FIELDS."""
+    """A line for each field that differs and is not one of FREE_FIELDS."""
     return [
         f"{path} was {theirs[path]!r} and is {value!r}"
         for path, value in ours.items()

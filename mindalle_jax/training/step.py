@@ -1,12 +1,14 @@
-"""One update: gradients of a batch in micro-batches, clipped, AdamW. Pure functions over an explicit state.
+"""One step of training: gradients of a batch in micro-batches, clipped, then the optimizer. Pure functions of a state.
 
     loss = mean CE(image logits, codes) + text_loss_weight * mean CE(text logits, text ids[1:])
 
-PAD targets do not count in the text term, which image-only models do not have. Means are over the whole batch of an
-update, however it is split, so that the loss does not depend on how many devices share it.
+PAD targets do not count in the text term, which image-only models do not have. Means are over all of the batch of a
+step, however it is split, so the loss does not depend on the number of devices that share it.
 
-Parameters are flat dicts by path (`blocks/qkv/weight`) in the layout of training. Those that are trained are part of
-the state; those that are not, because they are frozen or because adapters are trained in their place, are an argument.
+Parameters are flat dicts by path (`blocks/qkv/weight`) in the layout of training. The state holds the parameters that
+are trained. The rest, which is frozen or has adapters that are trained in its place, is an argument.
+
+`optimizer_step` is the last part of the step of every network that is trained: transformer, CLIP and VQGAN.
 
 Dimensions: a micro-batches, b batch, t image positions, p prefix length, v vocabulary.
 """
@@ -14,7 +16,7 @@ Dimensions: a micro-batches, b batch, t image positions, p prefix length, v voca
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,8 @@ from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.storage.weights import nest
 
 Params = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+"""Scalars by name, of one step."""
 
 
 class Terms(NamedTuple):
@@ -35,22 +39,22 @@ class Terms(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that one update hands to the next. Keys of random numbers follow from the seed and `step`."""
+    """All that a step hands to the next one. Keys of random numbers follow from the seed and `step`."""
 
     step: jax.Array
     """int32: batches seen"""
     params: Params
-    """float32: what is trained"""
+    """float32: the parameters that are trained"""
     opt_state: Any
     ema: Params
     """float32: moving average of params; empty where it is off"""
     skipped: jax.Array
-    """int32: updates skipped in a row, because the loss or a gradient was not finite"""
+    """int32: steps skipped in a row, because the loss or a gradient was not finite"""
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """What stays the same from update to update, known at compilation."""
+class StepConfig:
+    """The constants of a step, known at compilation."""
 
     model: Transformer
     optimizer: optax.GradientTransformation
@@ -65,7 +69,7 @@ class Task:
 
 
 class Optimized(Protocol):
-    """What a task says of the state."""
+    """The part of a step's constants that `init_state` and `optimizer_step` use."""
 
     @property
     def optimizer(self) -> optax.GradientTransformation: ...
@@ -77,69 +81,73 @@ class Optimized(Protocol):
     def ema_decay(self) -> float: ...
 
 
-def init_state(task: Optimized, params: Params) -> TrainState:
-    """The state before the first update; everything of a parameter lies where the parameter does."""
+State = TypeVar("State", bound=Any)
+"""A NamedTuple with the fields of TrainState, and perhaps more."""
+
+
+def init_state(config: Optimized, params: Params) -> TrainState:
+    """The state before the first step. The moments and the average of a parameter lie where the parameter does."""
 
     def init(params: Params) -> TrainState:
-        ema = jax.tree.map(jnp.copy, params) if task.ema_decay else {}
-        return TrainState(jnp.int32(0), params, task.optimizer.init(params), ema, jnp.int32(0))
+        ema = jax.tree.map(jnp.copy, params) if config.ema_decay else {}
+        return TrainState(jnp.int32(0), params, config.optimizer.init(params), ema, jnp.int32(0))
 
     shardings = state_shardings(jax.eval_shape(init, params), {path: leaf.sharding for path, leaf in params.items()})
     return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
 
 
 def state_shardings(state: TrainState, shardings: Mapping[str, Any]) -> TrainState:
-    """Where each array of a state lies: as the parameter of its path, and what belongs to none on every device.
+    """The sharding of each array of a state: that of the parameter of its path; replicated if it belongs to none.
 
     state: arrays or their shapes. shardings: NamedSharding of each parameter that is trained.
     """
     mesh = next(iter(shardings.values())).mesh
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
-    def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
-        return shardings.get(getattr(path[-1], "key", ""), everywhere)
+    def sharding(path: tuple[Any, ...], _: Any) -> NamedSharding:
+        return shardings.get(getattr(path[-1], "key", ""), replicated)
 
-    return jax.tree_util.tree_map_with_path(place, state)
-
-
-def compile_train_step(task: Task, shardings: TrainState) -> Any:
-    """train_step for a state with these shardings, which it keeps; (state, frozen, batch) -> (state, figures)."""
-    return jax.jit(partial(train_step, task), out_shardings=(shardings, None), donate_argnums=0)
+    return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def whole_params(task: Task, params: Params, frozen: Params) -> dict[str, Any]:
+def compile_train_step(config: StepConfig, shardings: TrainState) -> Any:
+    """train_step for a state with these shardings, which it keeps; (state, frozen, batch) -> (state, metrics)."""
+    return jax.jit(partial(train_step, config), out_shardings=(shardings, None), donate_argnums=0)
+
+
+def model_params(config: StepConfig, params: Params, frozen: Params) -> dict[str, Any]:
     """Trained and frozen parameters together, nested; adapters scaled by alpha / rank."""
-    scaled = {path: leaf * task.lora_scale if path.endswith("/lora_b") else leaf for path, leaf in params.items()}
+    scaled = {path: leaf * config.lora_scale if path.endswith("/lora_b") else leaf for path, leaf in params.items()}
     return nest(frozen | scaled)
 
 
 def train_step(
-    task: Task, state: TrainState, frozen: Params, batch: dict[str, jax.Array]
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The next state, and the figures of this update.
+    config: StepConfig, state: TrainState, frozen: Params, batch: dict[str, jax.Array]
+) -> tuple[TrainState, Metrics]:
+    """The next state, and the metrics of this step.
 
     batch: micro-batches, prefix int32[a, b, p], codes int32[a, b, t], and index uint32[a, b], the position of each
-    sample in the stream; gradients of a are added up.
-    An update whose loss or gradient is not finite changes nothing but the counts.
+    sample in the stream. The gradients of the a micro-batches are added up.
+    A step whose loss or gradient is not finite changes nothing but the counts.
     """
-    key = jax.random.fold_in(jax.random.key(task.seed, impl="threefry2x32"), state.step)
+    key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), state.step)
     dropout_key, caption_key = jax.random.split(key)
-    if task.caption_dropout and task.pad_id is not None:
-        # Drawn by the position of a sample in the stream, so that it does not matter how a batch is split.
+    if config.caption_dropout and config.pad_id is not None:
+        # By the position of a sample in the stream, so that it does not matter how a batch is split.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(caption_key, batch["index"].reshape(-1))
-        dropped = jax.vmap(lambda key: jax.random.bernoulli(key, task.caption_dropout))(keys)
+        dropped = jax.vmap(lambda key: jax.random.bernoulli(key, config.caption_dropout))(keys)
         dropped = dropped.reshape(*batch["index"].shape, 1)
-        batch = batch | {"prefix": jnp.where(dropped, task.pad_id, batch["prefix"])}
+        batch = batch | {"prefix": jnp.where(dropped, config.pad_id, batch["prefix"])}
     batch = batch | {"rows": jnp.ones(batch["codes"].shape[:2], jnp.float32)}
-    counts = Terms(*(jnp.maximum(jnp.sum(weights), 1) for weights in target_weights(batch, task.pad_id)))
-    has_dropout = _has_dropout(task.model)
+    counts = Terms(*(jnp.maximum(jnp.sum(weights), 1) for weights in target_weights(batch, config.pad_id)))
+    has_dropout = _has_dropout(config.model)
 
     def share(params: Params, micro: dict[str, jax.Array], i: jax.Array) -> tuple[jax.Array, Terms]:
-        """What a micro-batch adds to the loss of the batch."""
+        """The part of a micro-batch in the loss of the batch."""
         micro_key = jax.random.fold_in(dropout_key, i) if has_dropout else None
-        sums = loss_sums(task.model, whole_params(task, params, frozen), micro, task.pad_id, micro_key)
+        sums = loss_sums(config.model, model_params(config, params, frozen), micro, config.pad_id, micro_key)
         terms = Terms(sums.image / counts.image, sums.text / counts.text)
-        return terms.image + task.text_loss_weight * terms.text, terms
+        return terms.image + config.text_loss_weight * terms.text, terms
 
     def add(carry: Any, xs: Any) -> Any:
         (_, terms), grads = jax.value_and_grad(share, has_aux=True)(state.params, *xs)
@@ -149,51 +157,66 @@ def train_step(
     micro_batches = batch["codes"].shape[0]
     (grads, terms), _ = jax.lax.scan(add, nothing, (batch, jnp.arange(micro_batches)))
 
-    state, figures = update(task, state, terms.image + task.text_loss_weight * terms.text, grads)
-    figures["image_loss"] = terms.image
-    if task.pad_id is not None:
-        figures["text_loss"] = terms.text
-    return state, figures
+    state, metrics = optimizer_step(config, state, terms.image + config.text_loss_weight * terms.text, grads)
+    metrics["image_loss"] = terms.image
+    if config.pad_id is not None:
+        metrics["text_loss"] = terms.text
+    return state, metrics
 
 
-def update(
-    task: Optimized, state: TrainState, loss: jax.Array, grads: Params, limit: Callable[[Params], Params] = lambda p: p
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The next state after a batch of this loss and gradient, and the figures that every update has.
+def optimizer_step(
+    config: Optimized,
+    state: State,
+    loss: jax.Array,
+    grads: Params,
+    *,
+    limit: Callable[[Params], Params] = lambda params: params,
+    also_finite: jax.Array | bool = True,
+    hold: jax.Array | bool = False,
+) -> tuple[State, Metrics]:
+    """The state after a batch of this loss and gradient, and the metrics that every step has.
 
-    limit: what is done to the parameters last. What is not finite changes nothing but the counts.
+    A step whose loss or gradient is not finite changes nothing but the counts `step` and `skipped`.
+    limit: is applied to the new parameters. also_finite: bool[], False where something else of this step is not finite.
+    hold: bool[], True where parameters, optimizer and average stay as they are though all is finite.
     """
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & also_finite
+    updates, opt_state = config.optimizer.update(grads, state.opt_state, state.params)
     stepped: Any = optax.apply_updates(state.params, updates)
     params = limit(stepped)
-    decay = task.ema_decay
+    decay = config.ema_decay
     ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params) if decay else {}
-    params, opt_state, ema = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (params, opt_state, ema),
-        (state.params, state.opt_state, state.ema),
+    params, opt_state, ema = select(
+        finite & ~jnp.asarray(hold), (params, opt_state, ema), (state.params, state.opt_state, state.ema)
     )
-    figures = {
+    metrics = {
         "loss": loss,
         "grad_norm": grad_norm,
-        "learning_rate": task.schedule(updates_made(state.opt_state)),
+        "learning_rate": config.schedule(steps_made(state.opt_state)),
         "skipped": jnp.where(finite, 0, state.skipped + 1),
     }
-    skipped = jnp.copy(figures["skipped"])  # the state's own: its memory is taken by the next update
-    return TrainState(state.step + 1, params, opt_state, ema, skipped), figures
+    skipped = jnp.copy(metrics["skipped"])  # the state's own: its memory is taken by the next step
+    return (
+        state._replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, skipped=skipped),
+        metrics,
+    )
 
 
-@partial(jax.jit, static_argnames="task")
-def eval_step(task: Task, params: Params, frozen: Params, batch: dict[str, jax.Array]) -> tuple[Terms, Terms]:
+def select(condition: jax.Array, new: Any, old: Any) -> Any:
+    """The tree `new` where the condition bool[] holds, else `old`."""
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
+
+
+@partial(jax.jit, static_argnames="config")
+def eval_step(config: StepConfig, params: Params, frozen: Params, batch: dict[str, jax.Array]) -> tuple[Terms, Terms]:
     """Sums of the cross-entropies of a batch (prefix [b, p], codes [b, t], rows [b]), and how many targets count."""
-    sums = loss_sums(task.model, whole_params(task, params, frozen), batch, task.pad_id)
-    return sums, Terms(*(jnp.sum(weights) for weights in target_weights(batch, task.pad_id)))
+    sums = loss_sums(config.model, model_params(config, params, frozen), batch, config.pad_id)
+    return sums, Terms(*(jnp.sum(weights) for weights in target_weights(batch, config.pad_id)))
 
 
-def updates_made(opt_state: Any) -> jax.Array:
-    """How many updates the optimizer has made; those that were skipped do not count. 0 where its rate never changes."""
+def steps_made(opt_state: Any) -> jax.Array:
+    """How many steps the optimizer has made; skipped ones do not count. 0 where its rate never changes."""
     of_schedule: Any = lambda path, _: getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"  # noqa: E731
     counts = optax.tree.get_all_with_path(opt_state, "count", filtering=of_schedule)  # Muon has two, always equal
     return counts[0][1] if counts else jnp.int32(0)
@@ -205,7 +228,7 @@ def _has_dropout(model: Transformer) -> bool:
 
 
 def target_weights(batch: dict[str, jax.Array], pad_id: int | None) -> Terms:
-    """What each target counts, f32[..., b, t] and f32[..., b, p - 1]: 0 or 1.
+    """Weights of the targets, f32[..., b, t] and f32[..., b, p - 1]: 1 where a target counts, else 0.
 
     batch: prefix int32[..., b, p] (text ids, or class labels [..., b, 1]), codes int32[..., b, t], and rows
     f32[..., b], 0 for those that fill up a last batch. pad_id: of a text-to-image model; None for an image-only one.
@@ -222,7 +245,7 @@ def loss_sums(
     pad_id: int | None,
     dropout_key: jax.Array | None = None,
 ) -> Terms:
-    """Sums of the cross-entropies (nats) over the targets that count. dropout_key: None is no dropout."""
+    """Sums of the cross-entropies (nats) over the targets that count. dropout_key: None turns dropout off."""
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     result: Any = model.apply({"params": params}, batch["prefix"], batch["codes"], dropout_key is not None, rngs=rngs)
     image_logits, text_logits = result

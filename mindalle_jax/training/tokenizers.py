@@ -23,9 +23,9 @@ from mindalle_jax.text.tokenizer import MERGES_FILE, PAD, UNKNOWN, VOCAB_FILE, W
 Kind = Literal["mindalle", "clip"]
 KINDS = ("mindalle", "clip")
 MAX_CHARACTERS = 1_000
-"""The most frequent ones become symbols, the others are [UNK]; as many as CharBPETokenizer.train takes."""
+"""This many of the most frequent characters become symbols, the rest is [UNK]; as in CharBPETokenizer.train."""
 MIN_FREQUENCY = 2
-"""Of a pair of tokens that is merged."""
+"""A pair of tokens is merged if it is at least this frequent."""
 
 
 def train_tokenizer(data: str | Path, out: Path, *, vocab_size: int, kind: Kind) -> str:
@@ -97,7 +97,7 @@ def train_clip_bpe(captions: Iterable[str], vocab_size: int) -> Tokenizer:
 def _train(
     bare: Tokenizer, captions: list[str], vocab_size: int, symbols: list[str], characters: list[str]
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges; `symbols` have the first ids. bare: normalises and splits. characters: no others count."""
+    """Vocabulary and merges; `symbols` have the first ids. bare: normalizes and splits. characters: the alphabet."""
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=MIN_FREQUENCY,

@@ -23,7 +23,7 @@ from mindalle_jax.storage.adapters import adapter_shapes, matches
 from mindalle_jax.storage.weights import leaf_shapes
 from mindalle_jax.training.config import load_finetune_config
 from mindalle_jax.training.optimizer import learning_rate, make_optimizer
-from mindalle_jax.training.step import Task, TrainState, compile_train_step, state_shardings
+from mindalle_jax.training.step import StepConfig, TrainState, compile_train_step, state_shardings
 from scripts.bench import common
 
 
@@ -84,7 +84,7 @@ def compile_update(
     trained = {path: shape for path, shape in shapes.items() if not matches(path, training.freeze)}
     if training.lora.rank:
         trained = adapter_shapes(shapes, training.lora)
-    task = make_task(config, mesh, trained)
+    step_config = make_step_config(config, mesh, trained)
     shardings = param_shardings(trained, strategy, mesh)
     params = {path: _abstract(shape, np.dtype("float32"), shardings[path]) for path, shape in trained.items()}
     of_all = param_shardings(shapes, strategy, mesh)
@@ -92,19 +92,19 @@ def compile_update(
     frozen = {path: _abstract(shapes[path], dtype, of_all[path]) for path in shapes if path not in trained}
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     state: Any = TrainState(
-        step, params, jax.eval_shape(task.optimizer.init, params), params if training.ema_decay else {}, step
+        step, params, jax.eval_shape(step_config.optimizer.init, params), params if training.ema_decay else {}, step
     )
     state_places = state_shardings(state, shardings)
     state = jax.tree.map(lambda leaf, place: _abstract(leaf.shape, leaf.dtype, place), state, state_places)
     batch = abstract_batch(config, mesh)
-    compiled = compile_train_step(task, state_places).lower(state, frozen, batch).compile()
+    compiled = compile_train_step(step_config, state_places).lower(state, frozen, batch).compile()
     return config, mesh, state, frozen, batch, compiled
 
 
-def make_task(config: Any, mesh: Any, trained: dict[str, Any]) -> Task:
+def make_step_config(config: Any, mesh: Any, trained: dict[str, Any]) -> StepConfig:
     """The step that fine-tuning by this configuration would take."""
     training, schedule = config.training, learning_rate(config.optimizer, 0, 1_000)
-    return Task(
+    return StepConfig(
         model=Transformer(
             config.stage2,
             dtype=compute_dtype(config),

@@ -121,7 +121,7 @@ def test_eight_updates_are_the_originals(recorded, runner, tmp_path):
         ("training.lora.rank=2", "training.lora.rank: not in this script"),
         ("stage2.hparams.resid_pdrop=0.1", "_pdrop: not in this script"),
         ("data.train=nowhere", "nowhere: does not exist"),
-        ("optimizer.max_steps=1", "training.warmup_steps 1 must be below the number of updates, 1"),
+        ("optimizer.max_steps=1", "training.warmup_steps 1 must be below the number of steps, 1"),
         ("experiment.total_batch_size=12", "must be a multiple of 8: local_batch_size 1 on 8 devices"),
     ],
 )

@@ -27,7 +27,7 @@ from mindalle_jax.runtime.sharding import make_mesh, param_shardings
 from mindalle_jax.storage.model_folder import STAGE_FILES
 from mindalle_jax.storage.weights import leaf_shapes, load_stacked
 from mindalle_jax.training.optimizer import learning_rate, make_optimizer
-from mindalle_jax.training.step import Task, init_state, train_step
+from mindalle_jax.training.step import StepConfig, init_state, train_step
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ WRONG = {
     "fewer samples than a batch, by epochs": (
         ["experiment.total_batch_size=16", "optimizer.max_steps=0"],
         3,
-        "12 pictures are fewer than experiment.total_batch_size 16: no update would be made; at most 12 would work",
+        "12 images are fewer than experiment.total_batch_size 16: no step would be made; at most 12 would work",
     ),
     "unknown section": (["trainning.seed=1"], 3, "unknown field trainning; did you mean training?"),
     "unknown key": (["training.warmup=1"], 3, "unknown field training.warmup; did you mean warmup_steps?"),
@@ -137,7 +137,7 @@ WRONG = {
         ["training.lora.rank=2", "training.lora.targets=['ln_f/scale']"], 3,
         "match ln_f/scale, which is not a weight of a linear layer",
     ),
-    "warm-up": (["training.warmup_steps=20"], 3, "training.warmup_steps 20 must be below the number of updates, 20"),
+    "warm-up": (["training.warmup_steps=20"], 3, "training.warmup_steps 20 must be below the number of steps, 20"),
     "learning rate": (["optimizer.base_lr=0"], 3, "optimizer.base_lr must be over 0, not 0"),
     "mesh axis": (["sharding.mesh=['model=2']"], 3, "'model=2' is not one of data, fsdp, tensor with its size"),
     "mesh size": (
@@ -207,7 +207,7 @@ def test_a_folder_with_something_else_is_left_alone(finetune, tmp_path, tiny_mod
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     code, _, err = finetune(write_config(tmp_path / "run.yaml", tiny_model_folder, codes), tmp_path / "out")
     assert code == 6
-    assert message(err).endswith("exists, is not empty and holds no run to go on with; name another place")
+    assert message(err).endswith("exists, is not empty and holds no run to resume; name another place")
     assert tree(tmp_path / "out") == {"thesis.txt": b"mine"}
 
 
@@ -259,7 +259,7 @@ def test_a_data_set_that_changed_is_refused_unless_told(finetune, begun, tmp_pat
 
     code, _, err = finetune(changed, out)
     assert code == 4 and "the data set has changed since this checkpoint" in message(err)
-    assert "bring the old data back, or go on with --ignore-fingerprint" in message(err)
+    assert "bring the old data back, or resume with --ignore-fingerprint" in message(err)
     assert not (out / "manifest.json").exists()
     assert finetune(changed, out, "--ignore-fingerprint")[0] == 0
     assert [line["step"] for line in metrics(out)] == [1, 2]
@@ -321,7 +321,7 @@ def test_a_run_without_a_finite_loss_ends_and_saves_nothing_infinite(
     code, stdout, err = finetune(config, out)
     assert (code, stdout) == (7, "")
     assert message(err) == (
-        "10 updates in a row without a finite loss, the last at step 10: lower optimizer.base_lr (0.001), or look at "
+        "10 steps in a row without a finite loss, the last at step 10: lower optimizer.base_lr (0.001), or look at "
         "the data"
     )
     assert err.count("was skipped: its loss or gradient is not finite") == 10
@@ -337,7 +337,7 @@ def test_a_run_without_a_finite_loss_ends_and_saves_nothing_infinite(
         for path, leaf in before.items():
             for part in ("params", "ema"):
                 np.testing.assert_array_equal(arrays[f"{part}/{path}"], leaf)
-    # The same command goes on, counts on, and ends the same way.
+    # The same command resumes, counts on, and ends the same way.
     code, _, err = finetune(config, out)
     assert code == 7 and "the last at step 10" in message(err)
 
@@ -361,26 +361,26 @@ def test_one_bad_update_is_skipped_and_changes_nothing(tiny_config, tiny_model_f
     broken = {"ln_f/scale": frozen["ln_f/scale"] * np.nan}
     schedule = learning_rate(tiny_config.optimizer, 0, 10)
     optimizer = make_optimizer(tiny_config.optimizer, schedule, "all", leaves)
-    task = Task(Transformer(tiny_config.stage2), optimizer, schedule, 1, 0.125, 0.0, 0.9, 1.0, 0)
+    step_config = StepConfig(Transformer(tiny_config.stage2), optimizer, schedule, 1, 0.125, 0.0, 0.9, 1.0, 0)
     rng = np.random.default_rng(0)
     batch = {
         "prefix": rng.integers(2, 110, (1, 2, 12)).astype(np.int32),
         "codes": rng.integers(0, 80, (1, 2, 64)).astype(np.int32),
         "index": np.arange(2, dtype=np.uint32)[None],
     }
-    state = init_state(task, leaves)
-    step = jax.jit(partial(train_step, task), compiler_options={"xla_backend_optimization_level": "0"})
+    state = init_state(step_config, leaves)
+    step = jax.jit(partial(train_step, step_config), compiler_options={"xla_backend_optimization_level": "0"})
     state, first = step(state, frozen, batch)
     before = jax.device_get(state)
     for skipped in (1, 2):
-        state, figures = step(state, broken, batch)
-        assert int(figures["skipped"]) == int(state.skipped) == skipped
+        state, metrics = step(state, broken, batch)
+        assert int(metrics["skipped"]) == int(state.skipped) == skipped
     after = jax.device_get(state)
     assert int(after.step) == 3
     for a, b in zip(jax.tree.leaves(before[1:4]), jax.tree.leaves(after[1:4]), strict=True):
         np.testing.assert_array_equal(a, b)
-    state, figures = step(state, frozen, batch)
-    assert int(figures["skipped"]) == int(state.skipped) == 0
-    assert float(figures["learning_rate"]) == float(schedule(1)) and figures["loss"] < first["loss"]
+    state, metrics = step(state, frozen, batch)
+    assert int(metrics["skipped"]) == int(state.skipped) == 0
+    assert float(metrics["learning_rate"]) == float(schedule(1)) and metrics["loss"] < first["loss"]
     changed = [np.any(before.params[path] != leaf) for path, leaf in jax.device_get(state.params).items()]
     assert all(changed)

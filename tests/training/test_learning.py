@@ -26,7 +26,7 @@ from mindalle_jax.runtime.sharding import make_mesh, param_shardings
 from mindalle_jax.storage.adapters import matches
 from mindalle_jax.storage.weights import count_parameters, leaf_shapes, load_stacked, map_weights, nest, read_manifest
 from mindalle_jax.training.optimizer import learning_rate, make_optimizer
-from mindalle_jax.training.step import Task, init_state, train_step
+from mindalle_jax.training.step import StepConfig, init_state, train_step
 
 PICTURES = 32
 PAD = 1
@@ -165,10 +165,10 @@ def train(config: Config, folder: Path, *, updates=3, micro_batches=1, frozen=()
     optimizer = make_optimizer(config.optimizer, schedule, "all", leaves)
     values = {"text_loss_weight": 0.125, "caption_dropout": 0.0, "ema_decay": 0.0, "lora_scale": 1.0, "seed": 0}
     model = Transformer(config.stage2, remat=remat)
-    task = Task(model, optimizer, schedule, PAD, **(values | changes))
+    step_config = StepConfig(model, optimizer, schedule, PAD, **(values | changes))
     before = {path: np.asarray(leaf) for path, leaf in (leaves | kept).items()}
-    state, states, figures = init_state(task, leaves), [], []
-    step = jax.jit(partial(train_step, task), compiler_options={"xla_backend_optimization_level": "0"})
+    state, states, figures = init_state(step_config, leaves), [], []
+    step = jax.jit(partial(train_step, step_config), compiler_options={"xla_backend_optimization_level": "0"})
     for batch in batches(updates, micro_batches):
         state, figure = step(state, kept, batch)
         states.append(jax.device_get(state))
@@ -225,10 +225,12 @@ def test_dropout_is_another_one_in_each_update(plain, tiny_config, tiny_model_fo
     shapes = leaf_shapes(config, "stage2")
     dtypes = dict.fromkeys(shapes, np.dtype("float32"))
     leaves = load_stacked(tiny_model_folder, "stage2", config, dtypes, param_shardings(shapes, "replicated", mesh))
-    task = Task(Transformer(config.stage2), optax.adamw(1e-12), lambda _: 0.0, PAD, 0.125, 0.0, 0.0, 1.0, 0)
-    state = init_state(task, leaves)
+    step_config = StepConfig(
+        Transformer(config.stage2), optax.adamw(1e-12), lambda _: 0.0, PAD, 0.125, 0.0, 0.0, 1.0, 0
+    )
+    state = init_state(step_config, leaves)
     step = jax.jit(
-        lambda state, batch: train_step(task, state, {}, batch)[1]["loss"],
+        lambda state, batch: train_step(step_config, state, {}, batch)[1]["loss"],
         compiler_options={"xla_backend_optimization_level": "0"},
     )
     (batch,) = batches(1, 2)
@@ -258,9 +260,9 @@ def kept_shares(rate: float, micro_batches: int, devices: int, rows: int = 4096)
     """Of captions, in three updates."""
     mesh = make_mesh("replicated", {}, jax.devices()[:devices])
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    task: Any = Task(Blanks(), optax.adamw(1e-3), lambda _: 0.0, PAD, 0.0, rate, 0.0, 1.0, 7)
-    state = init_state(task, {"w": jax.device_put(jnp.ones(()), everywhere)})
-    step = jax.jit(partial(train_step, task))
+    step_config: Any = StepConfig(Blanks(), optax.adamw(1e-3), lambda _: 0.0, PAD, 0.0, rate, 0.0, 1.0, 7)
+    state = init_state(step_config, {"w": jax.device_put(jnp.ones(()), everywhere)})
+    step = jax.jit(partial(train_step, step_config))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, ("data", "fsdp")))
     shares = []
     for i in range(3):

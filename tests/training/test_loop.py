@@ -112,7 +112,7 @@ def test_the_interruptions_were_what_they_should_be(runs):
 def test_sigterm_saves_and_says_how_to_go_on(runs):
     """Exit code 0: what was asked for, a stop, was done. No model is there yet, and none is announced."""
     assert runs.stopped.code == 130 and runs.stopped.out == ""
-    assert f"stopped after update {runs.stopped_at}; the same command goes on from there" in runs.stopped.err
+    assert f"stopped after step {runs.stopped_at}; the same command resumes from there" in runs.stopped.err
     assert runs.finished.out == f"{runs.interrupted}: a model; mindalle sample --model {runs.interrupted}\n"
 
 

@@ -12,6 +12,7 @@ from training_runs import weights_crc32, write_code_set, write_config
 
 from mindalle_jax import cli
 from mindalle_jax.interop.mindalle import import_checkpoint
+from mindalle_jax.storage.weights import fingerprint, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_base_and_adapters_are_the_runs_model(convert, run, tiny_model_folder, t
 def test_the_base_may_be_named_as_for_the_run(convert, run, tiny_folder, tmp_path):
     """A folder in the original's format is the converted one in the cache, as it is for a run."""
     code, err = convert(tiny_folder, tmp_path / "a", "--adapters", run / "adapters.safetensors")
-    # Its manifest is that of tiny_model_folder, as the same version converted the same files.
+    # Its weights are those of tiny_model_folder.
     assert (code, err) == (0, "") and weights_crc32(tmp_path / "a") == weights_crc32(run)
 
 
@@ -82,9 +83,8 @@ def test_with_dtype_it_is_the_runs_model_in_that_dtype(convert, run, tiny_model_
 def test_a_base_in_half_precision_gives_float32(convert, run, tiny_model_folder, tmp_path):
     """As after a run from such a base, whose weights are rounded but not the sum."""
     assert convert(tiny_model_folder, tmp_path / "half", "--dtype", "bfloat16")[0] == 0
-    file = changed(
-        run, tmp_path / "a.safetensors", lambda _, about: about.update(base_sha256=digest(tmp_path / "half"))
-    )
+    base = fingerprint_of(tmp_path / "half")
+    file = changed(run, tmp_path / "a.safetensors", lambda _, about: about.update(base_fingerprint=base))
     assert convert(tmp_path / "half", tmp_path / "a", "--adapters", file)[0] == 0
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())["tensors"]
     assert {entry["dtype"] for entry in manifest["stage2"].values()} == {"float32"}
@@ -94,20 +94,27 @@ def test_a_base_in_half_precision_gives_float32(convert, run, tiny_model_folder,
     assert (rounded["head_img/weight"] != exact["head_img/weight"]).any()
 
 
-def digest(folder: Path) -> str:
-    import hashlib
-
-    return hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+def fingerprint_of(folder: Path) -> str:
+    return fingerprint(read_manifest(folder)["tensors"])
 
 
-def test_another_base_is_refused_with_both_digests(
+def test_another_base_is_refused_with_both_fingerprints(
     convert, run, tiny_model_folder, tiny_config, write_folder, tmp_path
 ):
     other = import_checkpoint(write_folder(tmp_path / "original", tiny_config, seed=5), tmp_path / "model").target
     code, err = convert(other, tmp_path / "a", "--adapters", run / "adapters.safetensors")
     assert code == 4 and "adapters of another model" in err
-    assert digest(tiny_model_folder) in err and digest(other) in err
+    assert fingerprint_of(tiny_model_folder) in err and fingerprint_of(other) in err
     assert not (tmp_path / "a").exists()
+
+
+def test_a_base_with_another_manifest_and_the_same_weights_is_the_base(convert, run, tiny_model_folder, tmp_path):
+    """The fingerprint is of the tensors. Another version writes the manifest with other words."""
+    base = shutil.copytree(tiny_model_folder, tmp_path / "base")
+    manifest = json.loads((base / "manifest.json").read_text())
+    (base / "manifest.json").write_text(json.dumps(manifest | {"source": "a copy", "writer": "another"}))
+    assert convert(base, tmp_path / "a", "--adapters", run / "adapters.safetensors") == (0, "")
+    assert weights_crc32(tmp_path / "a") == weights_crc32(run)
 
 
 def cut(tensors: dict, about: dict) -> None:
@@ -133,7 +140,7 @@ WRONG = {
     "half": (lambda tensors, _: tensors.pop("head_img/lora_a"), "head_img/lora_b is unknown, or without its other"),
     "weights": (lambda tensors, _: tensors.update({"ln_f/scale": np.ones(32, np.float32)}), "ln_f/scale is unknown"),
     "empty": (lambda tensors, _: tensors.clear(), "it is empty"),
-    "no base": (lambda _, about: about.pop("base_sha256"), "not the adapters of a run"),
+    "no base": (lambda _, about: about.pop("base_fingerprint"), "not the adapters of a run"),
     "no scale": (lambda _, about: about.update(lora_scale="large"), "not the adapters of a run"),
     "infinite scale": (lambda _, about: about.update(lora_scale="inf"), "NaN or infinite values in lora_scale"),
     "infinite": (
@@ -176,6 +183,8 @@ def test_a_vqgan_alone_has_nothing_to_adapt(convert, run, tiny_model_folder, tmp
     del manifest["tensors"]["stage2"]
     (vqgan / "manifest.json").write_text(json.dumps(manifest))
     (vqgan / "stage2.safetensors").unlink()
-    file = changed(run, tmp_path / "a.safetensors", lambda _, about: about.update(base_sha256=digest(vqgan)))
+    file = changed(
+        run, tmp_path / "a.safetensors", lambda _, about: about.update(base_fingerprint=fingerprint_of(vqgan))
+    )
     code, err = convert(vqgan, tmp_path / "a", "--adapters", file)
     assert code == 4 and err == f"{vqgan}: a VQGAN alone has no weights that adapters go with"

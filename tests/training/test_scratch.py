@@ -208,7 +208,7 @@ def test_images_alone_are_learned_from_scratch_too(tiny_model_folder, tmp_path, 
 
 WRONG = {
     # name: overrides, exit code, message; a run that would do is left over when they are taken away
-    "no vqgan": (["training.vqgan=''"], 3, "training.vqgan names the model whose pictures' codes are learned, and"),
+    "no vqgan": (["training.vqgan=''"], 3, "training.vqgan names the model whose codes are learned, and"),
     "vqgan without scratch": (["training.init_from={model}"], 3, "goes with init_from: scratch"),
     "tokenizer without scratch": (
         ["training.init_from={model}", "training.vqgan=''"], 3, "training.tokenizer goes with init_from: scratch",

@@ -1,4 +1,4 @@
-"""One update: against the original's recorded runs, however it is split, and when it goes wrong."""
+"""One step: against the original's recorded runs, however it is split, and when it goes wrong."""
 
 import shutil
 
@@ -14,14 +14,14 @@ from mindalle_jax.storage.weights import leaf_shapes, load_stacked
 from mindalle_jax.training.config import load_finetune_config
 from mindalle_jax.training.metrics import flops_per_sequence
 from mindalle_jax.training.optimizer import learning_rate, make_optimizer
-from mindalle_jax.training.step import Task, compile_train_step, init_state
+from mindalle_jax.training.step import StepConfig, compile_train_step, init_state
 
 
-def make_task(config, shapes, *, max_steps=8, pad_id=None, mesh=None, **changes) -> Task:
+def make_config(config, shapes, *, max_steps=8, pad_id=None, mesh=None, **changes) -> StepConfig:
     schedule = learning_rate(config.optimizer, 0, max_steps)
     model = Transformer(config.stage2) if mesh is None else Transformer(config.stage2, constrain=SplitByBatch(mesh))
     values = {"text_loss_weight": 0.125, "caption_dropout": 0.0, "ema_decay": 0.0, "lora_scale": 1.0, "seed": 0}
-    return Task(
+    return StepConfig(
         model, make_optimizer(config.optimizer, schedule, "all", shapes), schedule, pad_id, **(values | changes)
     )
 
@@ -60,34 +60,34 @@ def run_recorded(recorded, strategy, devices, sizes, micro_batches):
         folder, "stage2", config.model_config(), dict.fromkeys(shapes, np.dtype("float32")),
         param_shardings(shapes, strategy, mesh),
     )  # fmt: skip
-    task = make_task(config, shapes, mesh=mesh)
+    step_config = make_config(config, shapes, mesh=mesh)
     labels = arrays.get("labels", np.zeros(4))
     batch = {
         "prefix": labels.astype(np.int32).reshape(micro_batches, -1, 1),
         "codes": arrays["codes"].astype(np.int32).reshape(micro_batches, -1, 256),
     }
     batch = jax.device_put(batch, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    state, figures = init_state(task, params), []
-    step = compile_train_step(task, jax.tree.map(lambda leaf: leaf.sharding, state))
+    state, metrics = init_state(step_config, params), []
+    step = compile_train_step(step_config, jax.tree.map(lambda leaf: leaf.sharding, state))
     with jax.default_matmul_precision("highest"):
         for _ in range(8):
-            state, figure = step(state, {}, batch)
-            figures.append(jax.device_get(figure))
-    return state, {name: np.array([figure[name] for figure in figures]) for name in figures[0]}
+            state, step_metrics = step(state, {}, batch)
+            metrics.append(jax.device_get(step_metrics))
+    return state, {name: np.array([line[name] for line in metrics]) for name in metrics[0]}
 
 
 @pytest.mark.parametrize(
     "strategy",
     [name if name in ("one device", "fsdp") else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES],
 )
-def test_eight_updates_are_the_originals(recorded, strategy):
+def test_eight_steps_are_the_originals(recorded, strategy):
     """Losses, gradient norms before clipping, learning rates, and what is learned."""
     arrays = recorded[2]
-    state, figures = run_recorded(recorded, *STRATEGIES[strategy])
-    print({k: np.abs(figures[a] - arrays[k]).max() for k, a in (("train_loss", "loss"), ("train_gnorm", "grad_norm"))})
-    np.testing.assert_allclose(figures["loss"], arrays["train_loss"], rtol=0, atol=1e-4)
-    np.testing.assert_allclose(figures["grad_norm"], arrays["train_gnorm"], rtol=0, atol=1e-4)
-    np.testing.assert_allclose(figures["learning_rate"], arrays["train_lr"], rtol=1e-5, atol=1e-12)
+    state, metrics = run_recorded(recorded, *STRATEGIES[strategy])
+    print({k: np.abs(metrics[a] - arrays[k]).max() for k, a in (("train_loss", "loss"), ("train_gnorm", "grad_norm"))})
+    np.testing.assert_allclose(metrics["loss"], arrays["train_loss"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(metrics["grad_norm"], arrays["train_gnorm"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(metrics["learning_rate"], arrays["train_lr"], rtol=1e-5, atol=1e-12)
     np.testing.assert_allclose(state.params["head/weight"][0], arrays["after_head_row0"], rtol=0, atol=1e-4)
     sos = np.asarray(state.params["sos/embedding"])
     np.testing.assert_allclose(sos.reshape(arrays["after_sos"].shape), arrays["after_sos"], rtol=0, atol=1e-4)

@@ -1,6 +1,6 @@
-"""Contrastive training of CLIP from nothing: pictures and captions, to a folder that ranks pictures.
+"""Contrastive training of CLIP from scratch: images and captions, to a folder that ranks images.
 
-tokenizer, pictures with captions -> fresh parameters on the mesh -> the loop -> CLIP folder of Hugging Face
+tokenizer, images with captions -> fresh parameters on the mesh -> the loop -> CLIP folder of Hugging Face
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from tokenizers import Tokenizer
 
@@ -26,28 +25,27 @@ from mindalle_jax.models.clip import CLIP, ClipConfig, ClipTextConfig
 from mindalle_jax.storage.files import disk_errors
 from mindalle_jax.storage.weights import nest
 from mindalle_jax.text.clip_tokenizer import clip_ids, read_clip_tokenizer
-from mindalle_jax.training.clip.step import ClipTask, compile_clip_step, eval_sums, init_params
+from mindalle_jax.training.clip.step import ClipStepConfig, compile_clip_step, eval_sums, init_params
 from mindalle_jax.training.config import LoopConfig, RunConfig
-from mindalle_jax.training.loop import Batch, Rows, Run, whole
+from mindalle_jax.training.loop import Batch, Rows, Run, gather_to_host, run_training
 from mindalle_jax.training.optimizer import make_optimizer
-from mindalle_jax.training.run_dir import check_folder, claim_folder
-from mindalle_jax.training.step import TrainState, init_state
+from mindalle_jax.training.step import Metrics, TrainState, init_state
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipTrainingConfig(LoopConfig):
-    """What is said of a run that trains CLIP. Weight decay covers matrices alone."""
+    """The section `training` of a run that trains CLIP. Weight decay covers only matrices."""
 
     tokenizer: str = ""
-    """A folder of `mindalle train-tokenizer --kind clip`, or any other that interop.clip_tokenizer reads."""
+    """A folder of `mindalle train-tokenizer --kind clip`, or any other that text.clip_tokenizer reads."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipTrainConfig(RunConfig):
-    """A whole file for `mindalle train-clip`."""
+    """The file of `mindalle train-clip`."""
 
     clip: ClipConfig = ClipConfig()
-    """vocab_size and eos_token_id of clip.text follow from the tokenizer, and are to be left out."""
+    """vocab_size and eos_token_id of clip.text follow from the tokenizer; leave them out."""
     training: ClipTrainingConfig = ClipTrainingConfig()
 
     def check(self) -> None:
@@ -73,7 +71,7 @@ class ClipTrainConfig(RunConfig):
 
 
 class ClipRun(Run):
-    """One run of `mindalle train-clip`. All is on every device, and batches are split over them."""
+    """One run of `mindalle train-clip`. All parameters are on every device, and batches are split over devices."""
 
     task = "text"
 
@@ -82,26 +80,26 @@ class ClipRun(Run):
 
         Raises ConfigError, CheckpointError, DataError or UsageError before anything is written.
         """
-        self.words, self.clip_config = read_words(config)
+        self.clip_tokenizer, self.clip_config = read_tokenizer(config)
         length = self.clip_config.text.max_position_embeddings
         super().__init__(
             config,
             out,
             image_size=self.clip_config.vision.image_size,
-            tokenizer=partial(clip_ids, self.words, length=length),
+            tokenizer=partial(clip_ids, self.clip_tokenizer, length=length),
         )
         for source in (self.source, self.valid_source):
             if source is not None and source.has_codes:
-                raise DataError(f"{source.path} holds codes; CLIP is trained on pictures")
+                raise DataError(f"{source.path} holds codes; CLIP is trained on images")
         if self.micro_batches > 1:
             total = config.experiment.total_batch_size
             raise ConfigError(
                 f"experiment.local_batch_size must be {total // self.mesh.size}, total_batch_size {total} on "
-                f"{self.mesh.size} devices, not {config.experiment.local_batch_size}: each picture is held against all "
-                "texts of an update, which so cannot be split"
+                f"{self.mesh.size} devices, not {config.experiment.local_batch_size}: each image is compared with all "
+                "texts of a step, so a step cannot be split"
             )
         self.shapes = clip_leaf_shapes(self.clip_config)
-        self.step_task = ClipTask(
+        self.step_config = ClipStepConfig(
             model=CLIP(self.clip_config, dtype=self.dtype),
             optimizer=make_optimizer(config.optimizer, self.schedule, "matrices", self.shapes),
             schedule=self.schedule,
@@ -109,49 +107,49 @@ class ClipRun(Run):
         )
         self.seed = config.training.seed
 
-    def origin(self) -> str:
-        """Digest of the tokenizer."""
-        return hashlib.sha256(self.words.to_str().encode()).hexdigest()
+    def base_fingerprint(self) -> str:
+        """The digest of the tokenizer."""
+        return hashlib.sha256(self.clip_tokenizer.to_str().encode()).hexdigest()
 
     def init_state(self) -> TrainState:
         """Fresh parameters, on every device."""
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        replicated = NamedSharding(self.mesh, PartitionSpec())
         fresh = init_params(self.clip_config, self.shapes, self.seed)
-        return init_state(self.step_task, {path: jax.device_put(array, everywhere) for path, array in fresh.items()})
+        return init_state(self.step_config, {path: jax.device_put(array, replicated) for path, array in fresh.items()})
 
-    def compile_step(self, state: TrainState) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-        """clip_step.clip_step."""
-        return compile_clip_step(self.step_task, jax.tree.map(lambda leaf: leaf.sharding, state))
+    def compile_step(self, state: TrainState) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+        """Compiles clip_step."""
+        return compile_clip_step(self.step_config, jax.tree.map(lambda leaf: leaf.sharding, state))
 
     def make_batch(self, rows: Rows) -> Batch:
-        """image and text."""
-        return self.place({name: rows[name] for name in ("image", "text")}, micro=False)
+        """The batch of clip_step: image and text."""
+        return self.shard_batch({name: rows[name] for name in ("image", "text")}, micro=False)
 
     def validate(self, state: TrainState) -> dict[str, float]:
-        """Loss, and shares of pictures and texts that find their own among those of a batch, of the average if any.
+        """Loss, and shares of images and texts that find their own among those of a batch, of the average if any.
 
-        Both depend on experiment.valid_batch_size: among more, it is harder to find the right one.
+        All depend on experiment.valid_batch_size: among more images it is harder to find the right one.
         """
         params, totals = state.ema or state.params, np.zeros(4)
         for rows in self.validation_rows():
             chosen = {name: rows[name] for name in ("image", "text")} | {"rows": rows["valid"].astype(np.float32)}
-            batch = self.place(chosen, micro=False)
-            sums = eval_sums(self.step_task.model, params, batch, batch.pop("rows"))
+            batch = self.shard_batch(chosen, micro=False)
+            sums = eval_sums(self.step_config.model, params, batch, batch.pop("rows"))
             totals += np.array(jax.device_get(list(sums)), np.float64)
         loss, image_to_text, text_to_image = totals[:3] / max(totals[3], 1)
         return {"loss": loss, "image_to_text": image_to_text, "text_to_image": text_to_image}
 
     def memory(self, state: TrainState) -> dict[str, Any]:
-        """Parameters and what Adam keeps."""
+        """Parameters, the optimizer's state, and the average."""
         return {"trained": state.params, "optimizer": state.opt_state, "average": state.ema}
 
     def write_result(self, state: TrainState) -> None:
-        """The folder of the run becomes a CLIP model: the average where there is one."""
-        params = {path: whole(leaf) for path, leaf in (state.ema or state.params).items()}
+        """Turns the folder of the run into a CLIP model: the average where there is one."""
+        params = {path: gather_to_host(leaf) for path, leaf in (state.ema or state.params).items()}
         if jax.process_index() != 0:
             return
         complete = self.out / "result"
-        write_clip(complete, ClipModel(self.clip_config, nest(params), self.words), overwrite=True)
+        write_clip(complete, ClipModel(self.clip_config, nest(params), self.clip_tokenizer), overwrite=True)
         with disk_errors(self.out):
             for file in complete.iterdir():
                 os.replace(file, self.out / file.name)
@@ -161,25 +159,21 @@ class ClipRun(Run):
 def train_clip(
     config_file: str | Path, overrides: Sequence[str], out: Path, *, ignore_fingerprint: bool = False
 ) -> bool:
-    """What `mindalle train-clip` does: reads the configuration, and runs or goes on.
+    """Runs `mindalle train-clip`: reads the configuration, and starts or resumes the run.
 
     Returns whether the run is complete.
     """
     config = load_config(config_file, overrides, ClipTrainConfig)
-    check_folder(out, config)
-    run = ClipRun(config, out)  # the rest of what can be wrong
-    multihost_utils.sync_global_devices("checked")  # the first process changes what the others looked at
-    claim_folder(out, config)
-    return run(ignore_fingerprint=ignore_fingerprint)
+    return run_training(config, out, lambda: ClipRun(config, out), ignore_fingerprint=ignore_fingerprint)
 
 
-def read_words(config: ClipTrainConfig) -> tuple[Tokenizer, ClipConfig]:
+def read_tokenizer(config: ClipTrainConfig) -> tuple[Tokenizer, ClipConfig]:
     """The tokenizer, whose end token must be its last, and the sizes of the network for it.
 
     Raises CheckpointError or ConfigError.
     """
-    words = read_clip_tokenizer(Path(config.training.tokenizer), ClipTextConfig(vocab_size=1 << 20, eos_token_id=2))
-    end = words.encode("").ids[-1]
+    tokenizer = read_clip_tokenizer(Path(config.training.tokenizer), ClipTextConfig(vocab_size=1 << 20, eos_token_id=2))
+    end = tokenizer.encode("").ids[-1]
     clip = dataclasses.replace(
         config.clip, text=dataclasses.replace(config.clip.text, vocab_size=end + 1, eos_token_id=end)
     )
@@ -187,4 +181,4 @@ def read_words(config: ClipTrainConfig) -> tuple[Tokenizer, ClipConfig]:
         check_clip_config(clip, "clip")
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
-    return words, clip
+    return tokenizer, clip

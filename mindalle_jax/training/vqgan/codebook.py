@@ -1,4 +1,4 @@
-"""What becomes of the rows of a codebook in training: where they start, and which of them are redundant.
+"""Rows of a codebook in training: where they start, and which of them are redundant.
 
 Dimensions: n rows of width e, N features of a batch.
 """
@@ -9,29 +9,29 @@ import jax
 import jax.numpy as jnp
 
 NEVER_USED = 1 << 30
-"""`unused` of the rows of a fresh codebook."""
+"""The value of `unused` for the rows of a fresh codebook."""
 FEATURES_PER_START = 16
-"""Of so many features of a batch at most one becomes a row: what it improves counts before others follow."""
+"""Restarts at most one row per this many features in a batch, so that its effect counts before more follow."""
 
 
 def starts_at_once(started: Any, num_features: int) -> Any:
-    """How many rows can be set to features of a batch that has so many: as many again as have started before."""
+    """How many rows can be set to features of a batch: as many as have started before, within bounds."""
     return jnp.clip(started, 1, max(1, num_features // FEATURES_PER_START))
 
 
-def updates_to_fill(rows: int, num_features: int) -> int:
-    """How many updates it takes until every row of a fresh codebook has started."""
-    updates = started = 0
+def steps_to_fill(rows: int, num_features: int) -> int:
+    """How many steps it takes until every row of a fresh codebook has started."""
+    steps = started = 0
     while started < rows:
-        started, updates = started + int(starts_at_once(started, num_features)), updates + 1
-    return updates
+        started, steps = started + int(starts_at_once(started, num_features)), steps + 1
+    return steps
 
 
 def restarts(key: jax.Array, dead: jax.Array, features: jax.Array, errors: jax.Array) -> jax.Array:
     """f32[n, e]: for each row that is `dead` (bool[n]) another of the features [N, e], while there are enough.
 
-    They are drawn with probabilities in proportion to `errors` [N]: mostly where pictures are worst. Over several
-    updates that is the seeding of k-means|| (Bahmani et al. 2012, arXiv:1203.6402), with errors that can be seen.
+    They are sampled with probabilities in proportion to `errors` [N]: mostly where images are worst. Over several
+    steps that is the seeding of k-means|| (Bahmani et al. 2012, arXiv:1203.6402), with errors that can be seen.
     """
     order = jnp.argsort(-(jnp.log(errors) + jax.random.gumbel(key, errors.shape)))
     return features[order[(jnp.cumsum(dead) - 1) % len(features)]]

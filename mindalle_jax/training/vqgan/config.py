@@ -23,16 +23,16 @@ class LossConfig:
     l1: float = 1.0
     l2: float = 0.0
     perceptual: float = 0.0
-    """Of LPIPS, whose weights training.vgg_weights and training.lpips_weights name; 1 in the paper."""
+    """Weight of LPIPS, whose files training.vgg_weights and training.lpips_weights name; 1 in the paper."""
     codebook: float = 1.0
     commitment: float = 0.25
     locality: float = 0.0
-    """Of features that a part of a picture keeps beside a part of another, and pictures are then learned from in parts:
-    codes tell of their own place alone, which a transformer learns more easily."""
+    """Weight of the change of the features of a part of an image when it is put beside a part of another image. Over 0,
+    images are mixed of parts, and codes tell of their own place alone, which a transformer learns more easily."""
     adversarial: float = 0.0
-    """Of the discriminator, times the adaptive weight; 0: there is none. 0.75 in the published network."""
+    """Weight of the discriminator, times the adaptive weight; 0: there is none. 0.75 in the published network."""
     start_step: int = 0
-    """Updates before the discriminator sets in: reconstructions should be good by then."""
+    """Steps before the discriminator sets in: reconstructions should be good by then."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class DiscriminatorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VqganTrainingConfig(LoopConfig):
-    """What is trained, and how."""
+    """The section `training` of a run that trains a VQGAN."""
 
     init_from: str = SCRATCH
     """scratch: a fresh VQGAN; else the model whose VQGAN is trained further: a folder or a name."""
@@ -55,18 +55,19 @@ class VqganTrainingConfig(LoopConfig):
     lpips_weights: str = ""
     """File with LPIPS's linear layers for vgg16, for losses.perceptual."""
     quantise_from_step: int = 0
-    """Updates before codes are used: until then the decoder sees features, and learns faster. Validation has codes."""
+    """Steps before codes are used: until then the decoder sees features, and learns faster. Validation uses codes."""
     restart_after_steps: int = 200
-    """A code that went unused for so many updates starts again from a feature where pictures are worst; 0: never."""
+    """A code that went unused for this many steps starts again from a feature where images are worst; 0: never."""
     merge_codes: float = 0.0
-    """At the end a row of the codebook goes if its squared distance from one in more use is less than so many times the
-    mean one of features from their rows. Until then one nearer than that mean starts again as if unused. 0: neither."""
+    """At the end a row of the codebook is removed if its squared distance from a row in more use is less than this
+    number times the mean squared distance of features from their rows. Before the end a row nearer than that mean
+    starts again as if unused. 0: neither."""
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
 
 @dataclasses.dataclass(frozen=True)
 class VqganTrainConfig(RunConfig):
-    """A whole file for `mindalle train-vqgan`."""
+    """The file of `mindalle train-vqgan`."""
 
     optimizer: VqganOptimizerConfig = VqganOptimizerConfig()
     training: VqganTrainingConfig = VqganTrainingConfig()
@@ -98,7 +99,7 @@ class VqganTrainConfig(RunConfig):
         most = int(math.log2(size / 3)) if size >= 6 else 0
         if not 1 <= layers <= most and t.losses.adversarial:
             raise ConfigError(
-                f"training.discriminator.layers must lie in [1, {most}] for pictures of {size} pixels, not {layers}"
+                f"training.discriminator.layers must lie in [1, {most}] for images of {size} pixels, not {layers}"
             )
         if self.sharding.strategy != "replicated":
             raise ConfigError(

@@ -1,8 +1,8 @@
-"""PatchGAN (Isola et al. 2017, arXiv:1611.07004), the discriminator of the VQGAN: is a patch of a picture real?
+"""PatchGAN (Isola et al. 2017, arXiv:1611.07004), the discriminator of the VQGAN: is a patch of an image real?
 
 With three layers each logit sees 70 x 70 pixels, with two 34 x 34. It differs from the VQGAN's in one point: GroupNorm
 stands where that has BatchNorm. BatchNorm keeps running averages beside its parameters, and its logits depend on which
-pictures share a micro-batch or a device; here state is parameters only, and how a batch is split changes nothing.
+images share a micro-batch or a device; here state is parameters only, and how a batch is split changes nothing.
 
 Dimensions: b batch, y height, x width, c channels.
 """
@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 MAX_MULT = 8
-"""Layer l has width * 2**l channels, but no more than this many times the width."""
+"""Layer l has width * 2**l channels, but at most this many times the width."""
 
 
 class PatchDiscriminator(nn.Module):
-    """Logits f32[b, y, x] of pictures [b, Y, X, 3] in [-1, 1]; above 0 is real. y = Y / 2**layers - 2.
+    """Logits f32[b, y, x] of images [b, Y, X, 3] in [-1, 1]; above 0 is real. y = Y / 2**layers - 2.
 
     width: channels after the first convolution, a multiple of 32. layers: how often the resolution is halved.
     dtype: compute dtype; GroupNorm statistics are float32.

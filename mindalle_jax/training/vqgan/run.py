@@ -1,10 +1,9 @@
-"""Training of a VQGAN, from nothing or from existing weights.
+"""Training of a VQGAN, from scratch or from existing weights.
 
-pictures -> parameters on the mesh -> the loop -> model folder with a VQGAN alone
+images -> parameters on the mesh -> the loop -> model folder with a VQGAN alone
 """
 
 import dataclasses
-import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,30 +12,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from mindalle_jax.config.file import load_config, load_section
+from mindalle_jax.config.file import ConfigFile, load_config
 from mindalle_jax.config.schema import Config, DatasetConfig, Stage1Config, Stage2Config, Stage2Hparams
 from mindalle_jax.data import codes
 from mindalle_jax.errors import ConfigError, DataError
 from mindalle_jax.hub.resolve import find_model
 from mindalle_jax.interop.lpips import read_lpips
 from mindalle_jax.models.vqgan import VQGAN
-from mindalle_jax.sampling.codec import ImageCodec
 from mindalle_jax.storage.results import write_vqgan
-from mindalle_jax.storage.weights import MANIFEST, leaf_shapes, load_stacked, nest
+from mindalle_jax.storage.weights import fingerprint, leaf_shapes, load_stacked, nest, read_manifest
 from mindalle_jax.training.config import SCRATCH
-from mindalle_jax.training.loop import Batch, Rows, Run, whole
+from mindalle_jax.training.loop import Batch, Rows, Run, gather_to_host, run_training
 from mindalle_jax.training.optimizer import make_optimizer
 from mindalle_jax.training.previews import RECONSTRUCTIONS, write_reconstructions
-from mindalle_jax.training.run_dir import check_folder, claim_folder
-from mindalle_jax.training.vqgan.codebook import perplexity, redundant, updates_to_fill
+from mindalle_jax.training.step import Metrics
+from mindalle_jax.training.vqgan.codebook import perplexity, redundant, steps_to_fill
 from mindalle_jax.training.vqgan.config import VqganTrainConfig, VqganTrainingConfig
 from mindalle_jax.training.vqgan.discriminator import PatchDiscriminator
 from mindalle_jax.training.vqgan.step import (
     EvalSums,
     VqganState,
-    VqganTask,
+    VqganStepConfig,
     compile_vqgan_step,
     discriminator_shapes,
     fresh_params,
@@ -46,7 +44,7 @@ from mindalle_jax.training.vqgan.step import (
 
 
 class VqganRun(Run):
-    """One run of `mindalle train-vqgan`. All is on every device, and batches are split over them."""
+    """One run of `mindalle train-vqgan`. All parameters are on every device, and batches are split over devices."""
 
     def __init__(self, config: VqganTrainConfig, base: Path | None, out: Path):
         """base: the folder of the model whose VQGAN is trained further; None: from scratch. out: of the run.
@@ -57,23 +55,23 @@ class VqganRun(Run):
         self.model_config = vqgan_model_config(config.stage1)
         for path in (config.data.train, config.data.valid):
             if path and (Path(path) / codes.MANIFEST).exists():
-                raise DataError(f"{path} holds codes; a VQGAN is trained on pictures")
+                raise DataError(f"{path} holds codes; a VQGAN is trained on images")
         super().__init__(config, out, image_size=config.stage1.hparams.resolution)
         training, losses = config.training, config.training.losses
         batch, filling = config.experiment.total_batch_size, 0
         if base is None:
-            filling = updates_to_fill(config.stage1.n_embed, batch * config.stage1.code_size**2)
+            filling = steps_to_fill(config.stage1.n_embed, batch * config.stage1.code_size**2)
         if training.quantise_from_step + filling >= self.max_steps:
             raise ConfigError(
-                f"training.quantise_from_step {training.quantise_from_step} and the {filling} updates that fill a "
-                f"fresh codebook must be fewer than all updates, {self.max_steps}: without codes no codebook is learned"
+                f"training.quantise_from_step {training.quantise_from_step} and the {filling} steps that fill a "
+                f"fresh codebook must be fewer than all steps, {self.max_steps}: without codes no codebook is learned"
             )
         if training.merge_codes and self.valid_source is None:
             raise ConfigError(
                 "training.merge_codes needs data.valid: there it is seen how far features lie from their codes"
             )
         if losses.locality and batch == self.micro_batches:
-            raise ConfigError("training.losses.locality mixes pictures: experiment.local_batch_size must be 2 at least")
+            raise ConfigError("training.losses.locality mixes images: experiment.local_batch_size must be 2 at least")
         if base is not None:
             _check_same(config.stage1, load_config(base / "config.yaml").stage1, base)
         self.lpips: dict[str, Any] = {}
@@ -83,98 +81,94 @@ class VqganRun(Run):
         if losses.adversarial and losses.start_step < self.max_steps:
             sizes = training.discriminator
             discriminator = PatchDiscriminator(sizes.width, sizes.layers, self.dtype)
-        self.step_task = VqganTask(
+        self.step_config = VqganStepConfig(
             model=VQGAN(config.stage1, dtype=self.dtype),
             discriminator=discriminator,
             optimizer=make_optimizer(
                 config.optimizer, self.schedule, "all", leaf_shapes(self.model_config, "stage1")
             ),
-            # Its first update is that of start_step, and has the rate of that.
+            # Its first step is that of start_step, and has the rate of that.
             discriminator_optimizer=discriminator and make_optimizer(
-                config.optimizer, lambda update: self.schedule(update + losses.start_step), "all",
+                config.optimizer, lambda step: self.schedule(step + losses.start_step), "all",
                 discriminator_shapes(discriminator, config.stage1.hparams.resolution),
             ),
             schedule=self.schedule,
             losses=losses,
-            quantise_from_step=training.quantise_from_step,
+            quantize_from_step=training.quantise_from_step,
             restart_after_steps=training.restart_after_steps,
             restart_redundant=training.merge_codes > 0,
             ema_decay=training.ema_decay,
             seed=training.seed,
         )  # fmt: skip
 
-    def origin(self) -> str:
-        """Digest of the manifest of the model whose VQGAN is trained further."""
-        return SCRATCH if self.base is None else hashlib.sha256((self.base / MANIFEST).read_bytes()).hexdigest()
+    def base_fingerprint(self) -> str:
+        """The fingerprint of the model whose VQGAN is trained further; from scratch that word."""
+        return SCRATCH if self.base is None else fingerprint(read_manifest(self.base)["tensors"])
 
     def init_state(self) -> VqganState:
-        """Fresh or loaded, float32, on every device."""
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        self.lpips = jax.device_put(self.lpips, everywhere)
+        """Fresh or loaded parameters, float32, on every device."""
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        self.lpips = jax.device_put(self.lpips, replicated)
         if self.base is None:
-            params = jax.device_put(fresh_params(self.config.stage1, self.config.training.seed), everywhere)
+            params = jax.device_put(fresh_params(self.config.stage1, self.config.training.seed), replicated)
         else:
             paths = leaf_shapes(self.model_config, "stage1")
-            float32, places = dict.fromkeys(paths, np.dtype("float32")), dict.fromkeys(paths, everywhere)
-            params = load_stacked(self.base, "stage1", self.model_config, float32, places)
-        return init_vqgan_state(self.step_task, params, self.mesh, fresh_codebook=self.base is None)
+            float32, shardings = dict.fromkeys(paths, np.dtype("float32")), dict.fromkeys(paths, replicated)
+            params = load_stacked(self.base, "stage1", self.model_config, float32, shardings)
+        return init_vqgan_state(self.step_config, params, self.mesh, fresh_codebook=self.base is None)
 
-    def compile_step(self, state: VqganState) -> Callable[[VqganState, Batch], tuple[VqganState, dict[str, jax.Array]]]:
-        """vqgan_step.vqgan_train_step."""
-        step = compile_vqgan_step(self.step_task, self.mesh)
+    def compile_step(self, state: VqganState) -> Callable[[VqganState, Batch], tuple[VqganState, Metrics]]:
+        """Compiles vqgan_train_step."""
+        step = compile_vqgan_step(self.step_config, self.mesh)
         return lambda state, batch: step(state, self.lpips, batch)
 
     def make_batch(self, rows: Rows) -> Batch:
-        """image in micro-batches."""
-        return self.place({"image": rows["image"]}, micro=True)
+        """The batch of vqgan_train_step: image in micro-batches."""
+        return self.shard_batch({"image": rows["image"]}, micro=True)
 
     def validate(self, state: VqganState) -> dict[str, float]:
-        """Means over the validation pictures, of the moving average where there is one, and how codes are used."""
+        """Means over the validation images, of the moving average where there is one, and how codes are used."""
         totals = self._totals(state)
-        pictures = max(totals.pictures, 1)
+        num_images = max(totals.num_images, 1)
         return {
-            "loss": float(totals.loss / pictures),
-            "l1_loss": float(totals.l1 / pictures),
-            "psnr": float(totals.psnr / pictures),
+            "loss": float(totals.loss / num_images),
+            "l1_loss": float(totals.l1 / num_images),
+            "psnr": float(totals.psnr / num_images),
             "perplexity": float(perplexity(jnp.asarray(totals.counts, jnp.float32))),
             "codes_used": float(np.mean(totals.counts > 0)),
         }
 
     def _totals(self, state: VqganState) -> EvalSums:
-        """Over the validation pictures, of the moving average where there is one."""
+        """Sums over the validation images, of the moving average where there is one."""
         totals: Any = EvalSums(0.0, 0.0, 0.0, 0.0, 0, 0.0)
         for rows in self.validation_rows():
-            batch = self.place({"image": rows["image"], "rows": rows["valid"].astype(np.float32)}, micro=False)
-            sums = jax.device_get(vqgan_eval_step(self.step_task, state.ema or state.params, self.lpips, batch))
+            batch = self.shard_batch({"image": rows["image"], "rows": rows["valid"].astype(np.float32)}, micro=False)
+            sums = jax.device_get(vqgan_eval_step(self.step_config, state.ema or state.params, self.lpips, batch))
             totals = EvalSums(*(total + np.asarray(part, np.float64) for total, part in zip(totals, sums, strict=True)))
         return totals
 
     def memory(self, state: VqganState) -> dict[str, Any]:
-        """Parameters, what Adam keeps, and the networks that only train."""
+        """Parameters, the optimizer's state, the average, and the networks that serve training only."""
         discriminator = (state.discriminator, state.discriminator_opt_state)
         return {"trained": state.params, "optimizer": state.opt_state, "average": state.ema,
                 "discriminator": discriminator, "perceptual": self.lpips}  # fmt: skip
 
-    def draw_samples(self, state: VqganState, step: int) -> None:
-        """samples/step_*.png: the first pictures, of validation where there is one, above their reconstructions."""
+    def preview_samples(self, state: VqganState, step: int) -> None:
+        """Writes samples/step_*.png: the first images, of validation if there is one, above their reconstructions."""
         if jax.process_count() > 1:
             return
         part = (self.valid_source or self.source).part(0, RECONSTRUCTIONS)
         images = next(iter(self.load_rows(part, train=False)))["image"][: len(part)]
-        mesh = Mesh(np.array(jax.local_devices()[:1]), ("data",))
-        params = jax.device_put(nest(state.ema or state.params), NamedSharding(mesh, PartitionSpec()))
-        codec = ImageCodec(self.config.stage1, params, dtype=str(self.dtype), mesh=mesh)  # type: ignore[arg-type]
-        path = self.out / "samples" / f"step_{step:06d}.png"
-        path.parent.mkdir(exist_ok=True)
-        write_reconstructions(codec, images, path)
+        params, path = nest(state.ema or state.params), self.out / "samples" / f"step_{step:06d}.png"
+        write_reconstructions(self.config.stage1, params, images, path, dtype=self.dtype_name, mesh=self.mesh)
 
     def write_result(self, state: VqganState) -> None:
-        """The folder of the run becomes a model without a transformer: the average where there is one."""
-        params = {path: whole(leaf) for path, leaf in (state.ema or state.params).items()}
+        """Turns the folder of the run into a model without a transformer: the average where there is one."""
+        params = {path: gather_to_host(leaf) for path, leaf in (state.ema or state.params).items()}
         stage1, merge = self.config.stage1, self.config.training.merge_codes
         if merge:
             totals = self._totals(state)
-            distance = jnp.float32(merge * totals.distance / max(totals.pictures, 1))
+            distance = jnp.float32(merge * totals.distance / max(totals.num_images, 1))
             codebook = params["codebook"][np.argsort(-totals.counts, kind="stable")]
             params["codebook"] = codebook[~np.asarray(redundant(jnp.asarray(codebook), distance))]
             stage1 = dataclasses.replace(stage1, n_embed=len(params["codebook"]))
@@ -188,22 +182,20 @@ class VqganRun(Run):
 def train_vqgan(
     config_file: str | Path, overrides: Sequence[str], out: Path, *, ignore_fingerprint: bool = False
 ) -> bool:
-    """What `mindalle train-vqgan` does: reads the configuration, and runs or goes on.
+    """Runs `mindalle train-vqgan`: reads the configuration, and starts or resumes the run.
 
-    What the file leaves out of stage1 is as in the model of training.init_from. Returns whether the run is complete.
+    Fields of stage1 that the file leaves out are as in the model of training.init_from. Returns whether the run is
+    complete.
     """
-    init_from = load_section(config_file, overrides, "training", VqganTrainingConfig).init_from
+    file = ConfigFile(config_file, overrides)
+    init_from = file.section("training", VqganTrainingConfig).init_from
     base = None if init_from == SCRATCH else find_model(init_from)
-    defaults = None if base is None else load_config(base / "config.yaml")
-    config = load_config(config_file, overrides, VqganTrainConfig, defaults)
-    check_folder(out, config)
-    run = VqganRun(config, base, out)  # the rest of what can be wrong
-    claim_folder(out, config)
-    return run(ignore_fingerprint=ignore_fingerprint)
+    config = file.config(VqganTrainConfig, None if base is None else load_config(base / "config.yaml"))
+    return run_training(config, out, lambda: VqganRun(config, base, out), ignore_fingerprint=ignore_fingerprint)
 
 
 def vqgan_model_config(stage1: Stage1Config) -> Config:
-    """The config.yaml of a VQGAN alone; what it says of a transformer fits its codes."""
+    """The config.yaml of a VQGAN alone. Its section of the transformer has the sizes of the codes."""
     hparams = Stage2Hparams(ctx_len_img=stage1.code_size**2)
     return Config(
         dataset=DatasetConfig(image_resolution=stage1.hparams.resolution),

@@ -31,7 +31,7 @@ from mindalle_jax.storage.weights import nest
 from mindalle_jax.text.clip_tokenizer import read_clip_tokenizer
 from mindalle_jax.training.clip import run as clip
 from mindalle_jax.training.clip.run import ClipRun, ClipTrainConfig, train_clip
-from mindalle_jax.training.clip.step import MAX_LOGIT_SCALE, ClipTask, clip_step, contrastive_sums, init_params
+from mindalle_jax.training.clip.step import MAX_LOGIT_SCALE, ClipStepConfig, clip_step, contrastive_sums, init_params
 from mindalle_jax.training.optimizer import learning_rate, make_optimizer
 from mindalle_jax.training.step import init_state
 from mindalle_jax.training.tokenizers import train_tokenizer
@@ -73,22 +73,22 @@ def params(model) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def make_task() -> ClipTask:
+def make_config() -> ClipStepConfig:
     config = OptimizerConfig(base_lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98))
     schedule = learning_rate(config, 0, 10)
-    return ClipTask(MODEL, make_optimizer(config, schedule, "matrices", SHAPES), schedule, ema_decay=0.5)
+    return ClipStepConfig(MODEL, make_optimizer(config, schedule, "matrices", SHAPES), schedule, ema_decay=0.5)
 
 
 @functools.cache
 def light_step() -> Any:
-    return jax.jit(partial(clip_step, make_task()), compiler_options=LIGHT)
+    return jax.jit(partial(clip_step, make_config()), compiler_options=LIGHT)
 
 
 def run(params, batch, devices: int, steps: int = 3):
     """The state after some updates, and the figures of each."""
     mesh = make_mesh("replicated", {}, jax.devices()[:devices])
     everywhere, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(BATCH)))
-    state = init_state(make_task(), jax.device_put(params, everywhere))
+    state = init_state(make_config(), jax.device_put(params, everywhere))
     placed = jax.device_put(batch, split)
     figures = []
     for _ in range(steps):
@@ -192,7 +192,7 @@ def test_a_repeated_run_is_the_same_bit_for_bit(params, batch, eight):
 
 def test_weight_decay_pulls_at_matrices_alone(params):
     """Not at tables, gains, biases or the temperature: with gradients of 0 they stay."""
-    task = make_task()
+    task = make_config()
     zeros = {path: np.zeros_like(leaf) for path, leaf in params.items()}
     updates, _ = jax.jit(
         lambda zeros, params: task.optimizer.update(zeros, task.optimizer.init(params), params),
@@ -257,7 +257,7 @@ def light(request):
     patch = pytest.MonkeyPatch()
     request.addfinalizer(patch.undo)
 
-    def compile_step(task: ClipTask, shardings: Any) -> Any:
+    def compile_step(task: ClipStepConfig, shardings: Any) -> Any:
         return jax.jit(partial(clip_step, task), out_shardings=(shardings, None), compiler_options=LIGHT)
 
     patch.setattr(clip, "compile_clip_step", compile_step)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mindalle_jax.training.vqgan.codebook import perplexity, redundant, restarts, starts_at_once, updates_to_fill
+from mindalle_jax.training.vqgan.codebook import perplexity, redundant, restarts, starts_at_once, steps_to_fill
 
 
 def test_restarts_are_drawn_where_pictures_are_worst():
@@ -23,8 +23,8 @@ def test_a_fresh_codebook_fills_by_doubling():
     assert [int(starts_at_once(started, 512)) for started in (0, 1, 2, 16, 32, 500)] == [1, 1, 2, 16, 32, 32]
     assert int(starts_at_once(4, 3)) == 1
     # 1, 2, 4, 8, 16, 32 rows after six updates, then 32 at a time.
-    assert updates_to_fill(32, 512) == 6 and updates_to_fill(96, 512) == 8 and updates_to_fill(97, 512) == 9
-    assert updates_to_fill(0, 512) == 0
+    assert steps_to_fill(32, 512) == 6 and steps_to_fill(96, 512) == 8 and steps_to_fill(97, 512) == 9
+    assert steps_to_fill(0, 512) == 0
 
 
 def test_rows_near_an_earlier_one_are_redundant():

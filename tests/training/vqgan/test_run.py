@@ -168,7 +168,7 @@ def run_of(config_file, out, *overrides: str) -> VqganRun:
 def test_codes_must_set_in_before_the_end(config_file, tmp_path):
     """Or the run would end, and leave a codebook of which nothing was learned."""
     run_of(config_file, tmp_path, "training.quantise_from_step=8")
-    with pytest.raises(ConfigError, match=r"quantise_from_step 9 and the 7 updates that fill .* all updates, 16: "):
+    with pytest.raises(ConfigError, match=r"quantise_from_step 9 and the 7 steps that fill .* all steps, 16: "):
         run_of(config_file, tmp_path, "training.quantise_from_step=9")
 
 
@@ -186,18 +186,18 @@ def test_mixing_needs_two_pictures(config_file, tmp_path):
     config = load_config(config_file, ["training.losses.locality=1", "experiment.local_batch_size=1"], VqganTrainConfig)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
-        with pytest.raises(ConfigError, match="locality mixes pictures: experiment.local_batch_size must be 2"):
+        with pytest.raises(ConfigError, match="locality mixes images: experiment.local_batch_size must be 2"):
             VqganRun(config, None, tmp_path)
 
 
 def test_the_discriminator_is_built_only_if_the_run_gets_there(config_file, tmp_path):
     wanted = ["training.losses.adversarial=0.8", "training.discriminator.layers=2", "training.discriminator.width=32"]
-    assert run_of(config_file, tmp_path, *wanted).step_task.discriminator is not None
-    late = run_of(config_file, tmp_path, *wanted, "training.losses.start_step=16").step_task
+    assert run_of(config_file, tmp_path, *wanted).step_config.discriminator is not None
+    late = run_of(config_file, tmp_path, *wanted, "training.losses.start_step=16").step_config
     assert late.discriminator is None and late.discriminator_optimizer is None
-    last = run_of(config_file, tmp_path, *wanted, "training.losses.start_step=15").step_task
+    last = run_of(config_file, tmp_path, *wanted, "training.losses.start_step=15").step_config
     assert last.discriminator is not None
-    assert run_of(config_file, tmp_path).step_task.discriminator is None
+    assert run_of(config_file, tmp_path).step_config.discriminator is None
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_the_discriminator_is_built_only_if_the_run_gets_there(config_file, tmp_
         ("training.losses.commitment=-1", r"training.losses.commitment must be a finite number of at least 0, not -1"),
         ("training.losses.l1=0", "one of l1, l2 and perceptual must be over 0"),
         ("training.losses.adversary=1", r"unknown field training.losses.adversary; did you mean adversarial\?"),
-        ("training.losses.adversarial=1", r"layers must lie in \[1, 2\] for pictures of 16 pixels, not 3"),
+        ("training.losses.adversarial=1", r"layers must lie in \[1, 2\] for images of 16 pixels, not 3"),
         ("training.discriminator.width=48", "multiple of 32"),
         ("training.merge_codes=.inf", "merge_codes must be a finite number"),
         ("training.restart_after_steps=-1", "restart_after_steps must be a finite number of at least 0"),
@@ -225,7 +225,7 @@ def test_what_no_run_can_have_is_refused(config_file, override, message):
 
 def test_codes_are_no_pictures(config_file, tiny_model_folder, tmp_path):
     codes = write_code_set(tmp_path / "codes", tiny_model_folder, 8)
-    with pytest.raises(DataError, match="holds codes; a VQGAN is trained on pictures"):
+    with pytest.raises(DataError, match="holds codes; a VQGAN is trained on images"):
         run_of(config_file, tmp_path / "out", f"data.train={codes}")
 
 

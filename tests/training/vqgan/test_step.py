@@ -20,7 +20,7 @@ from mindalle_jax.training.vqgan.discriminator import PatchDiscriminator
 from mindalle_jax.training.vqgan.step import (
     LAST_LAYER,
     EvalSums,
-    VqganTask,
+    VqganStepConfig,
     _autoencode,
     _first_parts,
     adversarial_weight,
@@ -49,23 +49,23 @@ def downhill(rate: float) -> optax.GradientTransformation:
     return optax.scale_by_schedule(lambda _: -rate)
 
 
-def make_task(**changes) -> VqganTask:
+def make_config(**changes) -> VqganStepConfig:
     values = {
         "model": VQGAN(STAGE1), "discriminator": None, "optimizer": downhill(1.0), "discriminator_optimizer": None,
-        "schedule": constant, "losses": dataclasses.replace(LOSSES, adversarial=0.0), "quantise_from_step": 0,
+        "schedule": constant, "losses": dataclasses.replace(LOSSES, adversarial=0.0), "quantize_from_step": 0,
         "restart_after_steps": 0, "restart_redundant": False, "ema_decay": 0.0, "seed": 0,
     }  # fmt: skip
-    return VqganTask(**(values | changes))
+    return VqganStepConfig(**(values | changes))
 
 
-def adversarial_task(start_step: int = 0, **changes) -> VqganTask:
-    return make_task(
+def adversarial_config(start_step: int = 0, **changes) -> VqganStepConfig:
+    return make_config(
         discriminator=PatchDiscriminator(width=32, layers=1), discriminator_optimizer=downhill(1.0),
         losses=dataclasses.replace(LOSSES, start_step=start_step), **changes,
     )  # fmt: skip
 
 
-RESTARTING = make_task(restart_after_steps=2, optimizer=downhill(0.0), ema_decay=0.5)
+RESTARTING = make_config(restart_after_steps=2, optimizer=downhill(0.0), ema_decay=0.5)
 
 
 def autoencode(params, images: jax.Array):
@@ -90,21 +90,21 @@ def params(random_params):
 
 @pytest.fixture(scope="module")
 def run():
-    """run(task, params, batches, fresh=False) -> the states before, between and after, and the figures."""
+    """run(config, params, batches, fresh=False) -> the states before, between and after, and the metrics."""
     compiled = {}
 
-    def run(task, params, batches, fresh=False, frozen=None):
-        state = init_vqgan_state(task, params, MESH, fresh_codebook=fresh)
-        if task not in compiled:
-            everywhere = NamedSharding(MESH, PartitionSpec())
-            compiled[task] = jax.jit(partial(vqgan_train_step, task), out_shardings=(everywhere, None))
-        states, figures = [state], []
+    def run(config, params, batches, fresh=False, frozen=None):
+        state = init_vqgan_state(config, params, MESH, fresh_codebook=fresh)
+        if config not in compiled:
+            replicated = NamedSharding(MESH, PartitionSpec())
+            compiled[config] = jax.jit(partial(vqgan_train_step, config), out_shardings=(replicated, None))
+        states, metrics = [state], []
         with jax.default_matmul_precision("highest"):
             for batch in batches:
-                state, figure = compiled[task](state, frozen or {}, batch)
+                state, figure = compiled[config](state, frozen or {}, batch)
                 states.append(state)
-                figures.append(jax.device_get(figure))
-        return jax.device_get(states), figures
+                metrics.append(jax.device_get(figure))
+        return jax.device_get(states), metrics
 
     return run
 
@@ -119,8 +119,8 @@ def test_gradients_agree_with_pytorch(oracle, params, run):
     import torch
     import torch.nn.functional as F
 
-    task, batch = adversarial_task(), pictures(4)
-    (before, after), (figures,) = run(task, params(), [batch])
+    config, batch = adversarial_config(), pictures(4)
+    (before, after), (metrics,) = run(config, params(), [batch])
     ours, of_discriminator = change(before.params, after.params), change(before.discriminator, after.discriminator)
 
     def tensor(array):
@@ -161,9 +161,9 @@ def test_gradients_agree_with_pytorch(oracle, params, run):
     hinge = 0.5 * (F.relu(1 - discriminate(x)).mean() + F.relu(1 + discriminate(y.detach())).mean())
     hinge.backward()
 
-    assert figures["adversarial_weight"] == pytest.approx(weight.item(), rel=1e-4)
-    assert figures["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert figures["discriminator_loss"] == pytest.approx(hinge.item(), rel=1e-5)
+    assert metrics["adversarial_weight"] == pytest.approx(weight.item(), rel=1e-4)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["discriminator_loss"] == pytest.approx(hinge.item(), rel=1e-5)
     assert len(np.unique(np.asarray(theirs.codes(x)))) > 5
     # A gradient is the difference of parameters of order 1, so 6e-8 is lost; the rest is float32 sums in another order.
     for path, gradient in their_gradients.items():
@@ -177,10 +177,10 @@ def test_gradients_agree_with_pytorch(oracle, params, run):
 
 def test_micro_batches_add_up_to_one_batch(params, run):
     """The adaptive weight is that of the whole batch, not one for each part of it."""
-    task = adversarial_task()
-    whole, (figures,) = run(task, params(), [pictures(4)])
-    parts, (part_figures,) = run(task, params(), [pictures(4, micro_batches=2)])
-    for name, value in figures.items():
+    config = adversarial_config()
+    whole, (metrics,) = run(config, params(), [pictures(4)])
+    parts, (part_figures,) = run(config, params(), [pictures(4, micro_batches=2)])
+    for name, value in metrics.items():
         assert part_figures[name] == pytest.approx(value, rel=1e-4), name
     before, after, split = whole[0], whole[1], parts[1]
     ours, theirs = (
@@ -194,9 +194,9 @@ def test_micro_batches_add_up_to_one_batch(params, run):
 
 def test_unused_codes_start_again_from_features_of_the_batch(params, run):
     """After so many updates without use, a few at a time; the others stay as they are; no feature is taken twice."""
-    task = RESTARTING
+    config = RESTARTING
     batches = [pictures(2, seed=seed) for seed in range(2)]
-    states, figures = run(task, params(), batches)
+    states, metrics = run(config, params(), batches)
     rows = [state.params["codebook"] for state in states]
     codes, features = [], []
     for batch in batches:
@@ -206,8 +206,8 @@ def test_unused_codes_start_again_from_features_of_the_batch(params, run):
     np.testing.assert_array_equal(rows[1], rows[0])
     dead = sorted(set(range(50)) - codes[0] - codes[1])
     alive, waiting, dead = sorted(codes[0] | codes[1]), dead[8:], dead[:8]  # two pictures have 128 features
-    assert waiting and figures[1]["codes_restarted"] == len(dead) == starts_at_once(50, 128)
-    assert figures[0]["codes_restarted"] == 0
+    assert waiting and metrics[1]["codes_restarted"] == len(dead) == starts_at_once(50, 128)
+    assert metrics[0]["codes_restarted"] == 0
     np.testing.assert_array_equal(rows[2][alive + waiting], rows[0][alive + waiting])
     distances = np.abs(rows[2][dead][:, None] - features[1][None]).max(axis=-1)
     # Features of two programs differ by rounding.
@@ -220,11 +220,11 @@ def test_unused_codes_start_again_from_features_of_the_batch(params, run):
 
 def test_a_fresh_codebook_is_filled_from_features_and_a_trained_one_is_not(run):
     """U(-1/n, 1/n) lies near 0, features do not. Until every row has started nothing else moves."""
-    task = make_task(optimizer=downhill(1e-3), ema_decay=0.5)
+    config = make_config(optimizer=downhill(1e-3), ema_decay=0.5)
     fresh, batches = fresh_params(STAGE1, 0), [pictures(2, seed=seed) for seed in range(11)]
-    states, figures = run(task, jax.tree.map(jnp.copy, fresh), batches, fresh=True)
-    assert [figure["codes_restarted"] for figure in figures] == [1, 1, 2, 4, 8, 8, 8, 8, 8, 2, 0]
-    assert figures[10]["quantisation_loss"] < 0.8 * figures[0]["quantisation_loss"]  # of noise
+    states, metrics = run(config, jax.tree.map(jnp.copy, fresh), batches, fresh=True)
+    assert [figure["codes_restarted"] for figure in metrics] == [1, 1, 2, 4, 8, 8, 8, 8, 8, 2, 0]
+    assert metrics[10]["quantisation_loss"] < 0.8 * metrics[0]["quantisation_loss"]  # of noise
     for tree in ("params", "ema"):
         first, filled, last = ({**getattr(state, tree)} for state in (states[0], states[10], states[11]))
         assert np.abs(first.pop("codebook") - filled.pop("codebook")).max(axis=1).min() > 1e-3
@@ -240,11 +240,11 @@ def test_before_codes_are_used_the_decoder_sees_features(params, run):
     """The codebook stays, no gradient comes from it, the loss is that of the pictures alone; then codes set in."""
     batches = [pictures(2, seed=seed) for seed in range(2)]
     changes = {"restart_after_steps": 1, "optimizer": downhill(1e-3)}
-    states, figures = run(make_task(quantise_from_step=1, **changes), params(), batches)
+    states, metrics = run(make_config(quantize_from_step=1, **changes), params(), batches)
     np.testing.assert_array_equal(states[1].params["codebook"], states[0].params["codebook"])
     np.testing.assert_array_equal(states[1].unused, states[0].unused)
-    assert figures[0]["codes_restarted"] == 0 < figures[1]["codes_restarted"]
-    assert figures[0]["loss"] == pytest.approx(figures[0]["l1_loss"] + 0.5 * figures[0]["l2_loss"], rel=1e-5)
+    assert metrics[0]["codes_restarted"] == 0 < metrics[1]["codes_restarted"]
+    assert metrics[0]["loss"] == pytest.approx(metrics[0]["l1_loss"] + 0.5 * metrics[0]["l2_loss"], rel=1e-5)
     now = states[1].params
     z = autoencode(now, batches[0]["image"][0]).features
     out = VQGAN(STAGE1).apply({"params": nest(now)}, z, False, method="reconstruct")
@@ -269,8 +269,8 @@ def test_parts_are_cut_along_the_grid():
 
 def test_with_locality_pictures_are_mixed_of_parts(params, run):
     """The loss, written down with the cut taken from the loss's own random numbers and all else by hand."""
-    task = make_task(losses=dataclasses.replace(LOSSES, adversarial=0.0, locality=0.3), optimizer=downhill(0.0))
-    (before, _), (figures,) = run(task, params(), [pictures(3)])
+    config = make_config(losses=dataclasses.replace(LOSSES, adversarial=0.0, locality=0.3), optimizer=downhill(0.0))
+    (before, _), (metrics,) = run(config, params(), [pictures(3)])
     key, _ = jax.random.split(jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), 0))
     _, key = jax.random.split(jax.random.fold_in(key, 0))
     first = np.asarray(_first_parts(key, 3, 8, 8))  # a code a pixel
@@ -281,23 +281,23 @@ def test_with_locality_pictures_are_mixed_of_parts(params, run):
         mixed[i][~first[i]], of_parts[i][~first[i]] = images[i - 1][~first[i]], features[i - 1][~first[i]]
     network = partial(VQGAN(STAGE1).apply, {"params": nest(before.params)})
     out = network(of_parts, method="reconstruct")
-    assert figures["l1_loss"] == pytest.approx(np.abs(to_floats(mixed) - out.images).mean(), rel=1e-4)
+    assert metrics["l1_loss"] == pytest.approx(np.abs(to_floats(mixed) - out.images).mean(), rel=1e-4)
     own = np.asarray(network(to_floats(mixed), method="features"))
-    assert figures["locality_loss"] == pytest.approx(((own - of_parts) ** 2).mean(), rel=1e-3)
-    loss = figures["l1_loss"] + 0.5 * figures["l2_loss"] + 0.95 * figures["quantisation_loss"]
-    assert figures["loss"] == pytest.approx(loss + 0.3 * figures["locality_loss"], rel=1e-4)
-    _, (plain,) = run(make_task(optimizer=downhill(0.0)), params(), [pictures(3)])
-    assert plain["locality_loss"] == 0 and plain["l1_loss"] != figures["l1_loss"]
+    assert metrics["locality_loss"] == pytest.approx(((own - of_parts) ** 2).mean(), rel=1e-3)
+    loss = metrics["l1_loss"] + 0.5 * metrics["l2_loss"] + 0.95 * metrics["quantisation_loss"]
+    assert metrics["loss"] == pytest.approx(loss + 0.3 * metrics["locality_loss"], rel=1e-4)
+    _, (plain,) = run(make_config(optimizer=downhill(0.0)), params(), [pictures(3)])
+    assert plain["locality_loss"] == 0 and plain["l1_loss"] != metrics["l1_loss"]
 
 
 @pytest.mark.slow
 def test_an_update_can_be_repeated_bit_for_bit(params, run):
     """Dropout and restarts draw from the seed and the step alone."""
     model = VQGAN(dataclasses.replace(STAGE1, hparams=dataclasses.replace(HPARAMS, pdrop=0.3)))
-    task = adversarial_task(model=model, restart_after_steps=1, ema_decay=0.9)
+    config = adversarial_config(model=model, restart_after_steps=1, ema_decay=0.9)
     batches = [pictures(4, 2, seed) for seed in range(2)]
-    first, _ = run(task, params(), batches)
-    again, _ = run(task, params(), batches)
+    first, _ = run(config, params(), batches)
+    again, _ = run(config, params(), batches)
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
@@ -306,13 +306,13 @@ def test_the_discriminator_has_no_effect_before_its_start(params, run):
     """Until then the generator learns as without one and the discriminator nothing; then both learn."""
     batches = [pictures(2, seed=seed) for seed in range(2)]
     small = {"optimizer": downhill(1e-3), "discriminator_optimizer": downhill(1e-3)}
-    alone, _ = run(make_task(optimizer=downhill(1e-3)), params(), batches)
-    states, figures = run(dataclasses.replace(adversarial_task(start_step=1), **small), params(), batches)
+    alone, _ = run(make_config(optimizer=downhill(1e-3)), params(), batches)
+    states, metrics = run(dataclasses.replace(adversarial_config(start_step=1), **small), params(), batches)
     for path, leaf in alone[1].params.items():  # two programs: rounding of gradients of order 1, times the rate
         np.testing.assert_allclose(states[1].params[path], leaf, rtol=0, atol=1e-6, err_msg=path)
     jax.tree.map(np.testing.assert_array_equal, states[1].discriminator, states[0].discriminator)
-    assert figures[0]["adversarial_weight"] == figures[0]["discriminator_loss"] == 0
-    assert figures[1]["adversarial_weight"] > 0
+    assert metrics[0]["adversarial_weight"] == metrics[0]["discriminator_loss"] == 0
+    assert metrics[1]["adversarial_weight"] > 0
     kernels = [path for path in states[1].discriminator if path.endswith("kernel")]
     assert all(np.any(states[2].discriminator[path] != states[1].discriminator[path]) for path in kernels)
     effect = np.abs(states[2].params["decoder/conv_in/kernel"] - alone[2].params["decoder/conv_in/kernel"]).max()
@@ -332,8 +332,8 @@ def test_an_update_that_is_not_finite_changes_nothing(params, run):
     """One infinite parameter makes every loss infinite or NaN; the state stays, and what was skipped is counted."""
     broken = params()
     broken["decoder/conv_out/bias"] = jnp.full(3, jnp.inf)
-    states, figures = run(adversarial_task(), broken, [pictures(4), pictures(4)])
-    assert [figure["skipped"] for figure in figures] == [1, 2] and not np.isfinite(figures[0]["loss"])
+    states, metrics = run(adversarial_config(), broken, [pictures(4), pictures(4)])
+    assert [figure["skipped"] for figure in metrics] == [1, 2] and not np.isfinite(metrics[0]["loss"])
     assert states[2].step == 2 and states[2].skipped == 2
     same = [state._replace(step=0, skipped=0) for state in (states[0], states[2])]
     jax.tree.map(np.testing.assert_array_equal, *same)
@@ -341,9 +341,9 @@ def test_an_update_that_is_not_finite_changes_nothing(params, run):
 
 def test_validation_counts_pictures_and_codes_once(params):
     """Rows that fill up a batch do not count; PSNR is that of each picture, in dB, cut to what can be shown."""
-    task, batch = make_task(), pictures(3)
+    config, batch = make_config(), pictures(3)
     batch = {"image": batch["image"][0], "rows": jnp.array([1.0, 0.0, 1.0])}
-    sums = EvalSums(*map(np.asarray, vqgan_eval_step(task, params(), {}, batch)))
+    sums = EvalSums(*map(np.asarray, vqgan_eval_step(config, params(), {}, batch)))
     out = autoencode(params(), batch["image"])
     codes, decoded = np.asarray(out.codes), np.asarray(out.images)
     x, kept = np.asarray(batch["image"], np.float64) / 127.5 - 1, [0, 2]
@@ -351,7 +351,7 @@ def test_validation_counts_pictures_and_codes_once(params):
     l2 = ((x - decoded) ** 2).mean(axis=(1, 2, 3))[kept]
     error = (((x - decoded.clip(-1, 1)) / 2) ** 2).mean(axis=(1, 2, 3))[kept]
     # Float32 sums of 192 numbers.
-    assert sums.pictures == 2 and sums.l1 == pytest.approx(l1.sum(), rel=1e-4)
+    assert sums.num_images == 2 and sums.l1 == pytest.approx(l1.sum(), rel=1e-4)
     assert sums.loss == pytest.approx((l1 + 0.5 * l2).sum(), rel=1e-4)
     assert sums.psnr == pytest.approx((-10 * np.log10(error)).sum(), rel=1e-4)
     np.testing.assert_array_equal(sums.counts, np.bincount(codes[kept].ravel(), minlength=50))
