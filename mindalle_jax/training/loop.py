@@ -196,7 +196,8 @@ class Run(abc.ABC):
 
         Raises NonFiniteError after MAX_SKIPPED steps in a row without a finite loss, and as __init__.
         """
-        with pinned(self.dtype):
+        # Flax's remat keeps tracers in a cache, which jax_check_tracer_leaks would take for a leak of ours.
+        with pinned(self.dtype), jax.check_tracer_leaks(False):
             return self._train(ignore_fingerprint)
 
     def _train(self, ignore_fingerprint: bool) -> bool:
