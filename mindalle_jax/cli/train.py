@@ -30,7 +30,7 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_finetune(arguments: argparse.Namespace) -> None:
-    """What `mindalle finetune` does."""
+    """Runs `mindalle finetune`."""
     from mindalle_jax.training.finetune import finetune
 
     _run(finetune, arguments)
@@ -38,7 +38,7 @@ def run_finetune(arguments: argparse.Namespace) -> None:
 
 
 def run_vqgan(arguments: argparse.Namespace) -> None:
-    """What `mindalle train-vqgan` does."""
+    """Runs `mindalle train-vqgan`."""
     from mindalle_jax.training.vqgan.run import train_vqgan
 
     _run(train_vqgan, arguments)
@@ -46,7 +46,7 @@ def run_vqgan(arguments: argparse.Namespace) -> None:
 
 
 def run_clip(arguments: argparse.Namespace) -> None:
-    """What `mindalle train-clip` does."""
+    """Runs `mindalle train-clip`."""
     from mindalle_jax.training.clip.run import train_clip
 
     _run(train_clip, arguments)
@@ -68,7 +68,7 @@ def _run(train: Callable[..., bool], arguments: argparse.Namespace) -> None:
 
 
 def run_tokenizer(arguments: argparse.Namespace) -> None:
-    """What `mindalle train-tokenizer` does."""
+    """Runs `mindalle train-tokenizer`."""
     from mindalle_jax.training.tokenizers import train_tokenizer
 
     print(train_tokenizer(arguments.data, arguments.out, vocab_size=arguments.vocab_size, kind=arguments.kind))

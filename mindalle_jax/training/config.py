@@ -130,7 +130,7 @@ class TrainingConfig(LoopConfig):
     freeze: tuple[str, ...] = ()
     """Patterns of parameters that stay as they are; a whole path must match: `blocks/.*`, `tok_emb_img/embedding`."""
     remat: Remat = "dots"
-    """How much the backward pass computes again to save memory: none, dots (little) or full (more, a third slower)."""
+    """Recomputation in the backward pass, to save memory: none, dots (little) or full (more, a third slower)."""
     flash_attention: bool = False
     """Attention by cuDNN, which keeps no weights of it: NVIDIA GPUs since Ampere, bfloat16, no dropout of attention."""
     lora: LoraConfig = LoraConfig()

@@ -1,4 +1,4 @@
-"""A run has the same numbers whatever the process has set for JAX: in Python, or in the environment before it starts."""
+"""A run has the same numbers whatever the process has set for JAX, in Python or in the environment."""
 
 import contextlib
 import os

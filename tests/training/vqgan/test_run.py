@@ -11,7 +11,6 @@ from training_runs import metrics, start, write_code_set, write_pictures
 
 from mindalle_jax.cli import main
 from mindalle_jax.config.file import load_config
-from mindalle_jax.config.schema import Config
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import ConfigError, DataError
 from mindalle_jax.storage.weights import read_manifest
@@ -200,40 +199,7 @@ def test_the_discriminator_is_built_only_if_the_run_gets_there(config_file, tmp_
     assert run_of(config_file, tmp_path).step_config.discriminator is None
 
 
-@pytest.mark.parametrize(
-    "override, message",
-    [
-        ("training.losses.perceptual=1", "needs training.vgg_weights and training.lpips_weights"),
-        ("training.vgg_weights=vgg16.pth", "needs training.vgg_weights and training.lpips_weights"),
-        ("training.losses.commitment=-1", r"training.losses.commitment must be a finite number of at least 0, not -1"),
-        ("training.losses.l1=0", "one of l1, l2 and perceptual must be over 0"),
-        ("training.losses.adversary=1", r"unknown field training.losses.adversary; did you mean adversarial\?"),
-        ("training.losses.adversarial=1", r"layers must lie in \[1, 2\] for images of 16 pixels, not 3"),
-        ("training.discriminator.width=48", "multiple of 32"),
-        ("training.merge_codes=.inf", "merge_codes must be a finite number"),
-        ("training.restart_after_steps=-1", "restart_after_steps must be a finite number of at least 0"),
-        ("training.quantise_from_step=-1", "quantise_from_step must be a finite number of at least 0"),
-        ("stage1.hparams.ch=33", "stage1.hparams.ch must be a multiple of num_groups 32"),
-        ("sharding.strategy=fsdp", "'fsdp': a VQGAN is whole on every device; use replicated"),
-        ("stage2.type=igpt", "unknown field stage2"),
-    ],
-)
-def test_what_no_run_can_have_is_refused(config_file, override, message):
-    with pytest.raises(ConfigError, match=message):
-        load_config(config_file, [override], VqganTrainConfig)
-
-
 def test_codes_are_no_pictures(config_file, tiny_model_folder, tmp_path):
     codes = write_code_set(tmp_path / "codes", tiny_model_folder, 8)
     with pytest.raises(DataError, match="holds codes; a VQGAN is trained on images"):
         run_of(config_file, tmp_path / "out", f"data.train={codes}")
-
-
-@pytest.mark.parametrize("name", ["vqgan-f16-16384.yaml", "scenes/vqgan.yaml"])
-def test_the_configurations_that_come_along_are_whole(request, name):
-    """With what their header says is to be given."""
-    given = ["training.vgg_weights=a", "training.lpips_weights=b"] if name.startswith("vqgan") else []
-    config = load_config(request.config.rootpath / "configs" / name, given, VqganTrainConfig)
-    assert config.optimizer.weight_decay == 0
-    if given:
-        assert config.stage1 == Config().stage1 and config.optimizer.betas == (0.5, 0.9)  # the published network
