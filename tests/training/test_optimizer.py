@@ -8,7 +8,7 @@ import pytest
 
 from mindalle_jax.config.schema import OptimizerConfig
 from mindalle_jax.training.optimizer import learning_rate, make_optimizer
-from mindalle_jax.training.step import updates_made
+from mindalle_jax.training.step import steps_made
 
 CONFIG = OptimizerConfig(opt_type="muon", base_lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), grad_clip_norm=1e9)
 SHAPES = {
@@ -50,7 +50,7 @@ def test_matrices_move_along_their_singular_vectors_and_the_rest_by_adamw(start,
     optimizer = make_optimizer(CONFIG, schedule, decay, SHAPES)
     state = optimizer.init(params)
     updates, state = jax.jit(optimizer.update)(grads, state, params)
-    assert updates_made(state) == 1
+    assert steps_made(state) == 1
     for path in SHAPES.keys() - set(REST):
         moved = np.asarray(updates[path], np.float64) + 0.01 * 0.1 * np.asarray(params[path], np.float64)
         for gradient, move in zip(as_matrices(path, grads[path]), as_matrices(path, moved), strict=True):
