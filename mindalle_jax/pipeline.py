@@ -47,7 +47,7 @@ SMALL = 8 << 20
 
 
 class Model:
-    """What Dalle and ImageGPT share: networks on the devices, images <-> codes, and requests -> Generations."""
+    """The base of Dalle and ImageGPT: networks on the devices, images <-> codes, and requests -> Generations."""
 
     folder: Path | None = None
     """Where the model was loaded from; None for one made in memory."""
@@ -204,7 +204,7 @@ class Model:
     """The name of prompt_codes until version 0.1."""
 
     def default_batch_size(self, rows: int) -> int:
-        """The batch_size of generate where none is given, for so many rows: candidates of a prompt, or all together."""
+        """The batch_size of generate where none is given. rows: candidates of a prompt, or of all prompts if mixed."""
         return default_batch_size(rows, self.backend, small=self._small)
 
     def _request(self, options: SamplingOptions, prefix_ids: np.ndarray) -> RowRequest:
@@ -221,7 +221,7 @@ class Model:
 
     @cached_property
     def _fingerprint(self) -> str:
-        """Of the weights as they are held."""
+        """The fingerprint of the weights as they are held."""
         held: Any = {"stage1": self._codec.params, "stage2": self._stage2}
         with pinned():
             return fingerprint({stage: describe_params(held[stage], stage, self.config) for stage in held})

@@ -135,17 +135,17 @@ def run_sample(arguments: argparse.Namespace) -> None:
         tokenizer = TextTokenizer(folder / "tokenizer", config.dataset.context_length, config.stage2.vocab_size_txt)
     request = dataclasses.replace(options, prompts=tuple(prompts), class_id=arguments.class_id)
     options = request.check(config, tokenizer)
-    picture = None
+    image = None
     if arguments.keep_rows is not None:
         check_keep_rows(arguments.keep_rows, config.stage1)
-        picture = _read_codes(arguments.vary) if arguments.vary else _read_picture(arguments.image, config.stage1)
+        image = _read_codes(arguments.vary) if arguments.vary else _read_image(arguments.image, config.stage1)
     options = dataclasses.replace(options, ranker=_ranker(ranker), progress=True)
     start = time.perf_counter()
     kind: Any = ImageGPT if config.image_only else Dalle
     model = kind.from_pretrained(folder, dtype=arguments.dtype, quantize=arguments.quantize)
     _say_device(model, time.perf_counter() - start)
-    if picture is not None:
-        options = dataclasses.replace(options, prompt_codes=model.prompt_codes(picture, arguments.keep_rows))
+    if image is not None:
+        options = dataclasses.replace(options, prompt_codes=model.prompt_codes(image, arguments.keep_rows))
     subjects: list[Any] = [arguments.class_id] if config.image_only else prompts
     if arguments.warmup:
         _warm_up(model, subjects[0], options)
@@ -189,8 +189,8 @@ def _ranker(name: str) -> Any:
     return ClipRanker.from_pretrained(name)
 
 
-def _read_picture(path: Path, config: Any) -> Any:
-    """The picture in a file, of the size of the model."""
+def _read_image(path: Path, config: Any) -> Any:
+    """The image in a file, of the size of the model."""
     from PIL import Image, ImageOps
 
     from mindalle_jax.sampling.options import check_image
@@ -208,13 +208,13 @@ def _read_picture(path: Path, config: Any) -> Any:
 
 
 def _read_codes(path: Path) -> Any:
-    """The codes of a picture that `mindalle sample` wrote, from the meta.json beside it."""
+    """The codes of a image that `mindalle sample` wrote, from the meta.json beside it."""
     import json
 
     meta = path.with_name("meta.json")
     try:
-        pictures = json.loads(meta.read_text(encoding="utf-8"))["pictures"]
-        return next(entry["codes"] for entry in pictures if entry["file"] == path.name)
+        images = json.loads(meta.read_text(encoding="utf-8"))["pictures"]
+        return next(entry["codes"] for entry in images if entry["file"] == path.name)
     except (OSError, ValueError, KeyError, TypeError, StopIteration):
         raise UsageError(
             f"{path}: {meta} does not hold its codes; name a picture where mindalle sample wrote it, or use --image"

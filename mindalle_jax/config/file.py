@@ -47,7 +47,7 @@ def load_config(
 
 
 def load_section(path: str | Path, overrides: Iterable[str], name: str, kind: type[Section]) -> Section:
-    """One section of the file, where the other sections cannot be told yet; otherwise as load_config."""
+    """One section of the file, where the other sections cannot be read yet; otherwise as load_config."""
     return ConfigFile(path, overrides).section(name, kind)
 
 

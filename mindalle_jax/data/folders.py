@@ -22,7 +22,7 @@ def folder_samples(folder: Path, task: DataTask, report: DatasetReport) -> Itera
     files = _walk(folder)
     texts = {name for name in files if name.endswith(".txt")}
     used = set()
-    for name in _pictures(files, report):
+    for name in _images(files, report):
         captions: list[str] | None = None
         text = os.path.splitext(name)[0] + ".txt"
         if task == "text" and text in texts:
@@ -58,7 +58,7 @@ def class_samples(folder: Path, classes: list[str], report: DatasetReport) -> It
     """Every image below a folder; its label is the position of the topmost subfolder in `classes`."""
     labels = {name: label for label, name in enumerate(classes)}
     files = _walk(folder)
-    for name in _pictures(files, report):
+    for name in _images(files, report):
         top, slash, _ = name.partition("/")
         label = labels[top] if slash else None
         yield Sample(name, Stored(str(folder / name), 0, files[name]), label=label)
@@ -174,7 +174,7 @@ def _walk(folder: Path) -> dict[str, int]:
     return files
 
 
-def _pictures(files: dict[str, int], report: DatasetReport) -> Iterator[str]:
+def _images(files: dict[str, int], report: DatasetReport) -> Iterator[str]:
     """The names of images, sorted; those in other formats are counted."""
     for name in sorted(files):
         extension = os.path.splitext(name)[1].lower()

@@ -76,11 +76,11 @@ def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None) 
     short = min(width, height)
     if short != size:
         image = image.resize((size * width // short, size * height // short), Image.Resampling.BILINEAR)
-    room_x, room_y = image.width - size, image.height - size
+    spare_x, spare_y = image.width - size, image.height - size
     if rng is None:
-        left, top = round(room_x / 2), round(room_y / 2)
+        left, top = round(spare_x / 2), round(spare_y / 2)
     else:
-        left, top = int(rng.integers(room_x + 1)), int(rng.integers(room_y + 1))
+        left, top = int(rng.integers(spare_x + 1)), int(rng.integers(spare_y + 1))
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 

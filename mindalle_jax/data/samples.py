@@ -1,4 +1,4 @@
-"""The samples of a data set, reached by number, and a report of those that were left out. Nothing here reads pixels."""
+"""The samples of a data set, reached by number, and a report of what was left out. Nothing here reads pixels."""
 
 import copy
 import dataclasses

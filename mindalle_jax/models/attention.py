@@ -167,7 +167,7 @@ def decode_attention_cudnn(
 ) -> tuple[jax.Array, KV]:
     """The same by cuDNN's flash attention, which reads no further than position t; windows are masked instead.
 
-    For NVIDIA GPUs, bfloat16, and a cache that is not quantised; raises RuntimeError where there is no cuDNN.
+    For NVIDIA GPUs, bfloat16, and a cache that is not quantized; raises RuntimeError where there is no cuDNN.
     """
     at, (b, window) = _length(prefix) + t, q.shape[:2]
     cache = _put(cache, new, at, CACHE_AXES["cudnn"])
@@ -227,7 +227,7 @@ def _scaled(x: jax.Array, own: Any, axes: str = "bhtk") -> jax.Array:
 
 
 def _visible(t: jax.Array, window: int, length: int) -> jax.Array:
-    """bool[w, length]: which positions of the picture each of the positions fed, t..t+w-1, attends to."""
+    """bool[w, length]: which positions of the image each of the positions fed, t..t+w-1, attends to."""
     return jnp.arange(length) <= t + jnp.arange(window)[:, None]
 
 

@@ -19,12 +19,12 @@ Activation = Literal["quick_gelu", "gelu"]
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of red, green and blue in [0, 1] over the pictures that CLIP was trained on: its input is (x - mean) / std."""
+"""Mean and deviation of red, green and blue in [0, 1] over CLIP's training images; its input is (x - mean) / std."""
 
 
-def normalize_images(pictures: jax.Array) -> jax.Array:
+def normalize_images(images: jax.Array) -> jax.Array:
     """uint8[..., 3] -> the float32 that the image tower takes."""
-    return (pictures.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
+    return (images.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ClipConfig:
 
 
 class CLIP(nn.Module):
-    """Features of texts and of pictures; their cosine says how well they match.
+    """Features of texts and of images; their cosine says how well they match.
 
     dtype: compute dtype; softmax, LayerNorm statistics and features are float32.
     """
@@ -89,14 +89,14 @@ class CLIP(nn.Module):
         return self.encode_text(ids), self.encode_images(pixels), jnp.exp(self.logit_scale)
 
     def encode_text(self, ids: jax.Array) -> jax.Array:
-        """int32[b, s], s at most max_position_embeddings, each row with an end token -> f32[b, e], not normalised.
+        """int32[b, s], s at most max_position_embeddings, each row with an end token -> f32[b, e], not normalized.
 
         What stands after the end token has no effect.
         """
         return self.text_projection(self.text_model(ids)).astype(jnp.float32)
 
     def encode_images(self, pixels: jax.Array) -> jax.Array:
-        """f32[b, image_size, image_size, 3], normalised by PIXEL_MEAN and PIXEL_STD -> f32[b, e], not normalised."""
+        """f32[b, image_size, image_size, 3], normalized by PIXEL_MEAN and PIXEL_STD -> f32[b, e], not normalized."""
         return self.visual_projection(self.vision_model(pixels)).astype(jnp.float32)
 
 

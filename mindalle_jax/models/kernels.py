@@ -23,7 +23,7 @@ def decode_attention(
 ) -> tuple[jax.Array, Any]:
     """Position t: appended to the cache in place, and attention over the prefix and positions 0..t, no more read.
 
-    q [b, h, k]; new, prefix, cache are pairs of keys and values: [b, h, k], [h, p, k], [b, h, t, k]. Of a quantised
+    q [b, h, k]; new, prefix, cache are pairs of keys and values: [b, h, k], [h, p, k], [b, h, t, k]. Of a quantized
     cache each is (int8 values, scales [b, h, t]), and new likewise. Returns [b, h, k] and the cache. One program for
     each candidate and head; the softmax is computed as it goes along, in float32: Milakov and Gimelshein, "Online
     normalizer calculation for softmax", 2018, arXiv:1805.02867.

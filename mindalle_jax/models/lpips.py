@@ -1,4 +1,4 @@
-"""LPIPS (Zhang et al. 2018, arXiv:1801.03924): how different two pictures look, by what VGG16 makes of them.
+"""LPIPS (Zhang et al. 2018, arXiv:1801.03924): how different two images look, by what VGG16 makes of them.
 
 A pure network; interop/lpips.py reads its weights. It is never trained here.
 
@@ -17,7 +17,7 @@ PIXEL_SCALE = (0.458, 0.448, 0.450)
 
 
 class LPIPS(nn.Module):
-    """Distance f32[b] of pictures [b, Y, X, 3] in [-1, 1]: 0 for equal ones.
+    """Distance f32[b] of images [b, Y, X, 3] in [-1, 1]: 0 for equal ones.
 
     Features of unit length at each position after each block, their squared differences weighted by channel, averaged
     over positions, added up over the blocks.

@@ -44,7 +44,7 @@ class Transformer(nn.Module):
     attention: str = "xla"
     """Backend of decode_attention: a key of attention.DECODE_ATTENTION."""
     int8_cache: bool = False
-    """Keys and values of the picture drawn so far are Quantized."""
+    """Keys and values of the image drawn so far are Quantized."""
     remat: Remat = "none"
     flash_attention: bool = False
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x
@@ -234,7 +234,7 @@ class Block(nn.Module):
         return tuple(y[..., i, :, :] for i in range(3))
 
     def _rest(self, x: jax.Array, attended: jax.Array, train: bool) -> jax.Array:
-        """What follows attention: its projection [..., h, k] -> [..., d], and the MLP."""
+        """The rest of the block after attention: its projection [..., h, k] -> [..., d], and the MLP."""
         x = x + self.resid_dropout(self.proj(attended.reshape(x.shape)), deterministic=not train)
         y = self.fc1(self.ln2(x))
         y = y * nn.sigmoid(1.702 * y) if self.hparams.gelu_use_approx else nn.gelu(y, approximate=False)

@@ -1,6 +1,6 @@
-"""VQGAN (Esser, Rombach and Ommer 2021, arXiv:2012.09841): pictures <-> a grid of discrete codes.
+"""VQGAN (Esser, Rombach and Ommer 2021, arXiv:2012.09841): images <-> a grid of discrete codes.
 
-A pure network: parameters in, arrays out. Pictures are channels last and in [-1, 1]; parameter names follow the
+A pure network: parameters in, arrays out. Images are channels last and in [-1, 1]; parameter names follow the
 PyTorch release, with `.` between numbered parts written `_` (encoder/down_0_block_1/norm1/scale).
 
 Dimensions: b batch, y height, x width, c channels, n codes in the codebook, e width of a codebook row.
@@ -16,12 +16,12 @@ from mindalle_jax.config.schema import Stage1Config, Stage1Hparams
 
 
 class Autoencoded(NamedTuple):
-    """What training sees behind the encoder, float32."""
+    """The results of encoder, codebook and decoder that training needs, float32."""
 
     images: jax.Array
     """[b, Y, X, 3]: the reconstruction"""
     features: jax.Array
-    """[b, y, x, e]: what was quantised"""
+    """[b, y, x, e]: the features before quantization"""
     rows: jax.Array
     """[b, y, x, e]: the rows of the codebook in its place"""
     codes: jax.Array
@@ -51,7 +51,7 @@ class VQGAN(nn.Module):
         return codes, self.decode(codes)
 
     def features(self, images: jax.Array) -> jax.Array:
-        """What is quantised: f32[b, y, x, e] of images [b, Y, X, 3] in [-1, 1]."""
+        """The features before quantization: f32[b, y, x, e] of images [b, Y, X, 3] in [-1, 1]."""
         return self.quant_conv(self.encoder(images.astype(self.dtype))).astype(jnp.float32)
 
     def encode(self, images: jax.Array) -> jax.Array:
@@ -68,20 +68,20 @@ class VQGAN(nn.Module):
         z = jnp.where(codes[..., None] < 0, mean, jnp.take(rows, jnp.maximum(codes, 0), axis=0))
         return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
 
-    def reconstruct(self, z: jax.Array, quantised: jax.Array | bool = True) -> Autoencoded:
+    def reconstruct(self, z: jax.Array, quantized: jax.Array | bool = True) -> Autoencoded:
         """Codebook and decoder for training: the gradient passes the codebook as if it were not there.
 
-        z: f32[b, y, x, e], features. quantised: bool[]; without, the decoder sees the features themselves.
+        z: f32[b, y, x, e], features. quantized: bool[]; without, the decoder sees the features themselves.
 
-        The decoder sees the rows, so the gradient of the pictures goes on to the features unchanged (the
+        The decoder sees the rows, so the gradient of the images goes on to the features unchanged (the
         straight-through estimator, van den Oord et al. 2017, arXiv:1711.00937); the rows get theirs from the losses.
         """
         codes = self._nearest(jax.lax.stop_gradient(z))
         rows = jnp.take(self.codebook.astype(jnp.float32), codes, axis=0)
-        # z - stop(z) is 0 exactly: pictures are those of decode(codes).
-        through = jax.lax.stop_gradient(jnp.where(quantised, rows, z)) + (z - jax.lax.stop_gradient(z))
-        pictures = self.decoder(self.post_quant_conv(through.astype(self.dtype))).astype(jnp.float32)
-        return Autoencoded(pictures, z, rows, codes)
+        # z - stop(z) is 0 exactly: images are those of decode(codes).
+        through = jax.lax.stop_gradient(jnp.where(quantized, rows, z)) + (z - jax.lax.stop_gradient(z))
+        images = self.decoder(self.post_quant_conv(through.astype(self.dtype))).astype(jnp.float32)
+        return Autoencoded(images, z, rows, codes)
 
     def _nearest(self, z: jax.Array) -> jax.Array:
         rows = self.codebook.astype(jnp.float32)

@@ -1,10 +1,10 @@
-"""Ranking pictures by a prompt: the cosine of CLIP's features, with the preprocessing of OpenAI's `clip.load`.
+"""Ranking images by a prompt: the cosine of CLIP's features, with the preprocessing of OpenAI's `clip.load`.
 
-Square pictures of one size, which is what a model draws, are resized on the device, by the integers that Pillow
+Square images of one size, which is what a model draws, are resized on the device, by the integers that Pillow
 computes; all others by Pillow on the host. Features are computed in chunks of one compiled size, the last one padded,
-so that they do not depend on how many pictures there are.
+so that they do not depend on how many images there are.
 
-Dimensions: b pictures of one compiled call, y and x pixels, S side of the pictures CLIP sees, e width of the features.
+Dimensions: b images of one compiled call, y and x pixels, S side of the images CLIP sees, e width of the features.
 """
 
 import os
@@ -40,11 +40,11 @@ from mindalle_jax.text.tokenizer import check_prompt, quote_prompt
 
 
 class ClipRanker:
-    """Scores pictures by a prompt.
+    """Scores images by a prompt.
 
     `images` below are uint8, or floating point in [0, 1], [n, H, W, 3]; or a sequence of such [H, W, 3] arrays and PIL
     images, of any sizes. Floating point is truncated to uint8. PIL images of other modes become RGB before they are
-    resized, as in Hugging Face's processor. There must be one picture, and one pixel in it.
+    resized, as in Hugging Face's processor. There must be one image, and one pixel in it.
     """
 
     def __init__(self, model: ClipModel, *, dtype: DType | None = None, mesh: Mesh | None = None):
@@ -74,7 +74,7 @@ class ClipRanker:
             the cache of the hub).
         tokenizer: the path of one, where the model has none beside it (see interop.clip.read_clip).
         dtype: compute dtype; None is float32 on CPU and bfloat16 elsewhere.
-        mesh: a jax Mesh with the one axis "data": pictures are spread over its devices. None: the first device.
+        mesh: a jax Mesh with the one axis "data": images are spread over its devices. None: the first device.
         revision: branch, tag or commit of the repository; None is its main branch.
         local_files_only: nothing is downloaded; what the cache holds has to do.
 
@@ -128,12 +128,12 @@ class ClipRanker:
         starts at int(round((long - S) / 2)) as in torchvision's CenterCrop. Hugging Face's processor rounds down, so it
         may cut one pixel off.
 
-        Raises UsageError for pictures of another shape, dtype or range, NonFiniteError for broken weights.
+        Raises UsageError for images of another shape, dtype or range, NonFiniteError for broken weights.
         """
-        pictures, size = _to_uint8(images), self.config.vision.image_size
+        images, size = _to_uint8(images), self.config.vision.image_size
         # Pixels are the same either way; a collection of many sizes shall not compile a program for each.
-        if len({side for picture in pictures for side in picture.shape[:2]}) > 1:
-            pictures = [resize_and_crop(picture, size) for picture in pictures]
+        if len({side for image in images for side in image.shape[:2]}) > 1:
+            images = [resize_and_crop(image, size) for image in images]
         rows = self.mesh.size * (8 if self.mesh.devices.flat[0].platform == "cpu" else 32)
         device = self.mesh.devices.flat[0].device_kind
         features, waiting = [], None
@@ -141,8 +141,8 @@ class ClipRanker:
             device_memory(f"no room to rank pictures in the memory of {device}; use a larger device"),
             pinned(self.dtype),
         ):
-            for first in range(0, len(pictures), rows):
-                chunk = pictures[first : first + rows]
+            for first in range(0, len(images), rows):
+                chunk = images[first : first + rows]
                 padded = np.stack(chunk + chunk[:1] * (rows - len(chunk)))
                 padded = jax.device_put(padded, NamedSharding(self.mesh, P("data")))
                 encoded = encode_images(self._clip, self.mesh, self._params, padded)
@@ -151,17 +151,17 @@ class ClipRanker:
                     features.append(np.asarray(waiting))
                 waiting = encoded
             features.append(np.asarray(waiting))
-        return _normalize(np.concatenate(features)[: len(pictures)], "picture")
+        return _normalize(np.concatenate(features)[: len(images)], "picture")
 
     def scores(self, prompt: str, images: Any) -> np.ndarray:
-        """Cosines f32[n] in [-1, 1] of the prompt with each picture.
+        """Cosines f32[n] in [-1, 1] of the prompt with each image.
 
         Warns and raises as encode_text and encode_images.
         """
         return self._scores(self._tokenize([prompt]), images)
 
     def rank(self, prompt: str, images: Any) -> np.ndarray:
-        """Indices int[n] of the pictures, the best first, the lower index first where scores are equal."""
+        """Indices int[n] of the images, the best first, the lower index first where scores are equal."""
         return np.argsort(-self._scores(self._tokenize([prompt]), images), kind="stable")
 
     def _tokenize(self, prompts: Sequence[str]) -> np.ndarray:
@@ -216,7 +216,7 @@ def _encode_pixels(clip: CLIP, params: dict[str, Any], images: jax.Array) -> Any
 
 
 def _to_uint8(images: Any) -> list[np.ndarray]:
-    """uint8[H, W, 3] of each picture; see ClipRanker. Raises UsageError."""
+    """uint8[H, W, 3] of each image; see ClipRanker. Raises UsageError."""
     if isinstance(images, (np.ndarray, jax.Array)):
         images = np.asarray(images)
         if images.ndim != 4:
@@ -225,10 +225,10 @@ def _to_uint8(images: Any) -> list[np.ndarray]:
         raise UsageError(f"images must be an array, or a sequence of pictures; not {type(images).__name__}")
     if len(images) == 0:
         raise UsageError("there is no picture to score")
-    return [_picture_to_uint8(image, i) for i, image in enumerate(images)]
+    return [_image_to_uint8(image, i) for i, image in enumerate(images)]
 
 
-def _picture_to_uint8(image: Any, index: int) -> np.ndarray:
+def _image_to_uint8(image: Any, index: int) -> np.ndarray:
     if isinstance(image, Image.Image):
         try:
             image = image.convert("RGB")

@@ -12,27 +12,27 @@ PRECISION_BITS = 32 - 8 - 2
 """Weights of the resampling are integers in units of 2**-22, as in Pillow."""
 
 
-def resize_and_crop(picture: np.ndarray, size: int) -> np.ndarray:
+def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     """uint8[y, x, 3] -> uint8[size, size, 3] by Pillow: see ClipRanker.encode_images.
 
     Size 4: 6 x 13 pixels become 4 x int(4 * 13 / 6) = 4 x 8, of which columns 2 to 5 stay; of 7 columns, (7 - 4) / 2 =
     1.5 is rounded to 2 (to the even number, as Python does), and columns 2 to 5 stay.
     """
-    y, x = (int(size * side / min(picture.shape[:2])) for side in picture.shape[:2])
+    y, x = (int(size * side / min(image.shape[:2])) for side in image.shape[:2])
     top, left = int(round((y - size) / 2)), int(round((x - size) / 2))
-    resized = Image.fromarray(picture).resize((x, y), Image.Resampling.BICUBIC)
+    resized = Image.fromarray(image).resize((x, y), Image.Resampling.BICUBIC)
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 
-def resize_square(pictures: jax.Array, size: int) -> jax.Array:
+def resize_square(images: jax.Array, size: int) -> jax.Array:
     """uint8[b, s, s, 3] -> uint8[b, size, size, 3]: bit by bit Pillow's `Image.resize`, bicubic with antialiasing.
 
     Horizontally, then vertically, each rounded to uint8; Pillow's Resample.c.
     """
-    if pictures.shape[1] == size:
-        return pictures
-    taps = resampling_taps(pictures.shape[1], size)
-    across = _resample_columns(pictures, *taps)
+    if images.shape[1] == size:
+        return images
+    taps = resampling_taps(images.shape[1], size)
+    across = _resample_columns(images, *taps)
     return _resample_columns(across.swapaxes(1, 2), *taps).swapaxes(1, 2)
 
 
@@ -62,7 +62,7 @@ def resampling_taps(in_size: int, out_size: int) -> tuple[np.ndarray, np.ndarray
     return first, np.trunc(weights * (1 << PRECISION_BITS) + np.copysign(0.5, weights)).astype(np.int32)
 
 
-def _resample_columns(pictures: jax.Array, first: np.ndarray, weights: np.ndarray) -> jax.Array:
+def _resample_columns(images: jax.Array, first: np.ndarray, weights: np.ndarray) -> jax.Array:
     """uint8[b, y, x, 3] -> uint8[b, y, out, 3], of taps from resampling_taps.
 
     int32 is enough: the weights of an output sum to 2**22, their absolute values to at most 1.3 times that (the lobes
@@ -70,6 +70,6 @@ def _resample_columns(pictures: jax.Array, first: np.ndarray, weights: np.ndarra
     """
     total = jnp.int32(1 << (PRECISION_BITS - 1))  # a half, so that the shift rounds
     for tap, weight in enumerate(weights.T):
-        column = jnp.take(pictures, first + tap, axis=2, mode="clip")  # where it is clipped the weight is 0
+        column = jnp.take(images, first + tap, axis=2, mode="clip")  # where it is clipped the weight is 0
         total += column.astype(jnp.int32) * weight[:, None]
     return jnp.clip(total >> PRECISION_BITS, 0, 255).astype(jnp.uint8)

@@ -158,7 +158,7 @@ def join_processes() -> None:
 
     JAX_COORDINATOR_ADDRESS (HOST:PORT of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment
     say which; what is not there JAX finds out from Slurm, Open MPI, Kubernetes or a TPU pod.
-    Raises UsageError where that does not say, or the others cannot be reached.
+    Raises UsageError where that does not say, or another process cannot be reached.
     """
     count, index = _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
     try:

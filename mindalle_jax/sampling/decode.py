@@ -5,9 +5,9 @@
     state, codes = sample_row(...)                       # as often as an image has rows of codes
 
 An image is a function of (seed, candidate number, prompt, settings, mode) and the compiled batch size alone. The noise
-of candidate i at position t has the key fold_in(fold_in(key(seed), i), t). Every row of a batch is independent of the
-others. The prefix is shared (all rows have one prompt, whose keys and values are read once) or private (one for each
-row, at the beginning of its cache): the caller's choice, and the same program text.
+of candidate i at position t has the key fold_in(fold_in(key(seed), i), t). Every row of a batch is independent. The
+prefix is shared (all rows have one prompt, whose keys and values are read once) or private (one for each row, at the
+beginning of its cache): the caller's choice, and the same program text.
 
 With classifier-free guidance every row is fed twice, after its prompt and after a blank one, and arrays of the loop
 have a leading axis of 2 for them.

@@ -1,4 +1,4 @@
-"""What the host loop is asked for and what it tells: rows, events, and the arrays and progress that they give.
+"""The request to the host loop, its events, and the arrays and progress that they add up to.
 
 Dimensions: r rows of a request, one for each candidate of each prompt, prompt by prompt.
 """
@@ -58,7 +58,7 @@ class SamplingEvent(NamedTuple):
 
 
 class Sampled:
-    """What the events of a request have given so far."""
+    """The codes, images and scores that the events of a request have given so far."""
 
     def __init__(self, request: RowRequest, codec: ImageCodec):
         """Nothing yet but the codes that are given."""
@@ -87,7 +87,7 @@ class Sampled:
     def generation(
         self, request: RowRequest, shape: tuple[int, ...], meta: dict[str, Any], *, with_scores: bool = True
     ) -> Generation:
-        """A copy of what there is, rows in this shape: (candidates,) or (prompts, candidates)."""
+        """A copy of all that is sampled so far, rows in this shape: (candidates,) or (prompts, candidates)."""
 
         def shaped(array: np.ndarray) -> np.ndarray:
             return array.reshape(*shape, *array.shape[1:]).copy()
@@ -97,7 +97,7 @@ class Sampled:
         return Generation(shaped(self.images), shaped(self.codes), scores, seeds, list(request.prompts), meta)
 
     @property
-    def begun(self) -> np.ndarray:
+    def started(self) -> np.ndarray:
         """bool[r]: rows of which a code has been sampled."""
         return np.any(self.codes[:, self._given :] >= 0, axis=1)
 

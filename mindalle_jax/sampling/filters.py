@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 class Rows(NamedTuple):
-    """What is asked for each row of a batch, arrays [b]: no change of a value compiles anything."""
+    """The settings of each row of a batch, arrays [b]: no change of a value compiles anything."""
 
     candidates: Any
     """int32: the number of the candidate, which its noise depends on"""

@@ -41,7 +41,7 @@ from mindalle_jax.sampling.result import Generation
 
 
 class Networks(NamedTuple):
-    """What samples: the networks, with their weights on the devices of a mesh."""
+    """The networks that sample, with their weights on the devices of a mesh."""
 
     transformer: Transformer
     params: dict[str, Any]
@@ -102,7 +102,7 @@ def generate_images(
     single: bool,
     about: dict[str, Any],
 ) -> Iterator[Generation]:
-    """Yields what there is after every `every` codes, and in the end the result.
+    """Yields an unfinished Generation after every `every` codes, and in the end the result.
 
     single: results are without the axis of prompts. about: what meta says of the model.
     """
@@ -245,7 +245,7 @@ def sample_images(networks: Networks, request: RowRequest, sampled: Sampled) -> 
     On an accelerator images are decoded as soon as there are enough for a compiled call, else when all codes are there.
     """
     codec, decoding, complete = networks.codec, [], []
-    no_room = f"no room to decode pictures in the memory of {networks.device}; use a larger device"
+    message = f"no room to decode pictures in the memory of {networks.device}; use a larger device"
     with device_memory(_too_many(request.batch_size, networks.device)):
         for event in sample_codes(networks, request):
             yield event
@@ -255,13 +255,13 @@ def sample_images(networks: Networks, request: RowRequest, sampled: Sampled) -> 
                 complete += event.rows.tolist()
             while len(complete) >= codec.decode_rows:
                 rows, complete = np.array(complete[: codec.decode_rows]), complete[codec.decode_rows :]
-                with device_memory(no_room):
+                with device_memory(message):
                     decoding.append((rows, codec.start_decode(sampled.grid(rows))))
-    with device_memory(no_room):
+    with device_memory(message):
         for rows, images in decoding:
             yield SamplingEvent("images", rows, np.asarray(images))
         done = [rows for rows, _ in decoding]
-        todo = np.setdiff1d(np.flatnonzero(sampled.begun), np.concatenate(done) if done else [])
+        todo = np.setdiff1d(np.flatnonzero(sampled.started), np.concatenate(done) if done else [])
         yield from decode_rows(codec, sampled, todo)
 
 
@@ -270,8 +270,8 @@ def decode_rows(codec: ImageCodec, sampled: Sampled, rows: np.ndarray) -> Iterat
     for images in codec.decode(sampled.grid(rows)) if len(rows) else ():
         yield SamplingEvent("images", rows[: len(images)], images)
         rows = rows[len(images) :]
-    if not sampled.begun.all():
-        blank = np.flatnonzero(~sampled.begun)
+    if not sampled.started.all():
+        blank = np.flatnonzero(~sampled.started)
         (image,) = next(codec.decode(sampled.grid(blank[:1])))
         yield SamplingEvent("images", blank, np.broadcast_to(image, (len(blank), *image.shape)))
 

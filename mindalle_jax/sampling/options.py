@@ -1,4 +1,4 @@
-"""What a caller can ask for: every option of sampling with its type, default, bound and meaning, in one place.
+"""Every option of sampling with its type, default, bound and meaning, in one place.
 
 Imports no JAX, and needs no weights: the command line checks a whole request before gigabytes are loaded.
 """

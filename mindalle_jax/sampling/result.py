@@ -1,4 +1,4 @@
-"""What `generate` returns: pictures with their codes, scores and seeds, and how they are written to a folder."""
+"""The result of `generate`: images with their codes, scores and seeds, and how they are written to a folder."""
 
 import dataclasses
 import json
@@ -14,21 +14,21 @@ from mindalle_jax.errors import OutputError, UsageError
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """Pictures in candidate order. For a list of P prompts every array has a leading axis P before the n candidates."""
+    """Images in candidate order. For a list of P prompts every array has a leading axis P before the n candidates."""
 
     images: np.ndarray
     """uint8[(P,) n, H, W, 3]"""
     codes: np.ndarray
     """int32[(P,) n, h * w]; -1 where drawing has not come yet, or was stopped"""
     scores: np.ndarray | None
-    """f32[(P,) n], higher is better: cosines of CLIP or log-likelihoods. NaN for a picture that is not complete. None
+    """f32[(P,) n], higher is better: cosines of CLIP or log-likelihoods. NaN for a image that is not complete. None
     without a ranker"""
     seeds: np.ndarray
-    """uint32[(P,) n]: candidate i of a seed is the same picture however many are drawn"""
+    """uint32[(P,) n]: candidate i of a seed is the same image however many are drawn"""
     prompts: list[str]
     """P prompts, or one; what was drawn without text has the name of its class, or ``"""
     meta: dict[str, Any]
-    """Settings, model, device and versions: everything needed to draw the same pictures again."""
+    """Settings, model, device and versions: everything needed to draw the same images again."""
 
     @property
     def order(self) -> np.ndarray:
@@ -38,7 +38,7 @@ class Generation:
         return np.argsort(-self.scores, axis=-1, stable=True)  # NaN comes last
 
     def of_prompt(self, p: int) -> "Generation":
-        """Of a list of prompts, the images of one, as a call with that prompt gives them."""
+        """The images of one of a list of prompts, as a call with that prompt alone gives them."""
         scores = None if self.scores is None else self.scores[p]
         meta = (
             self.meta | {"num_tokens": self.meta["num_tokens"][p : p + 1]} if "num_tokens" in self.meta else self.meta
@@ -46,7 +46,7 @@ class Generation:
         return Generation(self.images[p], self.codes[p], scores, self.seeds[p], self.prompts[p : p + 1], meta)
 
     def grid(self, best: int | None = None) -> Image.Image:
-        """A contact sheet, one block of rows a prompt: the pictures from best to worst, or at most `best` of them.
+        """A contact sheet, one block of rows a prompt: the images from best to worst, or at most `best` of them.
 
         Under each stands its candidate number; with scores its rank, its score, and the number.
         """
@@ -61,26 +61,26 @@ class Generation:
         cell_w, cell_h = max(width, widest) + gap, height + label + gap
         sheet = Image.new("RGB", (columns * cell_w + gap, len(blocks) * rows * cell_h + gap), "white")
         pen = ImageDraw.Draw(sheet)
-        pictures = self.images.reshape(len(blocks), -1, *self.images.shape[-3:])
+        images = self.images.reshape(len(blocks), -1, *self.images.shape[-3:])
         for p, block in enumerate(blocks):
             for i, entry in enumerate(block):
                 x, y = gap + i % columns * cell_w, gap + (p * rows + i // columns) * cell_h
-                sheet.paste(Image.fromarray(pictures[p, entry["candidate"]]), (x, y))
+                sheet.paste(Image.fromarray(images[p, entry["candidate"]]), (x, y))
                 pen.text((x + 2, y + height + 1), captions[p][i], fill="black")
         return sheet
 
     def save(self, folder: str | Path, *, best: int | None = None, overwrite: bool = False) -> list[Path]:
-        """Writes one PNG a picture, grid.png and meta.json; returns the paths of the pictures, best first.
+        """Writes one PNG a image, grid.png and meta.json; returns the paths of the images, best first.
 
         Names hold seed and candidate: seed0_candidate003.png; with scores also rank and score, so that a file browser
         shows the best first: rank000_score0.2713_seed0_candidate003.png. For a list of prompts prompt00_ comes first.
-        best: at most that many pictures of each prompt; None: all. Those that are not complete are not written.
+        best: at most that many images of each prompt; None: all. Those that are not complete are not written.
         A folder that exists and is not empty is an OutputError; with overwrite, files of the same names in it are
         replaced.
         """
         folder = Path(folder)
         blocks = self._ranked(best)
-        pictures = self.images.reshape(len(blocks), -1, *self.images.shape[-3:])
+        images = self.images.reshape(len(blocks), -1, *self.images.shape[-3:])
         codes = self.codes.reshape(len(blocks), -1, self.codes.shape[-1])
         try:
             if not overwrite and folder.exists() and any(folder.iterdir()):
@@ -95,7 +95,7 @@ class Generation:
                     if codes[p, candidate].min() < 0:
                         continue
                     path = folder / self._file_name(p, entry)
-                    Image.fromarray(pictures[p, candidate]).save(path)
+                    Image.fromarray(images[p, candidate]).save(path)
                     paths.append(path)
                     about = {"file": path.name, "prompt": self.prompts[p], **entry}
                     entries.append(about | {"codes": codes[p, candidate].tolist()})
@@ -110,7 +110,7 @@ class Generation:
         return paths
 
     def _ranked(self, best: int | None) -> list[list[dict[str, Any]]]:
-        """For each prompt what is said of its pictures, best first: seed, candidate, and rank and score if ranked."""
+        """For each prompt what is said of its images, best first: seed, candidate, and rank and score if ranked."""
         n = self.seeds.shape[-1]
         if best is not None and (type(best) is not int or best < 1):
             raise UsageError(f"best must be an integer of at least 1, not {best!r}")

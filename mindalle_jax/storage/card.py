@@ -32,7 +32,7 @@ license_link: LICENSE
 
 Converted from `{source}` by mindalle-jax {version}: {parameters:,} parameters.
 {example}
-- Pictures: {resolution} x {resolution} pixels only, {codes} codes out of {n_embed}.
+- Images: {resolution} x {resolution} pixels only, {codes} codes out of {n_embed}.
 - {use}
 - Limits: trained on captions from the web; it reproduces their biases and errors, cannot spell, and counts badly.
 - Licence of the weights: see LICENSE.

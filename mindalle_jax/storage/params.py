@@ -66,7 +66,7 @@ def place_params(
 
 
 def describe_params(params: Mapping[str, Any], stage: Stage, config: Config) -> dict[str, dict[str, Any]]:
-    """What a manifest says of parameters as place_params gives them: {name: {dtype, shape, crc32}} for each tensor."""
+    """The entries of a manifest, {name: {dtype, shape, crc32}}, for parameters as place_params gives them."""
     entries: dict[str, dict[str, Any]] = {}
     shapes = leaf_shapes(config, stage)
     for name, _, array in _parts(params):

@@ -119,10 +119,10 @@ def _write(file: BinaryIO, data: memoryview) -> None:
 def read_weights(path: Path, tensors: Mapping[str, Any]) -> Iterator[tuple[str, int | None, np.ndarray]]:
     """Yields (name, layer, array) for every tensor of a safetensors file, checking each against the manifest.
 
-    tensors: the file's part of the manifest. Those of the blocks come one layer at a time, the others whole with layer
-    None. Arrays are views of the mapped file. Raises CheckpointError for a file that is missing, damaged, or not the
-    one the manifest describes; a wrong digest is seen when the last part of its tensor is read, and that part is not
-    given out.
+    tensors: the file's part of the manifest. Tensors of the blocks come one layer at a time, all others complete, with
+    layer None. Arrays are views of the mapped file. Raises CheckpointError for a file that is missing, damaged, or not
+    the one the manifest describes; a wrong digest is seen when the last part of its tensor is read, and that part is
+    not given out.
     """
     places = _locate(path, tensors)
     # Mapped and not read through the safetensors library, which copies first and takes twice the time.
@@ -252,9 +252,9 @@ def load_stacked(
     """
     tensors = check_tensors(folder, stage, read_manifest(folder)["tensors"][stage], leaf_shapes(config, stage))
     leaves = {}
-    for name, whole in map_weights(folder / f"{stage}.safetensors", tensors).items():
-        part: Any = lambda index, whole=whole, name=name: np.array(whole[index], dtypes[name])  # noqa: E731
-        leaves[name] = jax.make_array_from_callback(whole.shape, shardings[name], part)
+    for name, leaf in map_weights(folder / f"{stage}.safetensors", tensors).items():
+        part: Any = lambda index, leaf=leaf, name=name: np.array(leaf[index], dtypes[name])  # noqa: E731
+        leaves[name] = jax.make_array_from_callback(leaf.shape, shardings[name], part)
     return leaves
 
 

@@ -3,8 +3,9 @@
     python -m scripts.bench.golden
     JAX_PLATFORMS=cpu python -m scripts.bench.golden --golden ../shared/golden_small
 
-Goes through the public API alone: token ids, logits, greedy codes, codes of images, and pixels, of the text-to-image
-model and of both image-only ones. Prints a table, then one JSON line. Fails with exit code 1 where a difference is over
+Compares token ids, logits, greedy codes, codes of images, and pixels, of the text-to-image model and of both image-only
+ones, by way of the public API; and greedy codes of every other attention backend that runs here in float32, the rest of
+which is listed with the reason. Prints a table, then one JSON line. Fails with exit code 1 where a difference is over
 the tolerance: 1e-4 on CPU, and 1e-3 elsewhere, since other devices add in another order. Codes that differ are an error
 on CPU alone, because one near tie changes all codes after it.
 """
@@ -24,6 +25,7 @@ import numpy as np
 from mindalle_jax import Dalle, ImageGPT
 from mindalle_jax.interop.mindalle import import_checkpoint
 from scripts.bench import common
+from scripts.bench.goals import BACKENDS
 
 FOLDERS = (common.ROOT / "tests" / "golden", common.ROOT.parent / "shared" / "golden_small")
 TOLERANCE_ON_CPU, TOLERANCE = 1e-4, 1e-3
@@ -35,6 +37,8 @@ class Differences:
     def __init__(self) -> None:
         self.largest: dict[str, float] = {}
         self.equal: dict[str, float] = {}
+        self.not_run: dict[str, str] = {}
+        """attention backend -> why it does not run on this device"""
 
     def close(self, name: str, actual: Any, expected: np.ndarray) -> None:
         """Floating point arrays of one shape."""
@@ -71,10 +75,20 @@ def compare_text_to_image(golden: Path, work: Path, found: Differences) -> None:
     found.close("image logits", image_logits, arrays["s2_logits_img"])
     found.close("text logits", text_logits, arrays["s2_logits_txt"])
     chosen = [prompts[i] for i in (0, 1, 5)]
-    codes = model.generate_codes(chosen, num_candidates=2, batch_size=2, top_k=1)
-    found.same("greedy codes", codes, arrays["s2_greedy"][:, None])
+    options: dict[str, Any] = {"num_candidates": 2, "batch_size": 2, "top_k": 1}
+    found.same("greedy codes", model.generate_codes(chosen, **options), arrays["s2_greedy"][:, None])
     found.same("codes of images", model.encode_images(images_of(arrays["vq_x"])).reshape(2, -1), arrays["vq_codes"])
     found.close("pixels", model.decode_codes(arrays["vq_dec_codes"]), np.moveaxis(arrays["pixels"], 1, -1))
+    default = model._transformer
+    for attention in BACKENDS:
+        if attention != default.attention:
+            model._transformer = default.copy(attention=attention)
+            try:
+                codes = model.generate_codes(chosen, **options)
+            except Exception as error:  # whatever a backend or its compiler raises on a device that it is not for
+                found.not_run[attention] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            else:
+                found.same(f"greedy codes, {attention}", codes, arrays["s2_greedy"][:, None])
 
 
 def compare_image_only(golden: Path, work: Path, kind: str, found: Differences) -> None:
@@ -117,6 +131,7 @@ def main() -> None:
         {
             "largest_differences": found.largest,
             "equal_shares": found.equal,
+            "attention_not_run": found.not_run,
             "largest_difference": largest,
             "least_equal_share": equal,
             "tolerance": tolerance,

@@ -133,7 +133,7 @@ def compile_loop_of(lowered: Any, *, gpu: bool) -> tuple[Any, list[str] | None, 
     with tempfile.TemporaryDirectory() as folder:
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if gpu else {}
         compiled = lowered.compile(compiler_options=dump)
-        thunks = sorted(Path(folder).glob("*decode_*thunk_sequence_after_thunk_passes.txt"))
+        thunks = sorted(Path(folder).glob("*sample_row*thunk_sequence_after_thunk_passes.txt"))
         launches, kernels = read_thunks(thunks[0].read_text()) if thunks else (None, None)
         return compiled, launches, kernels
 

@@ -9,11 +9,12 @@
 The weights of "demo" are those of the model in the package, others random. A step is one code of each candidate; with
 --jacobi one pass of the network gives several.
 
-Prints a table, then one JSON line. Compilation is timed apart. GB_per_pass is what one pass has to move as this code
-does it. That is the weights once, the keys and values of the prefix (once, or once per candidate: --attention), and
-those of each candidate: all of the cache, or the filled part (pallas, cudnn), and the new ones, which are written.
-floor_GB_per_pass counts the prefix once and the filled part, for every backend. Both are compared with the copy
-bandwidth, which is measured on the same device in the same run: floor_ms_per_pass is the floor's time at that speed.
+Prints a table, then one JSON line. Compilation is timed apart, and takes less where the compilation cache has the
+programs. GB_per_pass is what one pass has to move as this code does it. That is the weights once, the keys and values
+of the prefix (once, or once per candidate: --attention), and those of each candidate: all of the cache, or the filled
+part (pallas, cudnn), and the new ones, which are written. floor_GB_per_pass counts the prefix once and the filled part,
+for every backend. Both are compared with the copy bandwidth, which is measured on the same device in the same run:
+floor_ms_per_pass is the floor's time at that speed.
 """
 
 import argparse

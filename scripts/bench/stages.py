@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RESULTS, TABLE, LOGS = "results.jsonl", "table.md", "logs"
 GRACE_S = 3.0
-"""What a stage is given to end after SIGTERM, before SIGKILL."""
+"""Time in which a stage may end after SIGTERM, before SIGKILL."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Stage:
     """with less of the budget left it is not started"""
 
     def argv(self) -> list[str]:
-        """What to run in the repository root."""
+        """The command line, to be run in the repository root."""
         return [sys.executable, "-m", f"scripts.bench.{self.command[0]}", *self.command[1:]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What became of a stage."""
+    """The outcome of a stage."""
 
     kind: str
     name: str

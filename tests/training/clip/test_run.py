@@ -16,7 +16,7 @@ from training_runs import ROOT, metrics
 from mindalle_jax import ClipRanker
 from mindalle_jax.config.file import load_config
 from mindalle_jax.errors import CheckpointError, ConfigError, DataError
-from mindalle_jax.interop.clip import clip_leaf_shapes
+from mindalle_jax.interop.clip_layouts import clip_leaf_shapes
 from mindalle_jax.training.clip import run as clip
 from mindalle_jax.training.clip.run import ClipRun, ClipTrainConfig, train_clip
 from mindalle_jax.training.clip.step import ClipStepConfig, clip_step, contrastive_sums

@@ -123,7 +123,7 @@ def test_training_further_starts_at_the_loss_of_the_weights(trained, config_file
 
 
 def test_the_result_makes_codes_and_carries_a_fresh_transformer(trained, pictures, tmp_path, request):
-    """prepare_codes.py loads the VQGAN alone; training from scratch takes it for its stage 1."""
+    """`mindalle prepare-codes` loads the VQGAN alone; training from scratch takes it for its stage 1."""
     from mindalle_jax.data.codes import vqgan_digest
     from mindalle_jax.storage.initialize import write_fresh
     from mindalle_jax.training.finetune import read_finetune
