@@ -45,11 +45,11 @@ def test_rows_of_a_request_are_fed_twice_with_guidance_alone(request_):
 def test_codes_fill_their_rows_from_where_they_start(request_):
     """A row has begun with its first code, and is complete with its last; the other rows are -1 as before."""
     sampled = Sampled(request_, CODEC)
-    assert sampled.codes.tolist() == [[-1] * 4] * 4 and not sampled.begun.any() and not sampled.complete.any()
+    assert sampled.codes.tolist() == [[-1] * 4] * 4 and not sampled.started.any() and not sampled.complete.any()
     sampled.add(codes_event([0, 1], 0))
     sampled.add(codes_event([1], 2))
     assert sampled.codes.tolist() == [[0, 1, -1, -1], [10, 11, 12, 13], [-1] * 4, [-1] * 4]
-    assert sampled.begun.tolist() == [True, True, False, False]
+    assert sampled.started.tolist() == [True, True, False, False]
     assert sampled.complete.tolist() == [False, True, False, False]
     assert sampled.log_likelihood.tolist() == [0, -1, 0, 0]
     assert sampled.grid(np.array([1])).tolist() == [[[10, 11], [12, 13]]]
@@ -58,9 +58,9 @@ def test_codes_fill_their_rows_from_where_they_start(request_):
 def test_codes_that_are_given_are_not_sampled(request_):
     """They are in every row at once, and no row has begun."""
     sampled = Sampled(dataclasses.replace(request_, prompt_codes=np.array([5, 6], np.int32)), CODEC)
-    assert sampled.codes.tolist() == [[5, 6, -1, -1]] * 4 and not sampled.begun.any()
+    assert sampled.codes.tolist() == [[5, 6, -1, -1]] * 4 and not sampled.started.any()
     sampled.add(codes_event([3], 2))
-    assert sampled.begun.tolist() == sampled.complete.tolist() == [False, False, False, True]
+    assert sampled.started.tolist() == sampled.complete.tolist() == [False, False, False, True]
 
 
 def test_scores_are_nan_until_they_are_told(request_):
