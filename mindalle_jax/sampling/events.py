@@ -85,14 +85,15 @@ class Sampled:
             self.scores[event.rows] = event.values
 
     def generation(
-        self, request: RowRequest, shape: tuple[int, ...], meta: dict[str, Any], *, with_scores: bool = True
+        self, request: RowRequest, shape: tuple[int, ...], meta: dict[str, Any], *, final: bool = True
     ) -> Generation:
-        """A copy of all that is sampled so far, rows in this shape: (candidates,) or (prompts, candidates)."""
+        """What is sampled, rows in this shape: (candidates,) or (prompts, candidates). final: with scores, no copy."""
 
         def shaped(array: np.ndarray) -> np.ndarray:
-            return array.reshape(*shape, *array.shape[1:]).copy()
+            array = array.reshape(*shape, *array.shape[1:])
+            return array if final else array.copy()
 
-        scores = None if self.scores is None or not with_scores else shaped(self.scores)
+        scores = None if self.scores is None or not final else shaped(self.scores)
         seeds = shaped(request.rows.seeds)
         return Generation(shaped(self.images), shaped(self.codes), scores, seeds, list(request.prompts), meta)
 

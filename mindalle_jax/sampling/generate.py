@@ -144,7 +144,7 @@ def generate_images(
         if at_stop and not sampled.stopped and not sampled.complete.all():
             for decoded in decode_rows(networks.codec, sampled, event.rows):
                 sampled.add(decoded)
-            yield sampled.generation(request, shape, meta, with_scores=False)
+            yield sampled.generation(request, shape, meta, final=False)
     bars.close()
     yield sampled.generation(request, shape, meta)
 
@@ -166,16 +166,15 @@ def sample_codes(networks: Networks, request: RowRequest) -> Iterator[SamplingEv
         # Devices for which no row is left would sample padding.
         count = min(networks.mesh.size, math.ceil(len(group) / request.batch_size))
         mesh, params = first_devices(networks.mesh, count, networks.params)
-        prefix, at_once = None, request.batch_size * mesh.size
+        shared, at_once = None, request.batch_size * mesh.size
         for first in range(0, len(group), at_once):
             chunk = group[first : first + at_once]
             # Padding repeats the first row of the chunk; what it samples is thrown away.
             padded = np.concatenate([chunk, np.repeat(chunk[:1], at_once - len(chunk))])
-            if request.mixed or prefix is None:
-                prefix = _prefill(model, params, mesh, request, padded)
-            for start, codes, bad_position, log_likelihood in _sample_batch(
-                model, params, mesh, request, padded, prefix
-            ):
+            if not request.mixed and shared is None:
+                shared = _prefill(model, params, mesh, request, padded)
+            parts = _sample_batch(model, params, mesh, request, padded, shared)
+            for start, codes, bad_position, log_likelihood in parts:
                 _check_finite(bad_position[: len(chunk)], request.rows.candidates[chunk])
                 count = len(chunk)
                 yield SamplingEvent("codes", chunk, codes[:count], start, log_likelihood[:count])
@@ -197,26 +196,28 @@ def _prefill(model: Transformer, params: Any, mesh: Mesh, request: RowRequest, r
 
 
 def _sample_batch(
-    model: Transformer, params: Any, mesh: Mesh, request: RowRequest, rows: np.ndarray, prefix: Prefix
+    model: Transformer, params: Any, mesh: Mesh, request: RowRequest, rows: np.ndarray, shared: Prefix | None
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
     """Yields (position, codes int32[b, row_length], bad positions int32[b], log-likelihoods f32[b]), row by row.
 
-    One call is in flight while the result of the one before it is fetched.
+    shared: the prefix of all rows; None: each has its own. One call is in flight while the result of the one before it
+    is fetched.
     """
     length, start = model.config.hparams.ctx_len_img, len(request.prompt_codes)
     steps, lengths = row_length(length), cache_lengths(model, mesh.devices.flat[0].platform)
     by_row, waiting = NamedSharding(mesh, P("data")), None
     settings = jax.device_put(Rows(*(setting[rows] for setting in request.rows)), by_row)
     capacity = next(capacity for capacity in lengths if capacity > start)
+    prefix = _prefill(model, params, mesh, request, rows) if shared is None else shared
     state = start_decode(model, mesh, request.batch_size, capacity, request.guided, prefix, np.int32(start))
-    shared = [] if request.mixed else prefix.kv
+    prefix_kv = prefix.kv if shared else []
     del prefix  # a private one lies in the cache now
     # The best guess of a row of codes is the row above it.
     above = request.prompt_codes[-steps:] if start else np.full(steps, -1, np.int32)
     codes = jax.device_put(np.tile(above, (len(rows), 1)), by_row)
     for t in range(start, length, steps):
         state = grow_cache(model, mesh, state, t + steps, lengths)
-        state, codes = sample_row(model, mesh, request.jacobi, params, shared, settings, state, codes)
+        state, codes = sample_row(model, mesh, request.jacobi, params, prefix_kv, settings, state, codes)
         if waiting is not None:
             yield (t - steps, *jax.device_get(waiting))
         # Copies: the next call takes the state's memory.
