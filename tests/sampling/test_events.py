@@ -73,19 +73,21 @@ def test_scores_are_nan_until_they_are_told(request_):
     assert bare.scores is None
 
 
-def test_a_generation_is_a_copy_in_the_shape_asked_for(request_):
-    """Someone who keeps a preview must not see it change."""
+def test_a_preview_is_a_copy_and_has_no_scores(request_):
+    """Someone who keeps a preview must not see it change. The result holds the arrays themselves, and the scores."""
     request_ = dataclasses.replace(request_, ranker="likelihood")
     sampled = Sampled(request_, CODEC)
     sampled.add(SamplingEvent("images", np.array([3]), np.full((1, 4, 4, 3), 200, np.uint8)))
-    kept = sampled.generation(request_, (2, 2), {"seed": 7})
+    kept = sampled.generation(request_, (2, 2), {"seed": 7}, final=False)
     sampled.add(codes_event([0, 1, 2, 3], 0))
     sampled.add(SamplingEvent("images", np.arange(4), np.full((4, 4, 4, 3), 9, np.uint8)))
     assert kept.codes.shape == (2, 2, 4) and (kept.codes == -1).all()
     assert kept.images[1, 1].min() == 200 and kept.images[:, 0].max() == 0
-    assert kept.seeds.tolist() == [[7, 7], [7, 7]] and kept.scores.shape == (2, 2)
+    assert kept.seeds.tolist() == [[7, 7], [7, 7]] and kept.scores is None
     assert (kept.prompts, kept.meta) == (["the cat", ""], {"seed": 7})
-    assert sampled.generation(request_, (4,), {}, with_scores=False).scores is None
+    result = sampled.generation(request_, (4,), {})
+    assert np.shares_memory(result.images, sampled.images) and result.images.shape == (4, 4, 4, 3)
+    assert np.isnan(result.scores).all() and result.scores.shape == (4,)
 
 
 def shown(err: str) -> list[tuple[str, str]]:
