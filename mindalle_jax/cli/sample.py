@@ -88,7 +88,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
         raise UsageError("a prompt is blank")
     if not arguments.warmup:
         if out is None:
-            raise UsageError("--out is missing: a folder for the pictures")
+            raise UsageError("--out is missing: a folder for the images")
         check_writable(out)
         if not arguments.overwrite and out.exists() and any(out.iterdir()):
             raise OutputError(f"{out} exists and is not empty; name another place or pass --overwrite")
@@ -168,7 +168,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
 
 def _write(generation: Any, place: Path, arguments: argparse.Namespace) -> None:
     paths = generation.save(place, best=arguments.best, overwrite=arguments.overwrite)
-    print(f"{len(paths)} pictures, {place / 'grid.png'} and {place / 'meta.json'}")
+    print(f"{len(paths)} images, {place / 'grid.png'} and {place / 'meta.json'}")
 
 
 def _warm_up(model: Any, subject: Any, options: SamplingOptions) -> None:
@@ -208,7 +208,7 @@ def _read_image(path: Path, config: Any) -> Any:
 
 
 def _read_codes(path: Path) -> Any:
-    """The codes of a image that `mindalle sample` wrote, from the meta.json beside it."""
+    """The codes of an image that `mindalle sample` wrote, from the meta.json beside it."""
     import json
 
     meta = path.with_name("meta.json")
@@ -217,7 +217,7 @@ def _read_codes(path: Path) -> Any:
         return next(entry["codes"] for entry in images if entry["file"] == path.name)
     except (OSError, ValueError, KeyError, TypeError, StopIteration):
         raise UsageError(
-            f"{path}: {meta} does not hold its codes; name a picture where mindalle sample wrote it, or use --image"
+            f"{path}: {meta} does not hold its codes; name an image where mindalle sample wrote it, or use --image"
         ) from None
 
 

@@ -78,7 +78,7 @@ class Stage2Hparams:
     n_dense_layers: int | None = None
     """Equal to n_layers (which it is when left out)."""
     ctx_len_img: int = 256
-    """Image positions T: codes a image."""
+    """Image positions T: codes per image."""
     ctx_len_txt: int = 64
     """Text positions N; the image-only model ignores it."""
     embd_pdrop: float = 0.0
@@ -216,11 +216,11 @@ def _check_stage2(config: Config) -> None:
     _refuse(
         config.dataset.image_resolution != h1.resolution,
         f"dataset.image_resolution {config.dataset.image_resolution} and stage1.hparams.resolution {h1.resolution} "
-        "must be equal: the weights know one picture size only",
+        "must be equal: the weights know one image size only",
     )
     _refuse(
         h2.ctx_len_img != s1.code_size**2,
-        f"stage2.hparams.ctx_len_img {h2.ctx_len_img} must be the codes of a picture: "
+        f"stage2.hparams.ctx_len_img {h2.ctx_len_img} must be the codes of an image: "
         f"{s1.code_size} x {s1.code_size} = {s1.code_size**2}",
     )
     _refuse(

@@ -33,7 +33,7 @@ def folder_samples(folder: Path, task: DataTask, report: DatasetReport) -> Itera
         yield Sample(name, Stored(str(folder / name), 0, files[name]), captions=captions or ())
     if task == "text":
         for text in sorted(texts - used):
-            report.drop("captions without a picture", text)
+            report.drop("captions without an image", text)
 
 
 def class_names(folder: Path, known: list[str] | None) -> list[str]:
@@ -43,7 +43,7 @@ def class_names(folder: Path, known: list[str] | None) -> list[str]:
     """
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise DataError(f"{folder}: holds no folders; the task 'class' needs one folder of pictures a class")
+        raise DataError(f"{folder}: holds no folders; the task 'class' needs one folder of images per class")
     if known is None:
         return names
     if unknown := [name for name in names if name not in known]:
@@ -131,7 +131,7 @@ def saved_samples(folder: Path) -> tuple[Iterator[Sample], list[str] | None]:
         raise DataError(f"{folder}: cannot be opened by the library datasets: {one_line(error)}") from None
     features = dataset.features
     if not isinstance(features.get("image"), datasets.Image):
-        raise DataError(f"{folder}: has no column 'image' of pictures, only {', '.join(features)}")
+        raise DataError(f"{folder}: has no column 'image' of images, only {', '.join(features)}")
 
     def column(*names: str) -> list[Any] | None:
         return next((dataset[name][:] for name in names if name in features), None)
@@ -236,6 +236,6 @@ def _find(folder: Path, name: str, report: DatasetReport) -> Stored | None:
     try:
         size_bytes = os.stat(folder / name).st_size
     except (OSError, UnicodeEncodeError):
-        report.drop("lines whose picture is missing", name)
+        report.drop("lines whose image is missing", name)
         return None
     return Stored(str(folder / name), 0, size_bytes)

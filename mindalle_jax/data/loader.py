@@ -152,7 +152,7 @@ class _Rows:
             image = self._decode(candidate)
             if image is not None or not self.train:
                 return candidate, image
-        raise DataError(f"{self.source.path}: none of the {len(self.source)} pictures can be read")
+        raise DataError(f"{self.source.path}: none of the {len(self.source)} images can be read")
 
     def _decode(self, number: int) -> Image.Image | None:
         """The image of a sample; None, counted, if it cannot be read. Raises DataError for too many of them."""
@@ -174,7 +174,7 @@ class _Rows:
         log.warning("%s: left out: %s", self.source.path, problem)
         if too_many:
             raise DataError(
-                f"{self.source.path}: {share} pictures tried cannot be read, over {MAX_BAD_FRACTION:.0%}; "
+                f"{self.source.path}: {share} images tried cannot be read, over {MAX_BAD_FRACTION:.0%}; "
                 f"the last one: {problem}"
             )
         return None
@@ -204,6 +204,6 @@ def _check(
     if train and (group_size < 1 or len(source) % group_size):
         raise DataError(f"{source.path}: {len(source):,} samples are no multiple of data.group_size {group_size}")
     if image_size is None and not source.has_codes:
-        raise UsageError(f"{source.path} holds pictures: image_size must be given")
+        raise UsageError(f"{source.path} holds images: image_size must be given")
     if train and len(source) < batch_size:
         raise DataError(f"{source.path}: a batch of {batch_size} needs as many samples, but has {source.report}")

@@ -56,7 +56,7 @@ def _find_samples(
         return tars.tar_samples(files, report), None
     if not folder.is_dir():
         kind = "is neither a folder nor a .tar" if folder.exists() else "does not exist"
-        raise DataError(f"{path}: {kind}; pictures are read from folders and from uncompressed tars")
+        raise DataError(f"{path}: {kind}; images are read from folders and from uncompressed tars")
     if (folder / codes.MANIFEST).exists():
         return codes.code_samples(folder, vqgan)
     if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():

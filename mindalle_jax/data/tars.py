@@ -46,7 +46,7 @@ def tar_samples(files: list[str], report: DatasetReport) -> Iterator[Sample]:
         for key, parts in _index(file, report).items():
             images = [extension for extension in parts if f".{extension}" in EXTENSIONS]
             if not images:
-                report.drop("members without a picture", f"{short}/{key}.{next(iter(parts))}")
+                report.drop("members without an image", f"{short}/{key}.{next(iter(parts))}")
                 continue
             try:
                 captions, label = _texts(parts)

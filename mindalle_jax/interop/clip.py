@@ -168,7 +168,7 @@ def convert_clip(
     parameters = sum(math.prod(shape) for shape in clip_leaf_shapes(model.config).values())
     vision = model.config.vision
     return (
-        f"{target}: CLIP with patches of {vision.patch_size} in pictures of {vision.image_size} x {vision.image_size}, "
+        f"{target}: CLIP with patches of {vision.patch_size} in images of {vision.image_size} x {vision.image_size}, "
         f"{parameters:,} parameters, {numpy_dtype(dtype).itemsize * parameters / 1e9:.2f} GB"
     )
 

@@ -43,7 +43,7 @@ def check_clip_config(config: ClipConfig, where: str) -> None:
 def _check_patches(vision: ClipVisionConfig, where: str) -> None:
     patches = (vision.image_size // vision.patch_size) ** 2
     if not 1 <= patches <= MAX_PATCHES:
-        raise CheckpointError(f"{where}: {patches} patches in a picture; 1 to {MAX_PATCHES:,} are possible")
+        raise CheckpointError(f"{where}: {patches} patches in an image; 1 to {MAX_PATCHES:,} are possible")
 
 
 def _section(raw: dict[str, Any], name: str, where: str) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def export_checkpoint(source: str | Path, target: str | Path, *, overwrite: bool
     if config.stage1.hparams.num_groups != Stage1Hparams.num_groups:
         raise ConfigError(
             f"{source}: GroupNorm of {config.stage1.hparams.num_groups} groups; the original's has "
-            f"{Stage1Hparams.num_groups}, and would draw other pictures with these weights"
+            f"{Stage1Hparams.num_groups}, and would draw other images with these weights"
         )
     parameters = sum(count_parameters(config, stage) for stage in tensors)
     check_apart(source, target)

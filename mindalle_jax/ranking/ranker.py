@@ -138,7 +138,7 @@ class ClipRanker:
         device = self.mesh.devices.flat[0].device_kind
         features, waiting = [], None
         with (
-            device_memory(f"no room to rank pictures in the memory of {device}; use a larger device"),
+            device_memory(f"no room to rank images in the memory of {device}; use a larger device"),
             pinned(self.dtype),
         ):
             for first in range(0, len(images), rows):
@@ -151,7 +151,7 @@ class ClipRanker:
                     features.append(np.asarray(waiting))
                 waiting = encoded
             features.append(np.asarray(waiting))
-        return _normalize(np.concatenate(features)[: len(images)], "picture")
+        return _normalize(np.concatenate(features)[: len(images)], "image")
 
     def scores(self, prompt: str, images: Any) -> np.ndarray:
         """Cosines f32[n] in [-1, 1] of the prompt with each image.
@@ -220,11 +220,11 @@ def _to_uint8(images: Any) -> list[np.ndarray]:
     if isinstance(images, (np.ndarray, jax.Array)):
         images = np.asarray(images)
         if images.ndim != 4:
-            raise UsageError(f"images must be [n, H, W, 3], or a sequence of pictures; not {list(images.shape)}")
+            raise UsageError(f"images must be [n, H, W, 3], or a sequence of images; not {list(images.shape)}")
     elif not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
-        raise UsageError(f"images must be an array, or a sequence of pictures; not {type(images).__name__}")
+        raise UsageError(f"images must be an array, or a sequence of images; not {type(images).__name__}")
     if len(images) == 0:
-        raise UsageError("there is no picture to score")
+        raise UsageError("there is no image to score")
     return [_image_to_uint8(image, i) for i, image in enumerate(images)]
 
 
@@ -233,10 +233,10 @@ def _image_to_uint8(image: Any, index: int) -> np.ndarray:
         try:
             image = image.convert("RGB")
         except (OSError, SyntaxError) as error:  # files are read when they are used; a damaged PNG is a SyntaxError
-            raise UsageError(f"picture {index} cannot be read: {error}") from None
-    image = as_array(image, f"picture {index}")
+            raise UsageError(f"image {index} cannot be read: {error}") from None
+    image = as_array(image, f"image {index}")
     if image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise UsageError(f"picture {index} must be [H, W, 3] with at least one pixel, not {list(image.shape)}")
+        raise UsageError(f"image {index} must be [H, W, 3] with at least one pixel, not {list(image.shape)}")
     check_pixels(image)
     return image if image.dtype == np.uint8 else (image * 255).astype(np.uint8)
 

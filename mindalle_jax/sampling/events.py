@@ -130,7 +130,7 @@ class Bars:
             self.close()
             self._shown, rows = (event.kind, of_prompt), len(self._request.prompt_of)
             if event.kind == "images":
-                self._bar = tqdm(total=rows, desc="pictures", unit="picture", disable=not self._show)
+                self._bar = tqdm(total=rows, desc="images", unit="image", disable=not self._show)
             else:
                 name = "codes" if self._request.mixed else self._request.prompts[of_prompt][:30] or "codes"
                 rows = rows if self._request.mixed else int((self._request.prompt_of == of_prompt).sum())

@@ -246,7 +246,7 @@ def sample_images(networks: Networks, request: RowRequest, sampled: Sampled) -> 
     On an accelerator images are decoded as soon as there are enough for a compiled call, else when all codes are there.
     """
     codec, decoding, complete = networks.codec, [], []
-    message = f"no room to decode pictures in the memory of {networks.device}; use a larger device"
+    message = f"no room to decode images in the memory of {networks.device}; use a larger device"
     with device_memory(_too_many(request.batch_size, networks.device)):
         for event in sample_codes(networks, request):
             yield event
@@ -300,5 +300,5 @@ def _too_many(batch_size: int, device: str) -> str:
     smaller = 1 << (batch_size - 1).bit_length() - 1  # the largest power of two below it
     return (
         f"{batch_size} candidates at once do not fit into the memory of {device}; try batch_size {smaller} "
-        "(no fewer pictures, more rounds)"
+        "(no fewer images, more rounds)"
     )

@@ -295,7 +295,7 @@ def check_every(every: Any, config: Stage1Config) -> None:
     side = config.code_size
     if every is not None and (not is_integer(every) or every < 1 or every % side):
         raise UsageError(
-            f"every must be a multiple of {side} codes, which is one row of the picture, or None; not {every!r}"
+            f"every must be a multiple of {side} codes, which is one row of the image, or None; not {every!r}"
         )
 
 

@@ -21,7 +21,7 @@ class Generation:
     codes: np.ndarray
     """int32[(P,) n, h * w]; -1 where drawing has not come yet, or was stopped"""
     scores: np.ndarray | None
-    """f32[(P,) n], higher is better: cosines of CLIP or log-likelihoods. NaN for a image that is not complete. None
+    """f32[(P,) n], higher is better: cosines of CLIP or log-likelihoods. NaN for an image that is not complete. None
     without a ranker"""
     seeds: np.ndarray
     """uint32[(P,) n]: candidate i of a seed is the same image however many are drawn"""
@@ -70,7 +70,7 @@ class Generation:
         return sheet
 
     def save(self, folder: str | Path, *, best: int | None = None, overwrite: bool = False) -> list[Path]:
-        """Writes one PNG a image, grid.png and meta.json; returns the paths of the images, best first.
+        """Writes one PNG per image, grid.png and meta.json; returns the paths of the images, best first.
 
         Names hold seed and candidate: seed0_candidate003.png; with scores also rank and score, so that a file browser
         shows the best first: rank000_score0.2713_seed0_candidate003.png. For a list of prompts prompt00_ comes first.

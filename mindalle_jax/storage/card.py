@@ -53,10 +53,10 @@ def write_license_and_card(source: Path, folder: Path, config: Config, parameter
     else:
         (folder / "LICENSE").write_text(CODE_LICENSE_NOTE.format(source=source.name), encoding="utf-8")
     if not draws:
-        task, cls, use = "image-to-image", None, "A VQGAN alone: pictures to codes and back. Nothing in here draws."
+        task, cls, use = "image-to-image", None, "A VQGAN alone: images to codes and back. Nothing in here draws."
     elif config.image_only:
         task, cls = "unconditional-image-generation", "ImageGPT"
-        use = "Pictures without text, by class or freely."
+        use = "Images without text, by class or freely."
     else:
         task, cls, use = "text-to-image", "Dalle", "Text to image, English prompts."
     card = CARD.format(

@@ -42,7 +42,7 @@ class TokenizedPrompts:
             if 2 * unknown > min(tokens, context_length):
                 lines.append(
                     f"{unknown} of the {min(tokens, context_length)} tokens of {name} are unknown to the vocabulary; "
-                    "the pictures will hardly follow it (the published model knows English)"
+                    "the images will hardly follow it (the published model knows English)"
                 )
         return lines
 

@@ -21,7 +21,7 @@ def test_images_are_named_by_seed_and_candidate(sample, out, tiny_dalle):
     code, stdout, _ = sample("a cat and the dog", "--seed", 7)
     assert code == 0
     assert tree(out) == ["grid.png", "meta.json", "seed7_candidate000.png", "seed7_candidate001.png"]
-    assert stdout == f"2 pictures, {out / 'grid.png'} and {out / 'meta.json'}\n"
+    assert stdout == f"2 images, {out / 'grid.png'} and {out / 'meta.json'}\n"
     expected = tiny_dalle.generate("a cat and the dog", num_candidates=2, seed=7)
     np.testing.assert_array_equal(codes(out), expected.codes)
     for i in range(2):
@@ -50,7 +50,7 @@ def test_each_of_several_prompts_has_a_folder(sample, out, tmp_path):
     code, stdout, _ = sample("a cat", "--prompts-file", tmp_path / "prompts.txt")
     assert code == 0
     names = ["000-a-cat", "001-the-dog", "002-a-cat", "003-etc", "004-prompt"]
-    assert sorted(os.listdir(out)) == names and stdout.count("2 pictures") == 5
+    assert sorted(os.listdir(out)) == names and stdout.count("2 images") == 5
     prompts = ["a cat", "The DOG!", "a cat", "../../etc", "!?"]
     assert [meta(out / name)["prompts"] for name in names] == [[prompt] for prompt in prompts]
     np.testing.assert_array_equal(codes(out / names[0]), codes(out / names[2]))
@@ -135,7 +135,7 @@ def test_special_tokens_in_a_prompt_are_text(sample, out, tiny_dalle):
         ("cat " * 20, "warning: 'cat cat cat cat cat cat cat cat cat c...' has 20 tokens; the first 12 are used"),
         (
             "кот и пёс",
-            "tokens of 'кот и пёс' are unknown to the vocabulary; the pictures will hardly follow it",
+            "tokens of 'кот и пёс' are unknown to the vocabulary; the images will hardly follow it",
         ),
         ("🐈🐈", "tokens of '🐈🐈' are unknown to the vocabulary"),
     ],
@@ -162,7 +162,7 @@ def test_a_folder_in_the_originals_format_is_converted_into_the_cache(
 def test_likelihood_ranks_names_and_meta(sample, out, tiny_dalle):
     code, stdout, _ = sample("a cat", "--ranker", "likelihood", "--num-candidates", 4, "--best", 3)
     expected = tiny_dalle.generate("a cat", num_candidates=4, ranker="likelihood")
-    assert code == 0 and stdout.startswith("3 pictures, ")
+    assert code == 0 and stdout.startswith("3 images, ")
     assert [image["candidate"] for image in meta(out)["pictures"]] == expected.order[:3].tolist()
     assert [image["score"] for image in meta(out)["pictures"]] == expected.scores[expected.order[:3]].tolist()
     assert meta(out)["ranker"] == "likelihood"

@@ -172,7 +172,7 @@ def test_a_prompts_file_that_cannot_be_used_is_told(sample, not_loaded, tmp_path
 
 def test_images_need_a_place(mindalle_cli, not_loaded):
     code, stdout, err = mindalle_cli("sample", "a cat")
-    assert (code, stdout) == (2, "") and message(err) == "--out is missing: a folder for the pictures"
+    assert (code, stdout) == (2, "") and message(err) == "--out is missing: a folder for the images"
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_what_is_left_out_is_counted(tmp_path):
         "1 with a caption that is too long or no text (first: 'f.jpg'), "
         "1 with a caption file over 65536 bytes (first: 'g.jpg'), "
         "1 with a name that is not UTF-8 (first: \"'j\\\\udcff.jpg'\"), "
-        "1 captions without a picture (first: 'd.txt')"
+        "1 captions without an image (first: 'd.txt')"
     )
 
 
@@ -106,7 +106,7 @@ def test_validation_folders_get_the_labels_of_training(tmp_path):
 
 def test_no_class_folders(tmp_path):
     fill(tmp_path, a_jpg=None)
-    with pytest.raises(DataError, match="holds no folders; the task 'class' needs one folder of pictures a class"):
+    with pytest.raises(DataError, match="holds no folders; the task 'class' needs one folder of images per class"):
         open_source(tmp_path, "class")
 
 
@@ -147,7 +147,7 @@ def test_bad_lines_of_metadata_are_counted(tmp_path):
         "lines that are no JSON object": 2,
         "lines without file_name": 1,
         "lines whose file_name leads out of the folder": 2,
-        "lines whose picture is missing": 1,
+        "lines whose image is missing": 1,
         "in a format other than JPEG, PNG and WebP": 1,
         "lines whose text is no text": 1,
         "lines whose label is no number": 1,

@@ -248,13 +248,13 @@ def test_damaged_pictures_do_not_count_in_validation(damaged):
 
 def test_too_many_damaged_pictures_stop_the_run(damaged):
     source = damaged(100, set(range(0, 100, 8)))
-    message = r"6 of the \d+ pictures tried cannot be read, over 5%; the last one: 00\d\d.png: truncated or damaged"
+    message = r"6 of the \d+ images tried cannot be read, over 5%; the last one: 00\d\d.png: truncated or damaged"
     with pytest.raises(DataError, match=message):
         join(itertools.islice(Loader(source, batch_size=10, train=True, image_size=16, threads=1), 10))
 
 
 def test_no_picture_can_be_read(damaged):
-    with pytest.raises(DataError, match="none of the 3 pictures can be read"):
+    with pytest.raises(DataError, match="none of the 3 images can be read"):
         next(Loader(damaged(3, {0, 1, 2}), batch_size=2, train=True, image_size=16))
 
 
@@ -290,7 +290,7 @@ def test_fewer_samples_than_a_batch(folder):
         ({"batch_size": 3, "process_count": 4}, "batch_size 3 must be a multiple of the 4 processes, such as 4"),
         ({"seed": -1}, "seed must lie in"),
         ({"threads": 0}, "threads must be at least 1, not 0"),
-        ({"image_size": None}, "holds pictures: image_size must be given"),
+        ({"image_size": None}, "holds images: image_size must be given"),
     ],
 )
 def test_arguments_out_of_range(source, options, message):

@@ -12,7 +12,7 @@ from mindalle_jax.errors import DataError, UsageError
 
 def test_no_such_path_and_no_such_task(tmp_path):
     with pytest.raises(
-        DataError, match="gone: does not exist; pictures are read from folders and from uncompressed tars"
+        DataError, match="gone: does not exist; images are read from folders and from uncompressed tars"
     ):
         open_source(tmp_path / "gone", "text")
     with pytest.raises(UsageError, match="task must be one of text, class, unconditional, not 'txt'"):
@@ -48,5 +48,5 @@ def test_saved_datasets(tmp_path):
     with pytest.raises(DataError, match="holds several splits; name the folder of one: train"):
         open_source(tmp_path / "splits", "text")
     dataset.select_columns("caption").save_to_disk(tmp_path / "text")
-    with pytest.raises(DataError, match="has no column 'image' of pictures, only caption"):
+    with pytest.raises(DataError, match="has no column 'image' of images, only caption"):
         open_source(tmp_path / "text", "text")

@@ -42,7 +42,7 @@ def test_tars(tmp_path, form):
     assert [sample.image.read() for sample in source.samples] == [picture(1), picture(2), picture(3, "PNG")]
     assert labels(open_source(file, "class")) == {f"a.tar/{long}.jpg": 4, "a.tar/3.png": 2}
     assert len(open_source(file, "unconditional")) == 4
-    assert dict(source.report.dropped) == {"without a caption": 1, "members without a picture": 1}
+    assert dict(source.report.dropped) == {"without a caption": 1, "members without an image": 1}
 
 
 def test_folders_and_patterns_of_tars(tmp_path):

@@ -545,7 +545,7 @@ def test_damaged_files_of_merges_are_refused(folder, tmp_path, data, reason):
 
 def test_conversion_says_what_it_did(small, folder, tmp_path):
     line = convert_clip(folder, tmp_path / "new")
-    assert line == f"{tmp_path / 'new'}: CLIP with patches of 8 in pictures of 32 x 32, 107,337 parameters, 0.00 GB"
+    assert line == f"{tmp_path / 'new'}: CLIP with patches of 8 in images of 32 x 32, 107,337 parameters, 0.00 GB"
     assert_same(read_clip(tmp_path / "new").params, small.params)
     names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"}
     assert {file.name for file in (tmp_path / "new").iterdir()} == names

@@ -572,7 +572,7 @@ def test_a_damaged_model_is_not_exported(model, tmp_path, change, error, message
 
 
 def test_groups_that_the_original_does_not_have_are_not_exported(model, tmp_path):
-    """It would take the weights, and draw other pictures with them."""
+    """It would take the weights, and draw other images with them."""
     text = (model / "config.yaml").read_text(encoding="utf-8")
     assert "num_groups" not in text, "the original knows no such field"
     hparams = dataclasses.replace(load_config(model / "config.yaml").stage1.hparams, num_groups=8)

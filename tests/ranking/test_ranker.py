@@ -278,20 +278,20 @@ GOOD = np.zeros((4, 4, 3), np.uint8)
     ("images", "message"),
     [
         (GOOD, r"images must be \[n, H, W, 3\].*not \[4, 4, 3\]"),
-        (np.zeros((2, 3, 4, 4), np.uint8), r"picture 0 must be \[H, W, 3\].*not \[3, 4, 4\]"),
-        (np.zeros((0, 4, 4, 3), np.uint8), "no picture"),
-        ([], "no picture"),
+        (np.zeros((2, 3, 4, 4), np.uint8), r"image 0 must be \[H, W, 3\].*not \[3, 4, 4\]"),
+        (np.zeros((0, 4, 4, 3), np.uint8), "no image"),
+        ([], "no image"),
         (np.zeros((1, 0, 4, 3), np.uint8), r"at least one pixel, not \[0, 4, 3\]"),
-        ([GOOD, Image.new("RGB", (4, 0))], r"picture 1 must be .*at least one pixel, not \[0, 4, 3\]"),
-        ([GOOD, GOOD[..., 0]], r"picture 1 must be .*not \[4, 4\]"),
+        ([GOOD, Image.new("RGB", (4, 0))], r"image 1 must be .*at least one pixel, not \[0, 4, 3\]"),
+        ([GOOD, GOOD[..., 0]], r"image 1 must be .*not \[4, 4\]"),
         ([GOOD.astype(np.int64)], "uint8 or floating point, not int64"),
         ([GOOD.astype(bool)], "uint8 or floating point, not bool"),
         (np.full((1, 4, 4, 3), 255.0), r"\[0, 1\], not \[255, 255\]"),
         (np.full((1, 4, 4, 3), -0.1), r"\[0, 1\], not \[-0.1"),
         (np.full((1, 4, 4, 3), np.nan), r"\[0, 1\], not \[nan"),
-        (Image.fromarray(GOOD), "a sequence of pictures; not Image"),
-        ("cat.png", "a sequence of pictures; not str"),
-        (["cat.png"], "picture 0: an array of numbers or a PIL image is wanted, not str; open it first"),
+        (Image.fromarray(GOOD), "a sequence of images; not Image"),
+        ("cat.png", "a sequence of images; not str"),
+        (["cat.png"], "image 0: an array of numbers or a PIL image is wanted, not str; open it first"),
         (None, "not NoneType"),
     ],
 )
@@ -309,7 +309,7 @@ def test_a_damaged_file_is_refused(ranker, pictures, damage):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)).save(file, "PNG")
     data = file.getvalue()
     data = data[: len(data) // 2] if damage == "cut off" else data[:1000] + data[1000:].replace(b"IDAT", b"\x01DAT", 1)
-    with pytest.raises(UsageError, match="picture 1 cannot be read: "):
+    with pytest.raises(UsageError, match="image 1 cannot be read: "):
         ranker.encode_images([pictures[0], Image.open(io.BytesIO(data))])
 
 
@@ -343,7 +343,7 @@ def test_bad_dtypes_and_meshes_are_refused(model):
 def test_broken_weights_are_told(model, pictures, value):
     """A feature of length 0 has no direction: its cosine would be NaN, and NaN sorts somewhere."""
     ranker = ClipRanker(broken(model, "visual_projection", "kernel", value=value))
-    with pytest.raises(NonFiniteError, match="features of picture 0: the weights are damaged"):
+    with pytest.raises(NonFiniteError, match="features of image 0: the weights are damaged"):
         ranker.rank("a cat", pictures[:3])
     ranker = ClipRanker(broken(model, "text_projection", "kernel", value=value))
     with pytest.raises(NonFiniteError, match="features of prompt 0: the weights are damaged"):
@@ -408,5 +408,5 @@ def test_out_of_memory_while_ranking(ranker, pictures, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 68719476736 bytes.")
 
     monkeypatch.setattr(rerank, "encode_images", exhausted)
-    with pytest.raises(DeviceMemoryError, match="no room to rank pictures in the memory of cpu"):
+    with pytest.raises(DeviceMemoryError, match="no room to rank images in the memory of cpu"):
         ranker.scores("a cat", pictures)

@@ -98,8 +98,8 @@ def shown(err: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("mixed", "expected"),
     [
-        (False, [("the cat", "8/8"), ("codes", "8/8"), ("pictures", "4/4")]),
-        (True, [("codes", "16/16"), ("pictures", "4/4")]),
+        (False, [("the cat", "8/8"), ("codes", "8/8"), ("images", "4/4")]),
+        (True, [("codes", "16/16"), ("images", "4/4")]),
     ],
 )
 def test_bars_count_codes_by_prompt_and_images(request_, capsys, mixed, expected):

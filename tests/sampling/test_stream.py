@@ -78,9 +78,7 @@ def test_a_stream_that_is_left_leaves_no_trace(tiny_dalle, plain):
 @pytest.mark.parametrize("every", [0, -8, 7, 12, 8.0, True, "8"])
 def test_every_is_a_multiple_of_a_row(tiny_dalle, every):
     """Told by the call itself, not by the first step of the loop over it."""
-    with pytest.raises(
-        UsageError, match="every must be a multiple of 8 codes, which is one row of the picture, or None"
-    ):
+    with pytest.raises(UsageError, match="every must be a multiple of 8 codes, which is one row of the image, or None"):
         tiny_dalle.stream("the cat", every=every)
 
 

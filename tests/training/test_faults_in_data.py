@@ -104,7 +104,7 @@ def test_what_lacks_a_caption_is_left_out_and_said(finetune, photos):
     assert code == 0
     assert (
         "9 samples; left out: 1 without a caption (first: '000.png'), 1 with an empty caption (first: '001.png'), "
-        "1 in a format other than JPEG, PNG and WebP (first: '002.gif'), 1 captions without a picture" in err
+        "1 in a format other than JPEG, PNG and WebP (first: '002.gif'), 1 captions without an image" in err
     )
 
 
