@@ -164,20 +164,21 @@ def sample_codes(networks: Networks, request: RowRequest) -> Iterator[SamplingEv
     numbers = np.arange(len(request.prompt_of))
     for group in [numbers] if request.mixed else [numbers[request.prompt_of == p] for p in range(len(request.prompts))]:
         # Devices for which no row is left would sample padding.
-        count = min(networks.mesh.size, math.ceil(len(group) / request.batch_size))
-        mesh, params = first_devices(networks.mesh, count, networks.params)
+        devices = min(networks.mesh.size, math.ceil(len(group) / request.batch_size))
+        mesh, params = first_devices(networks.mesh, devices, networks.params)
         shared, at_once = None, request.batch_size * mesh.size
         for first in range(0, len(group), at_once):
             chunk = group[first : first + at_once]
             # Padding repeats the first row of the chunk; what it samples is thrown away.
             padded = np.concatenate([chunk, np.repeat(chunk[:1], at_once - len(chunk))])
-            if not request.mixed and shared is None:
-                shared = _prefill(model, params, mesh, request, padded)
-            parts = _sample_batch(model, params, mesh, request, padded, shared)
-            for start, codes, bad_position, log_likelihood in parts:
-                _check_finite(bad_position[: len(chunk)], request.rows.candidates[chunk])
-                count = len(chunk)
-                yield SamplingEvent("codes", chunk, codes[:count], start, log_likelihood[:count])
+            count = len(chunk)
+            with device_memory(_too_many(request.batch_size, networks.device)):
+                if not request.mixed and shared is None:
+                    shared = _prefill(model, params, mesh, request, padded)
+                parts = _sample_batch(model, params, mesh, request, padded, shared)
+                for start, codes, bad_position, log_likelihood in parts:
+                    _check_finite(bad_position[:count], request.rows.candidates[chunk])
+                    yield SamplingEvent("codes", chunk, codes[:count], start, log_likelihood[:count])
 
 
 def _prefill(model: Transformer, params: Any, mesh: Mesh, request: RowRequest, rows: np.ndarray) -> Prefix:
@@ -247,17 +248,16 @@ def sample_images(networks: Networks, request: RowRequest, sampled: Sampled) -> 
     """
     codec, decoding, complete = networks.codec, [], []
     message = f"no room to decode images in the memory of {networks.device}; use a larger device"
-    with device_memory(_too_many(request.batch_size, networks.device)):
-        for event in sample_codes(networks, request):
-            yield event
-            if sampled.stopped:
-                break
-            if codec.decode_ahead and event.start + event.values.shape[1] == sampled.codes.shape[1]:
-                complete += event.rows.tolist()
-            while len(complete) >= codec.decode_rows:
-                rows, complete = np.array(complete[: codec.decode_rows]), complete[codec.decode_rows :]
-                with device_memory(message):
-                    decoding.append((rows, codec.start_decode(sampled.grid(rows))))
+    for event in sample_codes(networks, request):
+        yield event
+        if sampled.stopped:
+            break
+        if codec.decode_ahead and event.start + event.values.shape[1] == sampled.codes.shape[1]:
+            complete += event.rows.tolist()
+        while len(complete) >= codec.decode_rows:
+            rows, complete = np.array(complete[: codec.decode_rows]), complete[codec.decode_rows :]
+            with device_memory(message):
+                decoding.append((rows, codec.start_decode(sampled.grid(rows))))
     with device_memory(message):
         for rows, images in decoding:
             yield SamplingEvent("images", rows, np.asarray(images))

@@ -285,7 +285,9 @@ class DecodeLoop:
         """The state before the first code, and the codes before it: -1."""
         start = decode.start_decode
         state = start(self.model, self.mesh, self.batch, self.capacities[0], self._guided, prefix, np.int32(0))
-        return state, np.full((self.candidates, self.side), -1, np.int32)
+        # Placed as the codes of a row are: else the second row compiles once more.
+        codes = np.full((self.candidates, self.side), -1, np.int32)
+        return state, jax.device_put(codes, NamedSharding(self.mesh, P("data")))
 
     def decode_row(self, prefix: Any, row: int, state: Any, codes: Any, chunk: int = 0) -> tuple[Any, Any]:
         """Samples row `row` of every candidate: (state, codes int32[candidates, side]). state: is donated.

@@ -167,8 +167,9 @@ def test_out_of_memory_names_a_batch_size(tiny_dalle, monkeypatch, batch_size, s
     """By itself XLA says RESOURCE_EXHAUSTED and a stack trace."""
     monkeypatch.setattr(generate_module, "start_decode", exhausted)
     message = f"{batch_size} candidates at once do not fit into the memory of cpu; try batch_size {smaller} "
-    with pytest.raises(DeviceMemoryError, match=message):
-        tiny_dalle.generate("the cat", num_candidates=96, batch_size=batch_size)
+    for call in (tiny_dalle.generate, tiny_dalle.generate_codes):
+        with pytest.raises(DeviceMemoryError, match=message):
+            call("the cat", num_candidates=96, batch_size=batch_size)
 
 
 def test_out_of_memory_with_one_candidate(tiny_dalle, monkeypatch):
