@@ -225,7 +225,12 @@ def takes_options(**defaults: Any) -> Callable[[Method], Method]:
     """
     fields = [field for field in dataclasses.fields(SamplingOptions) if field.name in SamplingKeywords.__annotations__]
     options = [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(field.name, field.default))
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=defaults.get(field.name, field.default),
+            annotation=field.type,
+        )
         for field in fields
     ]
     doc = "\n".join(f"    {field.name}: {field.metadata['doc']}." for field in fields)

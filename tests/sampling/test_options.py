@@ -57,6 +57,7 @@ def test_help_explains_every_option(method):
             assert f"    {name}: " in function.__doc__
             expected = 16 if (cls, name) == (ImageGPT, "num_candidates") else FIELDS[name].default
             assert parameters[name].default == expected
+            assert parameters[name].annotation == FIELDS[name].type
         assert not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
