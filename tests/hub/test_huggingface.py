@@ -92,9 +92,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("X-Repo-Commit", commit)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body)
-            if commit:
+            if commit:  # before the body: whoever has that may look at once
                 self.server.got.append(self.path.split(commit + "/")[1])
+            self.wfile.write(body)
 
 
 def digest(data: bytes) -> str:
