@@ -24,6 +24,10 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Loads a public name when it is first asked for: `import mindalle_jax` imports neither JAX nor Flax."""
+    if name in ("set_seed", "clip_score"):  # of the original
+        from mindalle_jax.interop.torch_calls import MOVED
+
+        raise ImportError(f"{name} is not here: {MOVED[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,5 +1,10 @@
 """Every error a person can cause, each with its own process exit code (the table in docs/cli.md is this file)."""
 
+import difflib
+import sys
+import warnings
+from collections.abc import Iterable
+
 
 class MindalleError(Exception):
     """Base of the errors below. The message is one line that names the offending value and what would work."""
@@ -8,7 +13,7 @@ class MindalleError(Exception):
 
 
 class UsageError(MindalleError, ValueError):
-    """An argument out of range: a prompt, a seed, top_k, a picture of the wrong size."""
+    """An argument out of range: a prompt, a seed, top_k, an image of the wrong size."""
 
     exit_code = 2
 
@@ -44,7 +49,7 @@ class NonFiniteError(MindalleError, ArithmeticError):
 
 
 class DeviceMemoryError(MindalleError, MemoryError):
-    """The weights, or the candidates drawn at once, do not fit into the memory of the device."""
+    """The weights, or the candidates sampled at once, do not fit into the memory of the device."""
 
     exit_code = 8
 
@@ -58,3 +63,18 @@ class DataError(MindalleError, ValueError):
 def one_line(error: BaseException) -> str:
     """What went wrong in one line; other people's errors have many."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """ "; did you mean NAME?" for the nearest of the names, whatever the case of letters; "" if none is near."""
+    lower = {other.lower(): other for other in names}
+    near = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f"; did you mean {lower[near[0]]}?" if near else ""
+
+
+def warn(message: str) -> None:
+    """Warns (UserWarning) at the line outside this package that led here, which is the one that can be changed."""
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -21,6 +21,7 @@ ROOMS = [
     ("serve", "evaluation", "bulk", "plan"),
     ("training",),
     ("pipeline",),
+    ("base_model",),
     ("ranking",),
     ("sampling",),
     ("hub",),

@@ -21,5 +21,5 @@ def refused(model: Dalle, classes: ImageGPT) -> None:
     model.generate("a cat", topk=5)  # pyright: ignore[reportCallIssue]
     model.stream("a cat", temperature="hot")  # pyright: ignore[reportArgumentType]
     model.complete("a cat", None, keep_rows=2, seed=1.5)  # pyright: ignore[reportArgumentType]
-    model.generate_codes("a cat", ranker="clip")  # pyright: ignore[reportArgumentType]
+    model.generate_codes("a cat", ranker=3)  # pyright: ignore[reportArgumentType]
     classes.generate(3, num_candidate=2)  # pyright: ignore[reportCallIssue]

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import os
 import re
 import types
 import typing
@@ -32,7 +33,7 @@ Section = TypeVar("Section")
 
 
 def load_config(
-    path: str | Path,
+    path: str | os.PathLike[str],
     overrides: Iterable[str] = (),
     kind: type[AnyConfig] = Config,
     defaults: Config | None = None,
@@ -46,7 +47,7 @@ def load_config(
     return ConfigFile(path, overrides).config(kind, defaults)
 
 
-def load_section(path: str | Path, overrides: Iterable[str], name: str, kind: type[Section]) -> Section:
+def load_section(path: str | os.PathLike[str], overrides: Iterable[str], name: str, kind: type[Section]) -> Section:
     """One section of the file, where the other sections cannot be read yet; otherwise as load_config."""
     return ConfigFile(path, overrides).section(name, kind)
 
@@ -54,7 +55,7 @@ def load_section(path: str | Path, overrides: Iterable[str], name: str, kind: ty
 class ConfigFile:
     """A config.yaml that is read once, and from which sections and whole configurations are made."""
 
-    def __init__(self, path: str | Path, overrides: Iterable[str] = ()):
+    def __init__(self, path: str | os.PathLike[str], overrides: Iterable[str] = ()):
         """Raises ConfigError for a file that cannot be read or is not YAML."""
         self.path, self.overrides = path, tuple(overrides)
         with _naming(path):
@@ -102,15 +103,15 @@ def dump_config(config: Any) -> str:
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
 
 
-def _read(path: str | Path) -> str:
+def _read(path: str | os.PathLike[str]) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot be read: {error}") from None
 
 
 @contextlib.contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Puts the file before the message of a ConfigError."""
     try:
         yield
@@ -206,6 +207,8 @@ def _typed(value: Any, hint: Any, path: str) -> Any:
         return tuple(_typed(item, options[0], f"{path}[{i}]") for i, item in enumerate(value))
     if hint is float and type(value) is int:
         return float(value)
+    if hint is str and type(value) is str:
+        return os.path.expanduser(value)  # no field but a path begins with ~
     if type(value) is not hint:
         raise ConfigError(f"{path} must be of type {hint.__name__}, not {value!r:.60} ({type(value).__name__})")
     return value

@@ -3,11 +3,13 @@
 `find_model` and `find_clip` give what can be loaded, `find_source` what is to be converted.
 """
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from mindalle_jax.errors import CheckpointError, DownloadError, OutputError, UsageError
+from mindalle_jax.errors import CheckpointError, DownloadError, OutputError, UsageError, did_you_mean
 from mindalle_jax.hub.download import RELEASES, fetch_release
 from mindalle_jax.hub.huggingface import fetch_repo, is_repo_id
 from mindalle_jax.interop.clip import WEIGHT_FILES, is_clip
@@ -16,6 +18,15 @@ from mindalle_jax.runtime.cache import cache_dir
 from mindalle_jax.storage import weights
 from mindalle_jax.storage.files import DEMO, RANKER
 from mindalle_jax.storage.model_folder import MODEL_FILES
+
+CLIP_NAMES = {
+    "ViT-B/32": "openai/clip-vit-base-patch32",
+    "ViT-B/16": "openai/clip-vit-base-patch16",
+    "ViT-L/14": "openai/clip-vit-large-patch14",
+    "ViT-L/14@336px": "openai/clip-vit-large-patch14-336",
+}
+"""OpenAI's names of its CLIP models, as clip.load takes them -> their repositories on the hub."""
+RESNETS = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")
 
 
 def find_model(
@@ -39,11 +50,13 @@ def find_model(
                 )
             path = fetch_release(name)
         elif is_repo_id(name):
-            path = fetch_repo(name, MODEL_FILES, revision=revision, local_files_only=local_files_only)
+            with _naming_the_nearest(name, RELEASES):
+                path = fetch_repo(name, MODEL_FILES, revision=revision, local_files_only=local_files_only)
         else:
+            known = [DEMO.name, *RELEASES]
             raise CheckpointError(
-                f"{name}: no such folder, and no known name ({', '.join([DEMO.name, *RELEASES])}) or OWNER/NAME of the "
-                "hub"
+                f"{name}: no such folder, and no known name ({', '.join(known)}) or OWNER/NAME of the hub"
+                f"{did_you_mean(name, known)}"
             )
     if (path / weights.MANIFEST).is_file():
         return path
@@ -55,7 +68,8 @@ def find_clip(
 ) -> Path:
     """The folder or file of a CLIP model: of a path, else for "demo" the ranker in the package, else of the hub.
 
-    Of a repository of the hub one weights file is fetched, the first there is of WEIGHT_FILES.
+    Names of OpenAI (CLIP_NAMES) stand for their repositories. Of a repository one weights file is fetched, the first
+    there is of WEIGHT_FILES.
     revision, local_files_only: as fetch_repo. Raises CheckpointError, DownloadError, or UsageError for the revision of
     a path.
     """
@@ -66,13 +80,21 @@ def find_clip(
         return path
     if name == DEMO.name:
         return DEMO / RANKER
+    if name in RESNETS:
+        raise CheckpointError(f"{name} is a ResNet, which is not supported; take one of {', '.join(CLIP_NAMES)}")
+    known = [*CLIP_NAMES, *CLIP_NAMES.values(), DEMO.name, "likelihood"]
+    name = CLIP_NAMES.get(name, name)
     if not is_repo_id(name):
-        raise CheckpointError(f"{name}: no such file or folder, and no OWNER/NAME of the hub")
-    for file in WEIGHT_FILES:
-        wanted = ["config.json", "tokenizer.json", "vocab.json", "merges.txt", file]
-        folder = fetch_repo(name, wanted, revision=revision, local_files_only=local_files_only)
-        if (folder / file).is_file():
-            break
+        raise CheckpointError(
+            f"{name}: no such file or folder, no CLIP model of OpenAI ({', '.join(CLIP_NAMES)}), and no OWNER/NAME of "
+            f"the hub{did_you_mean(name, known)}"
+        )
+    with _naming_the_nearest(name, known):
+        for file in WEIGHT_FILES:
+            wanted = ["config.json", "tokenizer.json", "vocab.json", "merges.txt", file]
+            folder = fetch_repo(name, wanted, revision=revision, local_files_only=local_files_only)
+            if (folder / file).is_file():
+                break
     return folder  # read_clip says what is missing
 
 
@@ -82,7 +104,7 @@ def find_source(path_or_name: str, download_from: str | None = None) -> Path:
     download_from: another source of the archive of a known name. Raises DownloadError, or UsageError for download_from
     with something else.
     """
-    path = Path(path_or_name)
+    path = Path(path_or_name).expanduser()
     if path_or_name in RELEASES and not path.exists():
         return fetch_release(path_or_name, source=download_from)
     if download_from:
@@ -91,6 +113,16 @@ def find_source(path_or_name: str, download_from: str | None = None) -> Path:
         return path  # who reads it says what is missing
     folder = fetch_repo(path_or_name, [*MODEL_FILES, "config.json"])
     return find_clip(path_or_name) if is_clip(folder) else folder
+
+
+@contextlib.contextmanager
+def _naming_the_nearest(name: str, known: Collection[str]) -> Iterator[None]:
+    """Adds the nearest of the known names to a DownloadError: a name with a slip is a repository that is not there."""
+    try:
+        yield
+    except DownloadError as error:
+        hint = "" if name in known else did_you_mean(name, known)
+        raise DownloadError(f"{error}{hint}") from error
 
 
 def _converted(path: Path) -> Path:

@@ -92,6 +92,8 @@ def import_checkpoint(
                 "source": {Path(t.file).name: Path(t.file).stat().st_size for t in stages.values()},
                 "tensors": {},
             }
+            if "stage2" in stages and not parsed.image_only:
+                manifest["caption_dropout"] = 0.0  # which the original's training does not have
             start = time.perf_counter()
             with weights_progress(weight_bytes, "converting") as bar:
                 for stage, tensors in stages.items():

@@ -8,7 +8,6 @@ Dimensions: b images of one compiled call, y and x pixels, S side of the images 
 """
 
 import os
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
-from mindalle_jax.errors import NonFiniteError, UsageError
+from mindalle_jax.errors import NonFiniteError, UsageError, warn
 from mindalle_jax.hub.resolve import find_clip
 from mindalle_jax.interop.clip import ClipModel, read_clip, write_clip
 from mindalle_jax.models.clip import CLIP, normalize_images
@@ -69,9 +68,9 @@ class ClipRanker:
     ) -> Self:
         """Loads CLIP.
 
-        path_or_name: a Hugging Face folder; a .pt file of OpenAI; "demo", the ranker of the model in the package; or
-            "OWNER/NAME", a repository of the Hugging Face hub, such as "openai/clip-vit-base-patch32" (downloaded into
-            the cache of the hub).
+        path_or_name: a Hugging Face folder; a .pt file of OpenAI; "demo", the ranker of the model in the package; a
+            name of OpenAI such as "ViT-B/32", or "OWNER/NAME", a repository of the Hugging Face hub (both downloaded
+            into the cache of the hub).
         tokenizer: the path of one, where the model has none beside it (see interop.clip.read_clip).
         dtype: compute dtype; None is float32 on CPU and bfloat16 elsewhere.
         mesh: a jax Mesh with the one axis "data": images are spread over its devices. None: the first device.
@@ -173,10 +172,9 @@ class ClipRanker:
         tokenized = clip_ids(self.tokenizer, list(prompts), length)
         for prompt, tokens in zip(prompts, tokenized.num_tokens, strict=True):
             if tokens > length:
-                warnings.warn(
+                warn(
                     f"{quote_prompt(prompt)} has {tokens} tokens with start and end; CLIP takes {length}, so the "
-                    f"last {tokens - length} of the text are ignored",
-                    stacklevel=3,
+                    f"last {tokens - length} of the text are ignored"
                 )
         return tokenized.ids
 

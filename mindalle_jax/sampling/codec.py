@@ -46,12 +46,17 @@ class ImageCodec:
         """Whether images are decoded while others are sampled. On CPU both want the same cores, and more memory."""
 
     def encode(self, images: Any, *, batch_size: int = 1) -> np.ndarray:
-        """Codes int32[n, h, w] of images uint8, or float in [0, 1], [n, H, W, 3].
+        """Codes int32[n, h, w] of images; see Dalle.encode_images.
 
         batch_size: images per compiled call. More is faster on an accelerator; where two codes are equally near but for
         rounding, another may win. Raises UsageError for images of another shape, size or range.
         """
+        if isinstance(images, (list, tuple)):
+            images = np.stack([check_image(image, self.size) for image in images]) if images else np.zeros(0)
+        elif isinstance(images, Image.Image):
+            images = check_image(images, self.size)
         images = as_array(images, "images")
+        images = images[None] if images.ndim == 3 else images
         if images.ndim != 4 or images.shape[0] == 0 or images.shape[1:] != (self.size, self.size, 3):
             raise UsageError(
                 f"images must be [n, {self.size}, {self.size}, 3] for this model, not {list(images.shape)}"

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from mindalle_jax.sampling.codec import ImageCodec
 from mindalle_jax.sampling.filters import Rows
-from mindalle_jax.sampling.options import Callback, Progress, Ranker
+from mindalle_jax.sampling.options import Callback, Progress, Scorer
 from mindalle_jax.sampling.result import Generation
 
 
@@ -35,7 +35,7 @@ class RowRequest:
     mixed: bool
     """True: a batch holds rows of any prompts, each with a prefix of its own. False: of one prompt, which they share"""
     jacobi: bool = False
-    ranker: Ranker = None
+    ranker: Scorer | Literal["likelihood"] | None = None
 
     @property
     def guided(self) -> bool:

@@ -11,7 +11,7 @@ Dimensions: r rows of a request, one for each candidate of each prompt, prompt b
 import math
 import platform
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,10 @@ class Networks(NamedTuple):
 
 
 def request_rows(options: SamplingOptions, prefix_ids: np.ndarray, vocab_size: int, batch_size: int) -> RowRequest:
-    """The rows of checked options. prefix_ids: as in RowRequest. vocab_size: of the codes."""
+    """The rows of checked options, with the ranker itself in place of its name.
+
+    prefix_ids: as in RowRequest. vocab_size: of the codes.
+    """
     count, prompts = options.num_candidates, len(prefix_ids)
     total, top_k = count * prompts, vocab_size if options.top_k is None else options.top_k
     rows = Rows(
@@ -76,7 +79,7 @@ def request_rows(options: SamplingOptions, prefix_ids: np.ndarray, vocab_size: i
         batch_size=batch_size,
         mixed=options.mixed_batches,
         jacobi=options.jacobi,
-        ranker=options.ranker,
+        ranker=cast(Any, options.ranker),
     )
 
 
@@ -84,7 +87,7 @@ def generate_codes(networks: Networks, request: RowRequest, options: SamplingOpt
     """Codes int32[r, h * w], not decoded; -1 where the callback of the options has stopped."""
     sampled = Sampled(request, networks.codec)
     length = sampled.codes.shape[1]
-    bars = Bars(request, length - len(request.prompt_codes), options.progress)
+    bars = Bars(request, length - len(request.prompt_codes), bool(options.progress))
     for event in pinned_steps(sample_codes(networks, request), networks.transformer.dtype):
         sampled.add(event)
         bars.update(event)
@@ -133,7 +136,7 @@ def generate_images(
     shape = (options.num_candidates,) if single else (len(request.prompts), options.num_candidates)
     sampled = Sampled(request, networks.codec)
     length = sampled.codes.shape[1]
-    bars = Bars(request, length - len(request.prompt_codes), options.progress)
+    bars = Bars(request, length - len(request.prompt_codes), bool(options.progress))
     for event in sample(networks, request, sampled):
         sampled.add(event)
         bars.update(event)

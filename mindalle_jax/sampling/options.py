@@ -4,11 +4,12 @@ Imports no JAX, and needs no weights: the command line checks a whole request be
 """
 
 import dataclasses
-import difflib
 import inspect
 import math
 import numbers
+import os
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict, TypeVar
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict,
 import numpy as np
 
 from mindalle_jax.config.schema import Config, Stage1Config, Stage2Config
-from mindalle_jax.errors import UsageError
+from mindalle_jax.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:  # the library `tokenizers` takes time to import
     from mindalle_jax.text.tokenizer import TextTokenizer
@@ -48,7 +49,8 @@ class Scorer(Protocol):
         ...
 
 
-Ranker = Literal["likelihood"] | Scorer | None
+Ranker = Scorer | str | None
+"""An object that ranks, "likelihood", "auto", or the path or name of a CLIP model; None does not rank."""
 
 
 class _DefaultTopK(int):
@@ -82,7 +84,7 @@ class SamplingOptions:
     prompts: tuple[str, ...] = _option((), "texts, each of which gets its own images")
     class_id: int | None = _option(None, "class of a class-conditional image-only model")
     num_candidates: int = _option(
-        96, "images per prompt; memory does not grow with it",
+        16, "images per prompt; memory does not grow with it",
         f"an integer in [1, {MAX_CANDIDATES}]", lambda n: is_integer(n) and 1 <= n <= MAX_CANDIDATES, int,
     )  # fmt: skip
     seed: int | None = _option(
@@ -122,27 +124,32 @@ class SamplingOptions:
     )  # fmt: skip
     prompt_codes: Any = _option(None, "codes int[m] of whole rows that every image begins with; complete sets it")
     ranker: Ranker = _option(
-        None, "a ClipRanker, or 'likelihood' (the transformer's own log-probability of the codes, free), or off (None)",
-        "None, 'likelihood' or a ClipRanker", lambda r: r is None or r == "likelihood" or hasattr(r, "scores"),
+        "auto", "what orders the images: auto (the CLIP model in the folder of the model, where there is one), a CLIP "
+        "model (a folder, OpenAI's name such as ViT-B/32, or a hub id), likelihood (the transformer's own "
+        "log-probability of the codes, free), or off (None)",
+        "auto, likelihood, off (None), or a CLIP model: a name, a folder or a ClipRanker;",
+        lambda r: r is None or isinstance(r, (str, os.PathLike)) or hasattr(r, "scores"),
     )  # fmt: skip
     callback: Callback | None = _option(
         None, "called with a Progress after each row of codes; if it returns True, sampling stops, and codes that are "
         "missing are -1"
     )  # fmt: skip
     allow_empty: bool = _option(False, "take a blank prompt, which is otherwise an error")
-    progress: bool = _option(False, "show progress bars on stderr")
+    progress: bool | None = _option(
+        None, "show progress bars on stderr; by default in terminals and notebooks",
+        "True, False or None", lambda p: p is None or isinstance(p, bool),
+    )  # fmt: skip
 
     @classmethod
     def of(cls, **keywords: Any) -> "SamplingOptions":
         """The options of these names. Raises TypeError for an unknown one, naming the nearest."""
         if "kept_codes" in keywords:  # the public name of old
             keywords["prompt_codes"] = keywords.pop("kept_codes")
-        names = [field.name for field in dataclasses.fields(cls)]
+        fields = [field.name for field in dataclasses.fields(cls)]
         for name in keywords:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-                raise TypeError(f"unknown option {name}; {hint}")
+            if name not in fields:
+                names = ", ".join(fields)
+                raise TypeError(f"unknown option {name}{did_you_mean(name, fields) or f'; there are {names}'}")
         return cls(**keywords)
 
     def check(self, config: Config | None = None, tokenizer: "TextTokenizer | None" = None) -> "SamplingOptions":
@@ -160,6 +167,10 @@ class SamplingOptions:
             values[field.name] = value if about["kind"] is None or value is None else about["kind"](value)
         if self.seed is None:
             values["seed"] = secrets.randbits(32)
+        if self.ranker == "off":  # the command line's word
+            values["ranker"] = None
+        if self.progress is None:
+            values["progress"] = _is_watched()
         if config is not None:
             values["top_k"] = _check_top_k(self.top_k, config.stage2.vocab_size_img)
             values["prompt_codes"] = _check_prompt_codes(self.prompt_codes, config)
@@ -188,8 +199,8 @@ class SamplingOptions:
         tokenizer(list(self.prompts))
 
     def _check_image_only(self, config: Stage2Config) -> None:
-        if self.ranker not in (None, "likelihood"):
-            raise UsageError(f"without a text ranker must be None or 'likelihood', not {self.ranker!r}")
+        if self.ranker not in ("auto", "likelihood", "off", None):
+            raise UsageError(f"ranker must be likelihood or off (None) for a model without text, not {self.ranker!r}")
         if self.guided:
             raise UsageError("guidance_scale is for text-to-image models: without a text there is nothing to guide by")
         class_prefix(config, None if self.class_id is None else [self.class_id], 1)
@@ -212,37 +223,25 @@ class SamplingKeywords(TypedDict, total=False):
     ranker: Ranker
     callback: Callback | None
     allow_empty: bool
-    progress: bool
+    progress: bool | None
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def takes_options(**defaults: Any) -> Callable[[Method], Method]:
-    """Writes the options into the signature and docstring of a method that takes them as **options, for `help`.
-
-    defaults: where the method has others than SamplingOptions.
-    """
+def takes_options(method: Method) -> Method:
+    """Writes the options into the signature and docstring of a method that takes them as **options, for `help`."""
     fields = [field for field in dataclasses.fields(SamplingOptions) if field.name in SamplingKeywords.__annotations__]
     options = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=defaults.get(field.name, field.default),
-            annotation=field.type,
-        )
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
         for field in fields
     ]
     doc = "\n".join(f"    {field.name}: {field.metadata['doc']}." for field in fields)
-
-    def write(method: Method) -> Method:
-        signature = inspect.signature(method)
-        own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
-        method.__signature__ = signature.replace(parameters=own + options)  # type: ignore[attr-defined]
-        method.__doc__ = f"{inspect.cleandoc(method.__doc__ or '')}\n\nOptions:\n\n{doc}"
-        return method
-
-    return write
+    signature = inspect.signature(method)
+    own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    method.__signature__ = signature.replace(parameters=own + options)  # type: ignore[attr-defined]
+    method.__doc__ = f"{inspect.cleandoc(method.__doc__ or '')}\n\nOptions:\n\n{doc}"
+    return method
 
 
 def as_prompts(prompt: Any) -> tuple[str, ...]:
@@ -358,6 +357,11 @@ def as_array(value: Any, what: str) -> np.ndarray:
         kind = type(value).__name__
         raise UsageError(f"{what}: an array of numbers or a PIL image is wanted, not {kind}; {remedy}")
     return array
+
+
+def _is_watched() -> bool:
+    """Whether a person sees what is written to stderr: in a terminal, or in a notebook."""
+    return "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
 
 
 def _check_top_k(top_k: Any, vocab_size: int) -> int | None:

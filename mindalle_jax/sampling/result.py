@@ -1,8 +1,11 @@
 """The result of `generate`: images with their codes, scores and seeds, and how they are written to a folder."""
 
 import dataclasses
+import io
 import json
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +13,73 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mindalle_jax.errors import OutputError, UsageError
+from mindalle_jax.sampling.image_file import ImageRecord, write_image
+
+NOT_SAMPLED = (128, 128, 128)
+"""Color on a sheet of what is not sampled yet."""
+SHOWN_PIXELS = 128
+"""Smaller images are enlarged to about this width where a notebook shows them."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Generation:
-    """Images in candidate order. For a list of P prompts every array has a leading axis P before the n candidates."""
+    """Images of one prompt. Arrays are in candidate order; `len`, index and iteration give PIL images, the best first.
+
+    For a list of P prompts every array has a leading axis P before the n candidates, and index and iteration give the
+    Generation of each prompt.
+    """
 
     images: np.ndarray
     """uint8[(P,) n, H, W, 3]"""
     codes: np.ndarray
-    """int32[(P,) n, h * w]; -1 where drawing has not come yet, or was stopped"""
+    """int32[(P,) n, h * w]; -1 where sampling has not come yet, or was stopped"""
     scores: np.ndarray | None
     """f32[(P,) n], higher is better: cosines of CLIP or log-likelihoods. NaN for an image that is not complete. None
     without a ranker"""
     seeds: np.ndarray
-    """uint32[(P,) n]: candidate i of a seed is the same image however many are drawn"""
+    """uint32[(P,) n]: candidate i of a seed is the same image however many are sampled"""
     prompts: list[str]
-    """P prompts, or one; what was drawn without text has the name of its class, or ``"""
+    """P prompts, or one; what was sampled without text has the name of its class, or ``"""
     meta: dict[str, Any]
-    """Settings, model, device and versions: everything needed to draw the same images again."""
+    """Settings, model, device and versions: everything needed to sample the same images again."""
+
+    def __len__(self) -> int:
+        """Number of images; of prompts, for a list of them."""
+        return len(self.images)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        """The image of that place in the order, 0 the best; for a list of prompts the Generation of one."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there are {len(self)}, not {index}")
+        if self.images.ndim == 5:
+            return self.of_prompt(index % len(self))
+        return Image.fromarray(self.images[self.order[index]])
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        height, width = self.images.shape[-3:-1]
+        prompts = ", ".join(map(repr, self.prompts[:2])) + (", ..." if len(self.prompts) > 2 else "")
+        ranked = ""
+        if self.scores is not None:
+            ranked = f", ranked by {self.meta.get('ranker')}, best {_short(float(np.nanmax(self.scores)))}"
+            ranked = ranked if np.isfinite(self.scores).any() else ""
+        return f"<Generation of {prompts}: {self.seeds.size} images of {width} x {height}{ranked}>"
+
+    def _repr_png_(self) -> bytes:
+        """The sheet that a notebook shows."""
+        file = io.BytesIO()
+        self.grid(scale=max(1, SHOWN_PIXELS // self.images.shape[-2])).save(file, format="PNG")
+        return file.getvalue()
+
+    def best(self, n: int) -> list[Any]:
+        """The n best images as PIL images, the best first; for a list of prompts a list of these for each."""
+        if self.images.ndim == 5:
+            return [one.best(n) for one in self]
+        return [Image.fromarray(self.images[entry["candidate"]]) for entry in self._ranked(n)[0]]
 
     @property
     def order(self) -> np.ndarray:
@@ -45,13 +96,14 @@ class Generation:
         )
         return Generation(self.images[p], self.codes[p], scores, self.seeds[p], self.prompts[p : p + 1], meta)
 
-    def grid(self, best: int | None = None) -> Image.Image:
-        """A contact sheet, one block of rows a prompt: the images from best to worst, or at most `best` of them.
+    def grid(self, best: int | None = None, *, scale: int = 1) -> Image.Image:
+        """A sheet, one block of rows per prompt: the images from best to worst, or at most `best` of them.
 
-        Under each stands its candidate number; with scores its rank, its score, and the number.
+        Under each stands its candidate number; with scores its rank, its score, and the number. What is not sampled yet
+        is grey. scale: how many times as wide and as high images are shown.
         """
         blocks = self._ranked(best)
-        n, height, width = len(blocks[0]), *self.images.shape[-3:-1]
+        n, height, width = len(blocks[0]), *(scale * side for side in self.images.shape[-3:-1])
         columns = min(n, max(4, math.ceil(math.sqrt(n * 1.5))))
         rows = math.ceil(n / columns)
         pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -61,24 +113,26 @@ class Generation:
         cell_w, cell_h = max(width, widest) + gap, height + label + gap
         sheet = Image.new("RGB", (columns * cell_w + gap, len(blocks) * rows * cell_h + gap), "white")
         pen = ImageDraw.Draw(sheet)
-        images = self.images.reshape(len(blocks), -1, *self.images.shape[-3:])
         for p, block in enumerate(blocks):
             for i, entry in enumerate(block):
+                image = Image.fromarray(self._sampled_part(p, entry["candidate"]))
+                image = image if scale == 1 else image.resize((width, height), Image.Resampling.BICUBIC)
                 x, y = gap + i % columns * cell_w, gap + (p * rows + i // columns) * cell_h
-                sheet.paste(Image.fromarray(images[p, entry["candidate"]]), (x, y))
+                sheet.paste(image, (x, y))
                 pen.text((x + 2, y + height + 1), captions[p][i], fill="black")
         return sheet
 
-    def save(self, folder: str | Path, *, best: int | None = None, overwrite: bool = False) -> list[Path]:
+    def save(self, folder: str | os.PathLike[str], *, best: int | None = None, overwrite: bool = False) -> list[Path]:
         """Writes one PNG per image, grid.png and meta.json; returns the paths of the images, best first.
 
-        Names hold seed and candidate: seed0_candidate003.png; with scores also rank and score, so that a file browser
-        shows the best first: rank000_score0.2713_seed0_candidate003.png. For a list of prompts prompt00_ comes first.
+        Names hold seed and candidate: seed0_candidate003.png; with scores also rank, from 1, and score, so that a file
+        browser shows the best first: rank001_score0.2713_seed0_candidate003.png. For a list of prompts prompt00_ comes
+        first. The PNG files say how they were made (image_file.py; `mindalle show` reads it).
         best: at most that many images of each prompt; None: all. Those that are not complete are not written.
         A folder that exists and is not empty is an OutputError; with overwrite, files of the same names in it are
         replaced.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         blocks = self._ranked(best)
         images = self.images.reshape(len(blocks), -1, *self.images.shape[-3:])
         codes = self.codes.reshape(len(blocks), -1, self.codes.shape[-1])
@@ -95,7 +149,15 @@ class Generation:
                     if codes[p, candidate].min() < 0:
                         continue
                     path = folder / self._file_name(p, entry)
-                    Image.fromarray(images[p, candidate]).save(path)
+                    record = ImageRecord(
+                        prompt=self.prompts[p],
+                        seed=entry["seed"],
+                        candidate=candidate,
+                        codes=codes[p, candidate],
+                        score=entry.get("score"),
+                        settings=self.meta,
+                    )
+                    write_image(path, images[p, candidate], record)
                     paths.append(path)
                     about = {"file": path.name, "prompt": self.prompts[p], **entry}
                     entries.append(about | {"codes": codes[p, candidate].tolist()})
@@ -110,7 +172,7 @@ class Generation:
         return paths
 
     def _ranked(self, best: int | None) -> list[list[dict[str, Any]]]:
-        """For each prompt what is said of its images, best first: seed, candidate, and rank and score if ranked."""
+        """For each prompt what is said of its images, best first: seed, candidate; if ranked, rank from 1 and score."""
         n = self.seeds.shape[-1]
         if best is not None and (type(best) is not int or best < 1):
             raise UsageError(f"best must be an integer of at least 1, not {best!r}")
@@ -118,11 +180,21 @@ class Generation:
         for p, order in enumerate(self.order.reshape(-1, n)):
             block = [{"seed": int(self.seeds.reshape(-1, n)[p, i]), "candidate": int(i)} for i in order[:best]]
             if self.scores is not None:
-                for rank, entry in enumerate(block):
+                for rank, entry in enumerate(block, 1):
                     score = float(self.scores.reshape(-1, n)[p, entry["candidate"]])
                     entry |= {"rank": rank, "score": None if math.isnan(score) else score}
             blocks.append(block)
         return blocks
+
+    def _sampled_part(self, p: int, candidate: int) -> np.ndarray:
+        """One image uint8[H, W, 3] with NOT_SAMPLED in place of the patches whose codes are missing."""
+        image = self.images.reshape(-1, *self.seeds.shape[-1:], *self.images.shape[-3:])[p, candidate]
+        codes = self.codes.reshape(-1, *self.seeds.shape[-1:], self.codes.shape[-1])[p, candidate]
+        if codes.min() >= 0:
+            return image
+        side = math.isqrt(len(codes))
+        missing = np.kron(codes.reshape(side, side) < 0, np.ones((len(image) // side,) * 2, bool))
+        return np.where(missing[..., None], np.array(NOT_SAMPLED, np.uint8), image)
 
     def _file_name(self, p: int, entry: dict[str, Any]) -> str:
         name = f"seed{entry['seed']}_candidate{entry['candidate']:03d}.png"
@@ -134,7 +206,7 @@ class Generation:
 def _caption(entry: dict[str, Any]) -> str:
     if entry.get("score") is None:
         return f"{entry['candidate']}"
-    return f"{entry['rank'] + 1}: {_short(entry['score'])} ({entry['candidate']})"
+    return f"{entry['rank']}: {_short(entry['score'])} ({entry['candidate']})"
 
 
 def _short(score: float) -> str:

@@ -106,7 +106,8 @@ def write_fresh(vqgan: Path, tokenizer: Path, config: Config, target: Path, *, s
     with new_folder(target) as folder:
         if not config.image_only:
             shutil.copytree(tokenizer, folder / "tokenizer")
-        write_model(vqgan, config, folder, leaf, f"fresh, for the codes of {vqgan.name}")
+        dropout = None if config.image_only else 0.0
+        write_model(vqgan, config, folder, leaf, f"fresh, for the codes of {vqgan.name}", caption_dropout=dropout)
 
 
 def place_rows(side: int, width: int) -> np.ndarray:

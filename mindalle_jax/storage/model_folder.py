@@ -16,7 +16,7 @@ from mindalle_jax.config.schema import Config
 from mindalle_jax.errors import CheckpointError
 from mindalle_jax.storage import weights
 from mindalle_jax.storage.adapters import Adapters, merged
-from mindalle_jax.storage.files import check_apart, check_free_disk, new_folder
+from mindalle_jax.storage.files import RANKER, check_apart, check_free_disk, new_folder
 from mindalle_jax.storage.weights import (
     DiskDType,
     Stage,
@@ -28,6 +28,7 @@ from mindalle_jax.storage.weights import (
     read_weights,
     write_weights,
 )
+from mindalle_jax.text.known_words import WORDS_FILE
 from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE
 
 TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE)
@@ -36,10 +37,16 @@ STAGE_FILES: dict[Stage, str] = {"stage1": "stage1_last.ckpt", "stage2": "stage2
 
 MODEL_MARKS = (weights.MANIFEST, STAGE_FILES["stage1"])
 """A folder that holds one of these is a model, and may be replaced by another."""
+RANKER_FILES = (
+    *("config.json", "preprocessor_config.json", "model.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+)
+"""Names of the files of a CLIP model in the folder `ranker`."""
 MODEL_FILES = (
     *("config.yaml", weights.MANIFEST, "LICENSE", "README.md", "*.ckpt"),
-    *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
+    *(f"tokenizer/{name}" for name in (*TOKENIZER_FILES, WORDS_FILE)),
     *(f"{stage}.safetensors" for stage in STAGE_FILES),
+    *(f"{RANKER}/{name}" for name in RANKER_FILES),
 )
 """Patterns of the files that are fetched from a repository of the hub, in either format."""
 
@@ -105,6 +112,10 @@ def copy_model(
                 shutil.copyfile(source / name, folder / name)
         if (source / "tokenizer").is_dir():
             copy_tokenizer(source / "tokenizer", folder / "tokenizer")
+        for name in RANKER_FILES:
+            if (source / RANKER / name).is_file():
+                (folder / RANKER).mkdir(exist_ok=True)
+                shutil.copyfile(source / RANKER / name, folder / RANKER / name)
         (folder / weights.MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         verify_s = verify_model(folder, manifest, weight_bytes)
     tensors_written = sum(len(entries) for entries in tensors.values())
@@ -158,8 +169,9 @@ def verify_model(folder: Path, manifest: dict[str, Any], weight_bytes: int) -> f
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     target.mkdir()
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(source / name, target / name)
+    for name in (*TOKENIZER_FILES, WORDS_FILE):
+        if name in TOKENIZER_FILES or (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def in_dtype(array: np.ndarray, dtype: str, what: str) -> np.ndarray:

@@ -86,8 +86,11 @@ def write_params(
     *,
     dtype: DiskDType = "float32",
     overwrite: bool = False,
+    caption_dropout: float | None = None,
 ) -> None:
     """Writes a model folder from parameters as place_params gives them, float32.
+
+    caption_dropout: of the manifest (see read_manifest); None leaves it out.
 
     Raises OutputError or UsageError; nothing half-written is left behind.
     """
@@ -99,6 +102,8 @@ def write_params(
         "source": "arrays in memory",
         "tensors": {},
     }
+    if caption_dropout is not None:
+        manifest["caption_dropout"] = caption_dropout
     with new_folder(folder, overwrite, MODEL_MARKS) as partial:
         for stage in STAGES:
             chunks = ((name, array.astype(numpy_dtype(dtype))) for name, _, array in _parts(params[stage]))

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,23 @@ from mindalle_jax.storage.weights import (
     read_manifest,
     write_weights,
 )
+from mindalle_jax.text.known_words import read_known_words
 
 
 def write_model(
-    base: Path, config: Config, folder: Path, leaf: Callable[[str, tuple[int, ...]], np.ndarray], source: str
+    base: Path,
+    config: Config,
+    folder: Path,
+    leaf: Callable[[str, tuple[int, ...]], np.ndarray],
+    source: str,
+    *,
+    caption_dropout: float | None = None,
+    captions: Iterable[str] = (),
 ) -> None:
     """Writes a model into an existing folder: stage 2 from leaf(path, shape), what is not there as in the model `base`.
 
+    caption_dropout: of the manifest (see read_manifest); None leaves it out. captions: that it was trained on besides;
+    their words join the list of the tokenizer, where it has one.
     The manifest is replaced last, so a folder with an old model in it holds one of the two.
     """
     shapes = leaf_shapes(config, "stage2")
@@ -52,10 +62,15 @@ def write_model(
             shutil.copyfile(base / name, folder / name)
     if not config.image_only and not (folder / "tokenizer").exists():
         shutil.copytree(base / "tokenizer", folder / "tokenizer")
+    if not config.image_only and (known_words := read_known_words(folder / "tokenizer")) is not None:
+        known_words.extended(captions).save(folder / "tokenizer")
     if not (folder / "stage1.safetensors").exists():
         shutil.copyfile(base / "stage1.safetensors", folder / "stage1.safetensors")
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    _replace(folder, "stage2.safetensors", {"stage1": stage1, "stage2": stage2}, source)
+    about: dict[str, Any] = {"source": source}
+    if caption_dropout is not None:
+        about["caption_dropout"] = caption_dropout
+    _replace(folder, "stage2.safetensors", {"stage1": stage1, "stage2": stage2}, about)
 
 
 def write_vqgan(config: Config, folder: Path, params: Mapping[str, np.ndarray], source: str) -> None:
@@ -66,16 +81,16 @@ def write_vqgan(config: Config, folder: Path, params: Mapping[str, np.ndarray], 
     partial.unlink(missing_ok=True)
     stage1 = write_weights(partial, shapes, ((path, params[path]) for path in shapes))
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    _replace(folder, "stage1.safetensors", {"stage1": stage1}, source)
+    _replace(folder, "stage1.safetensors", {"stage1": stage1}, {"source": source})
 
 
-def _replace(folder: Path, name: str, tensors: dict[str, Any], source: str) -> None:
-    """Puts the weights `name`.partial in their place, and a manifest of these tensors."""
+def _replace(folder: Path, name: str, tensors: dict[str, Any], about: dict[str, Any]) -> None:
+    """Puts the weights `name`.partial in their place, and a manifest of these tensors. about: more of its entries."""
     text = json.dumps(
         {
             "format_version": FORMAT_VERSION,
             "writer": f"mindalle-jax {mindalle_jax.__version__}",
-            "source": source,
+            **about,
             "tensors": tensors,
         },
         indent=1,

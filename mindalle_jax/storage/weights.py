@@ -189,13 +189,18 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """manifest.json of a model folder: {"format_version", "tensors": {stage: {name: {dtype, shape, crc32}}}, ...}."""
+    """manifest.json of a model folder: {"format_version", "tensors": {stage: {name: {dtype, shape, crc32}}}, ...}.
+
+    "caption_dropout" is the share of captions that training left blank, in [0, 1]; it is missing where nobody knows.
+    """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
         if version == FORMAT_VERSION:
             _check_entries(manifest["tensors"])
+            if not 0 <= manifest.get("caption_dropout", 0) <= 1:
+                raise ValueError(f"caption_dropout {manifest['caption_dropout']}")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; {folder} is not a converted model") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

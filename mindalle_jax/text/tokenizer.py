@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from mindalle_jax.errors import CheckpointError, UsageError
+from mindalle_jax.text.known_words import KnownWords, read_known_words
 
 VOCAB_FILE = "bpe-16k-vocab.json"
 MERGES_FILE = "bpe-16k-merges.txt"
@@ -65,6 +66,8 @@ class TextTokenizer:
             )
         self.unk_id, self.pad_id = _special_id(folder, vocab, UNKNOWN), _special_id(folder, vocab, PAD)
         self.context_length = context_length
+        self.known_words: KnownWords | None = read_known_words(folder)
+        """The words that the model was trained on, where its folder says so."""
         try:
             bpe = models.BPE(vocab, merges, unk_token=UNKNOWN, end_of_word_suffix=WORD_END)
         except Exception as error:  # the library raises bare Exception
@@ -89,9 +92,11 @@ class TextTokenizer:
         )
 
     def save(self, folder: Path) -> None:
-        """Writes the two files of the vocabulary into a new folder, for TextTokenizer to read."""
+        """Writes the vocabulary, and the known words, into a new folder, for TextTokenizer to read."""
         folder.mkdir(parents=True)
         self._tokenizer.model.save(str(folder), VOCAB_FILE.removesuffix("-vocab.json"))
+        if self.known_words is not None:
+            self.known_words.save(folder)
 
 
 def char_bpe(model: models.BPE) -> Tokenizer:

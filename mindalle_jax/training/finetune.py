@@ -196,15 +196,26 @@ class FinetuneRun(Run):
         trained = {path: gather_to_host(leaf) for path, leaf in (state.ema or state.params).items()}
         if jax.process_index() != 0:
             return
-        tensors = read_manifest(self.base)["tensors"]["stage2"]
-        before = map_weights(self.base / "stage2.safetensors", tensors)
+        manifest = read_manifest(self.base)
+        before = map_weights(self.base / "stage2.safetensors", manifest["tensors"]["stage2"])
         scale = self.step_config.lora_scale
 
         def leaf(path: str, shape: tuple[int, ...]) -> np.ndarray:
             weight = trained[path] if path in trained else np.asarray(before[path], np.float32)
             return merged(path, weight, trained, scale)
 
-        write_model(self.base, self.model_config, self.out, leaf, f"fine-tuned from {self.base.name}")
+        caption_dropout = manifest.get("caption_dropout")
+        if self.config.training.caption_dropout:
+            caption_dropout = max(caption_dropout or 0.0, self.config.training.caption_dropout)
+        write_model(
+            self.base,
+            self.model_config,
+            self.out,
+            leaf,
+            f"fine-tuned from {self.base.name}",
+            caption_dropout=None if self.config.image_only else caption_dropout,
+            captions=(caption for sample in self.source.samples for caption in sample.captions),
+        )
         if self.config.training.lora.rank:
             import safetensors.numpy
 

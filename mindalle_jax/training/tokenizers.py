@@ -18,6 +18,7 @@ from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import DataError, OutputError, UsageError
 from mindalle_jax.storage.files import check_writable, new_folder
 from mindalle_jax.text.clip_tokenizer import END, START, byte_tokens, make_clip_tokenizer
+from mindalle_jax.text.known_words import KnownWords, count_words
 from mindalle_jax.text.tokenizer import MERGES_FILE, PAD, UNKNOWN, VOCAB_FILE, WORD_END, char_bpe
 
 Kind = Literal["mindalle", "clip"]
@@ -31,12 +32,13 @@ MIN_FREQUENCY = 2
 def train_tokenizer(data: str | Path, out: Path, *, vocab_size: int, kind: Kind) -> str:
     """Trains on the captions of a data set and writes the folder `out`; returns one line that says what was made.
 
-    kind mindalle: bpe-16k-vocab.json and bpe-16k-merges.txt, for tokenizer.TextTokenizer. kind clip: tokenizer.json,
-    for interop.clip_tokenizer and for transformers' CLIPTokenizer.
+    kind mindalle: bpe-16k-vocab.json, bpe-16k-merges.txt, and words.json with the words of the captions, for
+    text.tokenizer. kind clip: tokenizer.json, for text.clip_tokenizer and for transformers' CLIPTokenizer.
     Raises OutputError if `out` holds something, DataError for data without captions, UsageError as the functions below.
     """
     if kind not in KINDS:
         raise UsageError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    out = out.expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists and is not empty; name another place")
     check_writable(out)
@@ -48,6 +50,7 @@ def train_tokenizer(data: str | Path, out: Path, *, vocab_size: int, kind: Kind)
             (folder / VOCAB_FILE).write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
             lines = ["#version: 0.2", *map(" ".join, merges), ""]
             (folder / MERGES_FILE).write_text("\n".join(lines), encoding="utf-8")
+            KnownWords(frozenset(count_words(captions))).save(folder)
         else:
             tokenizer.save(str(folder / "tokenizer.json"))
     longest = max(len(encoding.ids) for encoding in tokenizer.encode_batch(captions))

@@ -8,6 +8,7 @@ DIR/demo/metrics.json what was measured of it.
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 import sys
@@ -31,6 +32,7 @@ from mindalle_jax.pipeline import Dalle
 from mindalle_jax.ranking.ranker import ClipRanker
 from mindalle_jax.runtime.devices import training_devices
 from mindalle_jax.storage.model_folder import copy_model
+from mindalle_jax.text.known_words import read_known_words
 from scripts.scenes.accuracy import accuracy, draw_scenes, nearest
 from scripts.scenes.dataset import captions, draw, make_scene, write_scenes
 from scripts.scenes.judge import judge
@@ -53,6 +55,12 @@ CHANGES: dict[str, dict[str, list[str]]] = {
         "clip": ["experiment.total_batch_size=512", "optimizer.max_steps=1500", "training.warmup_steps=100"],
     },
 }  # fmt: skip
+ABOUT = "draws one or two coloured shapes on a plain background"
+EXAMPLES = (
+    "a large striped green circle to the left of a small red heart on a grey background",
+    "a large yellow star above a small blue ring on white",
+    "a small pink diamond on a sky background",
+)
 CARD = """\
 ---
 library_name: mindalle-jax
@@ -157,6 +165,9 @@ def pack(work: Path) -> None:
     copy_model(work / "transformer", demo, dtype="float16")
     ClipRanker.from_pretrained(work / "clip", dtype="float32").save_pretrained(demo / "ranker", dtype="float16")
     shutil.copyfile(ROOT / "LICENSE", demo / "LICENSE")
+    known_words = read_known_words(demo / "tokenizer")
+    assert known_words is not None  # train-tokenizer wrote them
+    dataclasses.replace(known_words, about=ABOUT, examples=EXAMPLES).save(demo / "tokenizer")
     card = CARD.format(
         caption=captions(make_scene("valid", 1))[0],
         shapes=", ".join(scenes.SHAPES),

@@ -1,0 +1,101 @@
+"""The words that a model was trained on, where its folder says so: tokenizer/words.json.
+
+    {"about": "draws coloured shapes", "examples": ["a red circle"], "words": ["a", "circle", "red"]}
+
+A small model knows few words, and draws something for every prompt. The published model has no such list.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from mindalle_jax.errors import CheckpointError
+
+WORDS_FILE = "words.json"
+MAX_WORDS = 20_000
+"""Captions with more distinct words are the language at large: no list is written, and nothing is warned of."""
+MAX_BYTES = 4 << 20
+FUNCTION_WORDS = frozenset("a an and as at by for from in into is of on or s the to with".split())
+"""Words that name nothing: a prompt of these and of unknown words alone has no known word."""
+LARGER_MODEL = "for photographs and paintings take the published model, minDALL-E/1.3B (a download of 5 GB)"
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownWords:
+    """The words of one model, lower case."""
+
+    words: frozenset[str]
+    about: str = ""
+    """Continues the name of the model: "draws coloured shapes"."""
+    examples: tuple[str, ...] = ()
+    """Prompts that it follows."""
+
+    def warning(self, prompt: str, model: str) -> str | None:
+        """The words of the prompt that `model` does not know, with the nearest known ones; None if it knows all."""
+        content = [word for word in dict.fromkeys(split_words(prompt)) if word not in FUNCTION_WORDS]
+        unknown = [word for word in content if word not in self.words]
+        if not unknown:
+            return None
+        named = ", ".join(self._with_nearest(word) for word in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
+        if len(unknown) == len(content):
+            said = f"{model} knows none of these words: {named}"
+        else:
+            said = f"{model} does not know {named}"
+        about = self.about or f"was trained on {len(self.words):,} words"
+        example = f', such as "{min(self.examples, key=len)}"' if self.examples else ""
+        return f'{said} (in "{_shortened(prompt)}"). It {about}{example}; {LARGER_MODEL}'
+
+    def extended(self, captions: Iterable[str]) -> "KnownWords":
+        """The same with the words of captions that the model was trained on besides."""
+        return dataclasses.replace(self, words=self.words | frozenset(count_words(captions)))
+
+    def save(self, folder: Path) -> None:
+        """Writes words.json into the folder of a tokenizer, or removes it if there are more than MAX_WORDS."""
+        if len(self.words) > MAX_WORDS:
+            (folder / WORDS_FILE).unlink(missing_ok=True)
+            return
+        tree = {"about": self.about, "examples": list(self.examples), "words": sorted(self.words)}
+        (folder / WORDS_FILE).write_text(json.dumps(tree, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+    def _with_nearest(self, word: str) -> str:
+        near = difflib.get_close_matches(word, self.words, n=1, cutoff=0.7)
+        return f"{word} (but {near[0]})" if near else word
+
+
+def read_known_words(folder: Path) -> KnownWords | None:
+    """The words of the tokenizer in a folder, None if it has no list. Raises CheckpointError for a damaged file."""
+    path = folder / WORDS_FILE
+    if not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES >> 20} MB")
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        texts = [tree["about"], *tree["examples"], *tree["words"]]
+        # It is shown on a terminal, where control characters are commands.
+        if not all(isinstance(text, str) and text.isprintable() for text in texts):
+            raise ValueError("about, examples and words must be text without control characters")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a list of words: {type(error).__name__}: {str(error)[:100]}") from None
+    return KnownWords(frozenset(tree["words"]), tree["about"], tuple(tree["examples"]))
+
+
+def count_words(captions: Iterable[str]) -> Counter[str]:
+    """How often each word occurs."""
+    counts = Counter[str]()
+    for caption in captions:
+        counts.update(split_words(caption))
+    return counts
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text: runs of letters and digits, lower case."""
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def _shortened(prompt: str) -> str:
+    return prompt if len(prompt) <= 60 else prompt[:57] + "..."
