@@ -7,14 +7,11 @@ Whatever interrupts a run, the same command resumes it after the last checkpoint
 """
 
 import abc
-import contextlib
 import json
-import signal
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -29,6 +26,7 @@ from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from mindalle_jax.runtime.devices import DType, device_memory, pinned, prepare_process, training_devices
 from mindalle_jax.runtime.sharding import BATCH, batch_devices, make_mesh
+from mindalle_jax.runtime.signals import stop_on_signals
 from mindalle_jax.training.checkpoint import Checkpoints
 from mindalle_jax.training.config import RunConfig
 from mindalle_jax.training.metrics import Monitor, memory_line
@@ -324,37 +322,3 @@ def _any_process(flag: bool) -> bool:
 def _gathered(array: np.ndarray) -> np.ndarray:
     """[P, ...]: the array of each process."""
     return array[None] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(array))
-
-
-class StopFlag:
-    """Is yielded by `stop_on_signals`."""
-
-    requested = False
-    """Whether a signal has come: then finish the step, save and leave."""
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopFlag]:
-    """The first SIGTERM or SIGINT in the block sets a flag; the second one acts as it would without the block.
-
-    For the main thread, and after jax.distributed.initialize, whose own handler of SIGTERM it replaces. Several
-    processes must agree on the step to stop at: a signal reaches them at different ones.
-    """
-    flag = StopFlag()
-    # getsignal is None for a handler that was not installed from Python, and cannot be put back.
-    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def put_back() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        flag.requested = True
-        put_back()
-
-    try:
-        for number in before:
-            signal.signal(number, stop)
-        yield flag
-    finally:
-        put_back()

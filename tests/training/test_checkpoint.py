@@ -4,11 +4,9 @@ import contextlib
 import gc
 import json
 import multiprocessing
-import os
 import random
 import resource
 import shutil
-import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -34,7 +32,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mindalle_jax.errors import CheckpointError, DeviceMemoryError, OutputError, UsageError
 from mindalle_jax.training.checkpoint import Checkpoints, Restored
-from mindalle_jax.training.loop import stop_on_signals
 
 # What Orbax leaves of its tasks and event loops when a read or a write fails.
 pytestmark = [
@@ -424,22 +421,3 @@ def test_two_processes_read_what_one_wrote_and_the_other_way(tmp_path, processes
         restored = checkpoints.restore(target(NamedSharding(mesh_of("2x4"), PartitionSpec("model", "data"))))
     assert restored.step == 2
     assert_same_bits(restored.state, expected(1))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_asks_to_stop_and_the_second_acts_as_usual(number):
-    came: list[int] = []
-    before = signal.signal(number, lambda n, _: came.append(n))
-    try:
-        with stop_on_signals() as stop:
-            assert not stop.requested
-            os.kill(os.getpid(), number)
-            assert stop.requested and came == []
-            os.kill(os.getpid(), number)
-            assert came == [number]
-        with stop_on_signals() as stop:
-            pass
-        os.kill(os.getpid(), number)
-        assert came == [number] * 2 and not stop.requested
-    finally:
-        signal.signal(number, before)

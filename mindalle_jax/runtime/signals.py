@@ -1,0 +1,40 @@
+"""Ctrl-C and SIGTERM as a wish to stop, so that what is done is kept."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+
+class StopFlag:
+    """Is yielded by `stop_on_signals`."""
+
+    requested = False
+    """Whether a signal has come: then finish the step, or the row of codes, save and leave."""
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopFlag]:
+    """The first SIGTERM or SIGINT in the block sets a flag; the second one acts as it would without the block.
+
+    For the main thread, and after jax.distributed.initialize, whose own handler of SIGTERM it replaces. Several
+    processes must agree on the step to stop at: a signal reaches them at different ones.
+    """
+    flag = StopFlag()
+    # getsignal is None for a handler that was not installed from Python, and cannot be put back.
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        flag.requested = True
+        put_back()
+
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield flag
+    finally:
+        put_back()
