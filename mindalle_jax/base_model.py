@@ -48,8 +48,10 @@ class Model:
 
     folder: Path | None = None
     """Where the model was loaded from, absolute; None for one made in memory."""
-    name: str = "the model in memory"
+    name: str = "in memory"
     """The name that it was loaded by, or the path of its folder."""
+    revision: str | None = None
+    """Of the repository, where one was named."""
     caption_dropout: float | None = None
     """Share of captions that training left blank; None where nobody knows."""
     _image_only: bool
@@ -142,7 +144,8 @@ class Model:
             }
         model = cls(config, params, *text, dtype=dtype, mesh=mesh, quantize=quantize)
         model.folder, model._fingerprint = folder, fingerprint(tensors)
-        model.name, model.caption_dropout = _display_name(path_or_name), manifest.get("caption_dropout")
+        model.name, model.revision = _display_name(path_or_name), revision
+        model.caption_dropout = manifest.get("caption_dropout")
         return model
 
     def __repr__(self) -> str:
@@ -243,7 +246,8 @@ class Model:
     def _stream(
         self, request: RowRequest, options: SamplingOptions, every: int | None, single: bool, **notes: Any
     ) -> Iterator[Generation]:
-        about = notes | {"quantize": self.quantize, "model": self.name, "model_sha256": self._fingerprint}
+        named = {"model": self.name, "revision": self.revision, "model_sha256": self._fingerprint}
+        about = notes | {"quantize": self.quantize} | named
         return generate_images(self._networks, request, options, every, single, about)
 
     @cached_property

@@ -1,6 +1,8 @@
 """Every error a person can cause, each with its own process exit code (the table in docs/cli.md is this file)."""
 
 import difflib
+import importlib.metadata
+import shlex
 import sys
 import warnings
 from collections.abc import Iterable
@@ -66,10 +68,21 @@ def one_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """ "; did you mean NAME?" for the nearest of the names, whatever the case of letters; "" if none is near."""
+    """The end of a message, "; did you mean NAME?", for a name that begins so or is near; "" if there is none."""
     lower = {other.lower(): other for other in names}
-    near = difflib.get_close_matches(name.lower(), lower, n=1)
+    near = [other for other in lower if len(name) > 3 and other.startswith(name.lower())]
+    near += difflib.get_close_matches(name.lower(), lower, n=1)
     return f"; did you mean {lower[near[0]]}?" if near else ""
+
+
+def install_hint(extra: str) -> str:
+    """The command that installs what an extra of this package names, for people who have the package."""
+    try:
+        required = importlib.metadata.requires("mindalle-jax") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        required = []
+    names = [line.partition(";")[0].strip() for line in required if f'extra == "{extra}"' in line]
+    return f"pip install {' '.join(map(shlex.quote, names or [f'mindalle-jax[{extra}]']))}"
 
 
 def warn(message: str) -> None:

@@ -36,7 +36,7 @@ from mindalle_jax.interop.key_maps import slots
 from mindalle_jax.interop.mindalle import import_checkpoint
 from mindalle_jax.interop.torch_archive import write_torch_archive
 from mindalle_jax.storage.model_folder import STAGE_FILES
-from mindalle_jax.storage.weights import Stage, leaf_shapes, nest
+from mindalle_jax.storage.weights import MANIFEST, Stage, leaf_shapes, nest
 from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE
 
 MERGES = ["c a", "ca t</w>", "t h", "th e</w>", "a n", "an d</w>", "d o", "do g</w>", "e r", "1 2</w>"]
@@ -195,8 +195,11 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_config: Config) -
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
-    """The tiny model converted. Read only: copy it before changing it."""
-    return import_checkpoint(tiny_folder, tmp_path_factory.mktemp("converted") / "tiny").target
+    """The tiny model converted, as if trained with caption dropout. Read only: copy it before changing it."""
+    folder = import_checkpoint(tiny_folder, tmp_path_factory.mktemp("converted") / "tiny").target
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"caption_dropout": 0.1}, indent=1), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(scope="session")

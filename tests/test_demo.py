@@ -57,7 +57,7 @@ def test_the_command_uses_it_and_its_ranker(tmp_path):
     out = tmp_path / "out"
     assert main(["sample", "a large red circle on white", "--out", str(out), "--num-candidates", "4"]) == 0
     assert len(list(out.glob("rank*_score*_seed0_candidate*.png"))) == 4
-    with Image.open(next(out.glob("rank000*"))) as best:
+    with Image.open(next(out.glob("rank001*"))) as best:
         assert best.size == (64, 64)
 
 

@@ -58,9 +58,9 @@ def test_a_model_imports_what_it_needs():
     "arguments", [["--help"], ["--version"], ["sample", "--help"], ["finetune", "--help"], []], ids=" ".join
 )
 def test_help_and_version_import_no_network(arguments):
-    """Help that takes seconds to come is not asked for twice. The last has no verb, which is an error."""
+    """Help that takes seconds to come is not asked for twice. The last has no verb, which shows the help."""
     run = f"import sys\nfrom mindalle_jax.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n    {LOADED}"
     done = python("-c", run, *arguments)
-    assert done.returncode == (0 if arguments else 2)
+    assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == "", done.stdout
     assert len(done.stdout) + len(done.stderr) > 10

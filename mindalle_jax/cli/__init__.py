@@ -4,91 +4,151 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mindalle_jax
-from mindalle_jax.cli.convert import add_convert_arguments, run_convert
+from mindalle_jax.cli import convert, prepare_codes, sample, show, train
 from mindalle_jax.cli.logs import quiet_libraries
-from mindalle_jax.cli.prepare_codes import add_prepare_codes_arguments, run_prepare_codes
-from mindalle_jax.cli.sample import add_sample_arguments, run_sample
-from mindalle_jax.cli.train import (
-    add_run_arguments,
-    add_tokenizer_arguments,
-    run_clip,
-    run_finetune,
-    run_tokenizer,
-    run_vqgan,
-)
-from mindalle_jax.errors import MindalleError, UsageError
+from mindalle_jax.cli.parser import HelpFormatter, Parser
+from mindalle_jax.errors import MindalleError, UsageError, did_you_mean, install_hint
 
-VERBS: list[tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None], str]] = [
-    ("sample", add_sample_arguments, run_sample, "draw images of prompts and write them to a folder"),
-    ("finetune", add_run_arguments, run_finetune, "train a model on your own images, or resume a run"),
-    ("train-vqgan", add_run_arguments, run_vqgan, "train the network that turns images into codes, or resume a run"),
-    ("train-clip", add_run_arguments, run_clip, "train a CLIP model, which ranks images, or resume a run"),
-    ("train-tokenizer", add_tokenizer_arguments, run_tokenizer, "make a tokenizer from the captions of a data set"),
-    (
-        "prepare-codes",
-        add_prepare_codes_arguments,
-        run_prepare_codes,
-        "compute the codes of a data set once, so that fine-tuning need not run the VQGAN in every step",
+
+class Verb(NamedTuple):
+    """One command."""
+
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+    help: str
+    example: str
+
+
+VERBS = {
+    "sample": Verb(
+        sample.add_sample_arguments,
+        sample.run_sample,
+        "images of prompts, written to a folder",
+        sample.EXAMPLE,
     ),
-    ("convert", add_convert_arguments, run_convert, "convert weights from PyTorch, or back to it, without PyTorch"),
-]
-"""Name, arguments, work and one-line help of each verb."""
+    "show": Verb(
+        show.add_show_arguments,
+        show.run_show,
+        "say how an image was made, and print the command that makes it again",
+        show.EXAMPLE,
+    ),
+    "finetune": Verb(
+        train.add_run_arguments,
+        train.run_finetune,
+        "train a model on your own images, or resume a run",
+        train.FINETUNE_EXAMPLE,
+    ),
+    "train-vqgan": Verb(
+        train.add_run_arguments,
+        train.run_vqgan,
+        "train the network that turns images into codes, or resume a run",
+        train.VQGAN_EXAMPLE,
+    ),
+    "train-clip": Verb(
+        train.add_run_arguments,
+        train.run_clip,
+        "train a CLIP model, which ranks images, or resume a run",
+        train.CLIP_EXAMPLE,
+    ),
+    "train-tokenizer": Verb(
+        train.add_tokenizer_arguments,
+        train.run_tokenizer,
+        "make a tokenizer from the captions of a data set",
+        train.TOKENIZER_EXAMPLE,
+    ),
+    "prepare-codes": Verb(
+        prepare_codes.add_prepare_codes_arguments,
+        prepare_codes.run_prepare_codes,
+        "compute the codes of a data set once, so that fine-tuning need not run the VQGAN in every step",
+        prepare_codes.EXAMPLE,
+    ),
+    "convert": Verb(
+        convert.add_convert_arguments,
+        convert.run_convert,
+        "convert weights from PyTorch, or back to it, without PyTorch",
+        convert.EXAMPLE,
+    ),
+}
 TRAINING_MODULES = ("optax", "orbax", "grain", "tensorboardX")
 """Modules of the extra [train]."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code (docs/cli.md has the table)."""
-    arguments = _parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0].startswith("-") or argv[0] not in VERBS:
+        return _without_verb(argv)
+    parser = verb_parser(argv[0])
+    arguments = parser.parse(argv[1:])
     with quiet_libraries(arguments.verbose):
-        return run_reporting(f"mindalle {arguments.verb}", lambda: arguments.run(arguments))
+        return run_reporting(parser.prog, lambda: VERBS[argv[0]].run(arguments), parser.as_typed)
 
 
-def run_reporting(command: str, run: Callable[[], None]) -> int:
-    """Calls `run` and returns the exit code; what goes wrong becomes one message that starts with `command`."""
+def verb_parser(name: str) -> Parser:
+    """The parser of a verb."""
+    verb = VERBS[name]
+    parser = Parser(f"mindalle {name}", f"{verb.help[0].upper()}{verb.help[1:]}.", verb.example)
+    verb.add_arguments(parser)
+    parser.add_argument("--verbose", action="store_true", help="show what JAX, Orbax and other libraries log")
+    return parser
+
+
+def run_reporting(command: str, run: Callable[[], None], as_typed: Callable[[str], str] = str) -> int:
+    """Calls `run` and returns the exit code; what goes wrong becomes one message that starts with `command`.
+
+    as_typed: turns names of Python's options into those of the command line.
+    """
+
+    def report(message: Any, code: int) -> int:
+        print(f"{command}: {message}", file=sys.stderr)
+        return code
+
+    def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"warning: {as_typed(str(message))}", file=sys.stderr)
+
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = show_warning
         try:
             run()
             return 0
         except MindalleError as error:
-            print(f"{command}: {error}", file=sys.stderr)
-            return error.exit_code
+            return report(as_typed(str(error)), error.exit_code)
         except ModuleNotFoundError as error:
             module = (error.name or "").partition(".")[0]
             if module not in TRAINING_MODULES:
                 raise
-            print(f"{command}: needs {module}: pip install 'mindalle-jax[train]'", file=sys.stderr)
-            return UsageError.exit_code
+            return report(f"needs {module}: {install_hint('train')}", UsageError.exit_code)
         except OSError as error:
-            print(f"{command}: {error}", file=sys.stderr)
-            return MindalleError.exit_code
-        except KeyboardInterrupt:
-            print(f"{command}: interrupted", file=sys.stderr)
-            return 130
+            return report(error, MindalleError.exit_code)
+        except KeyboardInterrupt as interruption:
+            return report(interruption if interruption.args else "interrupted", 130)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that there are: not None, where the help says what that means, nor that a switch is off."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mindalle", description="minDALL-E in JAX: text to image.")
+def _without_verb(argv: Sequence[str]) -> int:
+    """`mindalle` alone, --help, --version, or a mistake."""
+    width = max(map(len, VERBS)) + 2
+    parser = argparse.ArgumentParser(
+        prog="mindalle",
+        usage="mindalle VERB ...",
+        description="minDALL-E in JAX: text to image.",
+        epilog="verbs:\n"
+        + "\n".join(f"  {name:{width}}{verb.help}" for name, verb in VERBS.items())
+        + '\n\nexample:\n  mindalle sample "a large red circle above a small blue ring"\n\n'
+        "mindalle VERB --help lists the options of a verb.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {mindalle_jax.__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, add_arguments, run, text in VERBS:
-        sub = verbs.add_parser(name, help=text, description=text, formatter_class=HelpFormatter)
-        add_arguments(sub)
-        sub.add_argument("--verbose", action="store_true", help="show what JAX, Orbax and other libraries log")
-        sub.set_defaults(run=run)
-    return parser
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    if argv and argv[0] not in ("-h", "--help", "--version"):
+        given = argv[0]
+        if given.startswith("-") or " " in given:
+            hint = 'a verb comes first, as in mindalle sample "a large red circle"'
+        else:
+            hint = f"there is no verb {given}{did_you_mean(given, VERBS) or '; mindalle --help lists them'}"
+        print(f"mindalle: {hint}", file=sys.stderr)
+        return UsageError.exit_code
+    parser.parse_args(argv or ["--help"])
+    return 0

@@ -3,8 +3,14 @@
 import argparse
 from pathlib import Path
 
+from mindalle_jax.cli.parser import add_path
 from mindalle_jax.errors import UsageError
 from mindalle_jax.storage.files import check_output
+
+EXAMPLE = """
+mindalle convert minDALL-E/1.3B models/mindalle
+mindalle convert models/mindalle exported --to torch
+"""
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,24 +22,22 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         "of Hugging Face or a .pt of OpenAI), or a name (minDALL-E/1.3B, or OWNER/NAME on the Hugging Face hub, is "
         "downloaded); with --to torch a converted folder",
     )
-    parser.add_argument("target", metavar="DST", type=Path, help="the folder to make")
+    add_path(parser, "target", metavar="DST", help="the folder to make")
     parser.add_argument("--to", choices=["jax", "torch"], default="jax", help="the format to make")
     parser.add_argument(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],
         help="of the weights in DST (default: that of a converted SRC, else float32)",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="config.yaml, where it is not beside the weights")
-    parser.add_argument(
+    add_path(parser, "--config", metavar="FILE", help="config.yaml, where it is not beside the weights")
+    add_path(
+        parser,
         "--tokenizer",
-        type=Path,
         metavar="PATH",
         help="of a CLIP model that has none, as OpenAI's .pt: a Hugging Face folder that has, or "
         "bpe_simple_vocab_16e6.txt.gz",
     )
-    parser.add_argument(
-        "--adapters", type=Path, metavar="FILE", help="add adapters.safetensors of a run that began from SRC"
-    )
+    add_path(parser, "--adapters", metavar="FILE", help="add adapters.safetensors of a run that began from SRC")
     parser.add_argument(
         "--download-from", metavar="URL", help="another source of the same archive: a URL or a local file"
     )

@@ -2,8 +2,10 @@
 
 import argparse
 import sys
-from pathlib import Path
 
+from mindalle_jax.cli.parser import add_path
+
+EXAMPLE = "mindalle prepare-codes --model models/mindalle --data photos --out photos-codes"
 NOTES = """Train with the folder --out as data.train. Images are cropped in the middle, where training on images crops
 at random: random crops are gone. All captions are kept. An interrupted run resumes when the same command is given
 again; codes of another model or of other data are never mixed in or overwritten."""
@@ -11,10 +13,10 @@ again; codes of another model or of other data are never mixed in or overwritten
 
 def add_prepare_codes_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `mindalle prepare-codes`."""
-    parser.epilog = NOTES
-    parser.add_argument("--model", required=True, help="as mindalle sample takes it; its VQGAN alone is loaded")
+    parser.description = f"{parser.description}\n\n{NOTES}"
+    parser.add_argument("-m", "--model", required=True, help="as mindalle sample takes it; its VQGAN alone is loaded")
     parser.add_argument("--data", required=True, help="a folder of images, or tars: cc3m-{00000..00331}.tar")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder, or one to resume")
+    add_path(parser, "-o", "--out", required=True, metavar="DIR", help="a new folder, or one to resume")
     parser.add_argument(
         "--task",
         choices=["text", "class", "unconditional"],

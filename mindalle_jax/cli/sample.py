@@ -5,36 +5,46 @@ import dataclasses
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mindalle_jax.errors import OutputError, UsageError
+from mindalle_jax.cli.parser import add_path
+from mindalle_jax.errors import OutputError, UsageError, warn
 from mindalle_jax.sampling.options import SamplingOptions, check_every, check_keep_rows, check_quantize
-from mindalle_jax.storage.files import DEMO, RANKER, check_writable
+from mindalle_jax.storage.files import DEMO, check_writable
 
+EXAMPLE = """
+mindalle sample "a large red circle above a small blue ring"
+mindalle sample "a painting of a cat" -m minDALL-E/1.3B -n 96 --ranker ViT-B/32 --best 16 -o cats
+"""
 FIELDS = {field.name: field for field in dataclasses.fields(SamplingOptions)}
 OPTIONS = ("num_candidates", "seed", "top_k", "top_p", "temperature", "guidance_scale", "batch_size", "mixed_batches",
-           "jacobi")  # fmt: skip
+           "jacobi", "ranker")  # fmt: skip
 """Fields of SamplingOptions that have an argument of the same name."""
+OUT = Path("out")
+"""Where images go if nobody says where."""
 
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `mindalle sample`."""
-    what = parser.add_argument_group("what to draw")
-    what.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw; each prompt gets its own images")
-    what.add_argument("--prompts-file", type=Path, metavar="FILE", help="more prompts, one per line, UTF-8")
+    what = parser.add_argument_group("what to sample")
+    what.add_argument("prompts", nargs="*", metavar="PROMPT", help="a text in quotes; each prompt gets its own images")
+    text = "the same as PROMPT; may be given more than once"
+    what.add_argument("--prompt", action="append", default=[], metavar="PROMPT", dest="more_prompts", help=text)
+    add_path(what, "--prompts-file", metavar="FILE", help="more prompts, one per line, UTF-8")
     what.add_argument("--class-id", type=int, metavar="C", help=FIELDS["class_id"].metadata["doc"])
-    _add_option(what, "num_candidates", type=int, metavar="N", default=16, help="images per prompt")
+    _add_option(what, "num_candidates", "-n", type=int, metavar="N")
     _add_option(what, "seed", metavar="S")
-    what.add_argument("--image", type=Path, metavar="FILE", help="complete this image below its --keep-rows")
-    text = "as --image, for an image that this command wrote, from its exact codes"
-    what.add_argument("--vary", type=Path, metavar="FILE", help=text)
+    add_path(what, "--image", metavar="FILE", help="complete this image below its --keep-rows")
+    text = "as --image, for a PNG that mindalle wrote, from the codes in it; its prompt is the default"
+    add_path(what, "--vary", metavar="FILE", help=text)
     text = "rows of codes to keep from the top of --image or --vary"
     what.add_argument("--keep-rows", type=int, metavar="K", help=text)
 
-    how = parser.add_argument_group("how to draw")
+    how = parser.add_argument_group("how to sample")
     how.add_argument(
+        "-m",
         "--model",
         default=DEMO.name,
         help="demo (small, in the package: coloured shapes), a converted folder, a folder in the original's format, "
@@ -56,48 +66,28 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--quantize", choices=["weights", "weights+cache"], help=text)
 
     output = parser.add_argument_group("what to write")
-    output.add_argument("--out", type=Path, metavar="DIR", help="where the images go; a new folder")
+    text = "a new folder for the images (default: out/PROMPT-seedS, with a number if that exists)"
+    add_path(output, "-o", "--out", metavar="DIR", help=text)
     output.add_argument("--overwrite", action="store_true", help="replace files of the same names in --out")
-    text = "sample once and keep nothing, to compile what the other options take; needs no prompt and no --out"
+    text = "sample once and keep nothing, to compile what the other options take; needs no prompt"
     output.add_argument("--warmup", action="store_true", help=text)
-    output.add_argument(
-        "--ranker",
-        help="what orders the images: a CLIP model (a Hugging Face folder, or a hub id such as "
-        "openai/clip-vit-base-patch32), likelihood (the transformer's own), or off (default: the CLIP model in the "
-        "folder `ranker` of --model where there is one, else off)",
-    )
+    _add_option(output, "ranker")
     output.add_argument("--best", type=int, metavar="K", help="write at most the K best of each prompt (default: all)")
     text = "after every N codes rewrite preview.png in --out (default: never)"
     output.add_argument("--preview-every", type=int, metavar="N", help=text)
 
 
-def _add_option(group: Any, name: str, *, after: str = "", **settings: Any) -> None:
+def _add_option(group: Any, name: str, *short: str, after: str = "", **settings: Any) -> None:
     """An argument from a field of SamplingOptions: its name, default and doc, in which (None) is Python's word."""
     doc = FIELDS[name].metadata["doc"].replace(" (None)", "")
     settings = {"default": FIELDS[name].default, "help": f"{doc} {after}".rstrip()} | settings
-    group.add_argument(f"--{name.replace('_', '-')}", **settings)
+    group.add_argument(*short, f"--{name.replace('_', '-')}", **settings)
 
 
 def run_sample(arguments: argparse.Namespace) -> None:
-    """What `mindalle sample` does."""
-    prompts = list(arguments.prompts)
-    if arguments.prompts_file:
-        prompts += _read_prompts(arguments.prompts_file)
-    out: Path = arguments.out
-    if any(not prompt.strip() for prompt in prompts):
-        raise UsageError("a prompt is blank")
-    if not arguments.warmup:
-        if out is None:
-            raise UsageError("--out is missing: a folder for the images")
-        check_writable(out)
-        if not arguments.overwrite and out.exists() and any(out.iterdir()):
-            raise OutputError(f"{out} exists and is not empty; name another place or pass --overwrite")
-    # Whatever can be wrong is told before gigabytes are downloaded, or loaded.
-    chosen = {name: getattr(arguments, name) for name in OPTIONS if hasattr(arguments, name)}
-    options = SamplingOptions.of(**chosen | {"seed": _seed(str(arguments.seed))}).check()
-    check_quantize(arguments.quantize)
-    if arguments.best is not None and arguments.best < 1:
-        raise UsageError(f"--best must be at least 1, not {arguments.best}")
+    """What `mindalle sample` does: checks, cheapest first; then the model; then prompt by prompt."""
+    from mindalle_jax.sampling.image_file import read_image_record
+
     given = [name for name in ("image", "vary") if getattr(arguments, name) is not None]
     if len(given) == 2:
         raise UsageError("--image and --vary exclude each other")
@@ -105,70 +95,162 @@ def run_sample(arguments: argparse.Namespace) -> None:
         raise UsageError("--keep-rows goes with --image or --vary, and they need it")
     if arguments.preview_every is not None and arguments.mixed_batches:
         raise UsageError("--preview-every shows one prompt after the other; it goes without --mixed-batches")
+    if arguments.best is not None and arguments.best < 1:
+        raise UsageError(f"--best must be at least 1, not {arguments.best}")
+    record = read_image_record(arguments.vary) if arguments.vary else None
+    prompts = _prompts(arguments, record)
+    chosen = {name: getattr(arguments, name) for name in OPTIONS if hasattr(arguments, name)}
+    options = SamplingOptions.of(**chosen | {"seed": _seed(str(arguments.seed))}).check()
+    check_quantize(arguments.quantize)
 
     from mindalle_jax.config.file import load_config
     from mindalle_jax.hub.resolve import find_model
     from mindalle_jax.pipeline import Dalle, ImageGPT
+    from mindalle_jax.runtime.signals import stop_on_signals
     from mindalle_jax.text.tokenizer import TextTokenizer
 
     folder = find_model(arguments.model, revision=arguments.revision)
     config = load_config(folder / "config.yaml")
-    if config.image_only and prompts:
-        raise UsageError(f"{folder} draws without text; it takes --class-id at most, not a prompt")
-    if not config.image_only and arguments.class_id is not None:
-        raise UsageError(f"{folder} draws from text; --class-id is for image-only models")
     if not config.image_only and not prompts and arguments.warmup:
-        prompts = ["a"]
-    if not config.image_only and not prompts:
-        raise UsageError("no prompt was given; write one in quotes, or name a file with --prompts-file")
-    ranker = arguments.ranker
-    if ranker is None:
-        own = folder / RANKER
-        ranker = str(own) if own.is_dir() and not config.image_only else "off"
-    if config.image_only and ranker not in ("off", "likelihood"):
-        raise UsageError(f"{folder} draws without text; --ranker must be likelihood or off")
-    if config.image_only and options.guided:
-        raise UsageError(f"{folder} draws without text; there is nothing for --guidance-scale to guide by")
+        prompts = list(_known_examples(folder)) or ["a"]
+    _check_kind(arguments, folder, config.image_only, prompts)
+    if config.image_only:
+        prompts = []
+        if record is not None and arguments.class_id is None:
+            arguments.class_id = record.settings.get("class_id")
     check_every(arguments.preview_every, config.stage1)
     tokenizer = None
     if not config.image_only and (folder / "tokenizer").is_dir():  # a VQGAN has none, and is refused below
         tokenizer = TextTokenizer(folder / "tokenizer", config.dataset.context_length, config.stage2.vocab_size_txt)
     request = dataclasses.replace(options, prompts=tuple(prompts), class_id=arguments.class_id)
-    options = request.check(config, tokenizer)
+    options = dataclasses.replace(request.check(config, tokenizer), progress=True)
     image = None
     if arguments.keep_rows is not None:
         check_keep_rows(arguments.keep_rows, config.stage1)
-        image = _read_codes(arguments.vary) if arguments.vary else _read_image(arguments.image, config.stage1)
-    options = dataclasses.replace(options, ranker=_ranker(ranker), progress=True)
+        image = (
+            _read_image(arguments.image, config.stage1) if record is None else _codes(record, folder, arguments.vary)
+        )
+    # Whatever can be wrong is told before gigabytes are loaded, and before the place to write to is looked at.
+    if options.ranker not in ("auto", "likelihood", None):
+        from mindalle_jax.ranking.ranker import ClipRanker
+
+        options = dataclasses.replace(options, ranker=ClipRanker.from_pretrained(str(options.ranker)))
+    subjects: list[Any] = [arguments.class_id] if config.image_only else prompts
+    out = None if arguments.warmup else _place(arguments, subjects, options.seed)
+
     start = time.perf_counter()
     kind: Any = ImageGPT if config.image_only else Dalle
-    model = kind.from_pretrained(folder, dtype=arguments.dtype, quantize=arguments.quantize)
+    model = kind.from_pretrained(
+        arguments.model,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        quantize=arguments.quantize,
+        local_files_only=True,  # it was found above
+    )
     _say_device(model, time.perf_counter() - start)
     if image is not None:
         options = dataclasses.replace(options, prompt_codes=model.prompt_codes(image, arguments.keep_rows))
-    subjects: list[Any] = [arguments.class_id] if config.image_only else prompts
-    if arguments.warmup:
+    if out is None:
         _warm_up(model, subjects[0], options)
         return
-    places = [out] if len(subjects) == 1 else [out / f"{i:03d}-{_slug(prompt)}" for i, prompt in enumerate(subjects)]
-    if options.mixed_batches and not config.image_only:
-        generation = model.generate(prompts, **options.keywords())
+    with stop_on_signals("finishing this row of codes, then writing; once more stops at once") as stop:
+        written = _write_images(model, subjects, options, out, arguments, stop)
+        if stop.requested:
+            wanted = options.num_candidates * len(subjects)
+            kept = f"their best are in {out}" if arguments.best and written else f"they are in {out}"
+            kept = kept if written else "nothing was written"
+            raise KeyboardInterrupt(f"interrupted: {written} of {wanted} candidates were finished; {kept}")
+
+
+def _write_images(
+    model: Any, subjects: Sequence[Any], options: SamplingOptions, out: Path, arguments: argparse.Namespace, stop: Any
+) -> int:
+    """Samples and writes until stop.requested; returns how many candidates were finished."""
+    options = dataclasses.replace(options, callback=lambda _: stop.requested)
+    places = [out] if len(subjects) == 1 else [out / f"{i:03d}-{_slug(text)}" for i, text in enumerate(subjects)]
+    finished = 0
+    if options.mixed_batches and len(subjects) > 1:
+        generation = model.generate(subjects, **options.keywords())
         for p, place in enumerate(places):
-            _write(generation.of_prompt(p), place, arguments)
-        return
+            finished += _write(generation.of_prompt(p), place, arguments)
+        return finished
     for subject, place in zip(subjects, places, strict=True):
         # Written prompt by prompt: a long list needs no more memory than one, and an interruption loses one.
         preview = place / "preview.png"
         for generation in model.stream(subject, every=arguments.preview_every, **options.keywords()):
-            if generation.codes.min() < 0:
+            if generation.codes.min() < 0 and not stop.requested:
                 _write_preview(generation, preview)
         preview.unlink(missing_ok=True)
-        _write(generation, place, arguments)
+        finished += _write(generation, place, arguments)
+        if stop.requested:
+            break
+    return finished
 
 
-def _write(generation: Any, place: Path, arguments: argparse.Namespace) -> None:
-    paths = generation.save(place, best=arguments.best, overwrite=arguments.overwrite)
-    print(f"{len(paths)} images, {place / 'grid.png'} and {place / 'meta.json'}")
+def _prompts(arguments: argparse.Namespace, record: Any) -> list[str]:
+    """The prompts of the command, of the file, or else of the image to vary."""
+    words = [prompt for prompt in arguments.prompts if len(prompt.split()) == 1]
+    if len(words) > 1 and len(words) == len(arguments.prompts):
+        text = f"{len(words)} prompts: {', '.join(words)}; if one was meant, put it in quotes"
+        print(f"mindalle sample: {text}", file=sys.stderr)
+    prompts = [*arguments.prompts, *arguments.more_prompts]
+    if arguments.prompts_file:
+        prompts += _read_prompts(arguments.prompts_file)
+    if any(not prompt.strip() for prompt in prompts):
+        raise UsageError("a prompt is blank")
+    return [record.prompt] if record is not None and record.prompt and not prompts else prompts
+
+
+def _check_kind(arguments: argparse.Namespace, folder: Path, image_only: bool, prompts: list[str]) -> None:
+    """Raises UsageError for arguments that are for the other kind of model."""
+    if not image_only and arguments.class_id is not None:
+        raise UsageError(f"{folder} draws from text; --class-id is for image-only models")
+    if not image_only and not prompts:
+        raise UsageError("no prompt was given; write one in quotes, or name a file with --prompts-file")
+    if image_only and (arguments.prompts or arguments.more_prompts or arguments.prompts_file):
+        raise UsageError(f"{folder} draws without text; it takes --class-id at most, not a prompt")
+
+
+def _place(arguments: argparse.Namespace, subjects: Sequence[Any], seed: int | None) -> Path:
+    """The folder to write to: --out, or a new one below `out`. Raises OutputError."""
+    if arguments.out is not None:
+        out: Path = arguments.out
+        check_writable(out)
+        if not arguments.overwrite and out.exists() and any(out.iterdir()):
+            raise OutputError(f"{out} exists and is not empty; name another place or pass --overwrite")
+        return out
+    first = subjects[0] if isinstance(subjects[0], str) else f"class {subjects[0]}" if subjects[0] is not None else ""
+    more = f"-and-{len(subjects) - 1}-more" if len(subjects) > 1 else ""
+    name, number = f"{_slug(first) if first else 'images'}{more}-seed{seed}", 1
+    check_writable(OUT / name)
+    while (out := OUT / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return out
+
+
+def _write(generation: Any, place: Path, arguments: argparse.Namespace) -> int:
+    """Writes the finished images of a prompt, if there are any; returns how many there are."""
+    finished = int((generation.codes >= 0).all(axis=1).sum())
+    if finished:
+        paths = generation.save(place, best=arguments.best, overwrite=arguments.overwrite)
+        print(f"{len(paths)} image{'s' if len(paths) > 1 else ''}, {place / 'grid.png'} and {place / 'meta.json'}")
+    return finished
+
+
+def _known_examples(folder: Path) -> Sequence[str]:
+    from mindalle_jax.text.known_words import read_known_words
+
+    known_words = read_known_words(folder / "tokenizer")
+    return known_words.examples[:1] if known_words else ()
+
+
+def _codes(record: Any, folder: Path, path: Path) -> Any:
+    """The codes of an image that was sampled before; warns if by another model, whose codes may mean other patches."""
+    from mindalle_jax.storage.weights import fingerprint, read_manifest
+
+    if record.settings.get("model_sha256") != fingerprint(read_manifest(folder)["tensors"]):
+        warn(f"{path} was sampled by another model, whose codes may mean other patches")
+    return record.codes
 
 
 def _warm_up(model: Any, subject: Any, options: SamplingOptions) -> None:
@@ -177,16 +259,7 @@ def _warm_up(model: Any, subject: Any, options: SamplingOptions) -> None:
     at_once = options.batch_size or model.default_batch_size(options.num_candidates)
     count = min(options.num_candidates, at_once * model.mesh.size)
     model.generate(subject, **dataclasses.replace(options, num_candidates=count, batch_size=at_once).keywords())
-    print(f"compiled, or loaded, what draws {count} candidates at once: {time.perf_counter() - start:.1f} s")
-
-
-def _ranker(name: str) -> Any:
-    """What --ranker names, loaded."""
-    if name in ("off", "likelihood"):
-        return None if name == "off" else name
-    from mindalle_jax.ranking.ranker import ClipRanker
-
-    return ClipRanker.from_pretrained(name)
+    print(f"compiled, or loaded, what samples {count} candidates at once: {time.perf_counter() - start:.1f} s")
 
 
 def _read_image(path: Path, config: Any) -> Any:
@@ -207,20 +280,6 @@ def _read_image(path: Path, config: Any) -> Any:
         raise UsageError(f"{path}: cannot be read as PNG, JPEG or WebP: {error}") from None
 
 
-def _read_codes(path: Path) -> Any:
-    """The codes of an image that `mindalle sample` wrote, from the meta.json beside it."""
-    import json
-
-    meta = path.with_name("meta.json")
-    try:
-        images = json.loads(meta.read_text(encoding="utf-8"))["pictures"]
-        return next(entry["codes"] for entry in images if entry["file"] == path.name)
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
-        raise UsageError(
-            f"{path}: {meta} does not hold its codes; name an image where mindalle sample wrote it, or use --image"
-        ) from None
-
-
 def _write_preview(generation: Any, path: Path) -> None:
     """By one rename, so that a viewer never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -234,11 +293,8 @@ def _say_device(model: Any, load_s: float) -> None:
     numbers = model.dtype + (f", int8 {model.quantize}" if model.quantize else "")
     print(f"{model.folder.name}, loaded in {load_s:.1f} s; {device.device_kind} ({model.backend}), {numbers}",
           file=sys.stderr)  # fmt: skip
-    if model.backend == "cpu":
-        print(
-            "No GPU or TPU is in use. For an NVIDIA GPU install the CUDA build: pip install 'mindalle-jax[cuda]'",
-            file=sys.stderr,
-        )
+    if model.backend == "cpu" and model.name != DEMO.name:
+        print('No GPU or TPU is in use; for an NVIDIA GPU: pip install -U "jax[cuda13]"', file=sys.stderr)
 
 
 def _read_prompts(path: Path) -> list[str]:

@@ -1,19 +1,32 @@
 """`mindalle finetune`, `train-vqgan`, `train-clip` and `train-tokenizer`."""
 
 import argparse
+import shlex
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
-from mindalle_jax.errors import UsageError
+from mindalle_jax.cli.parser import add_path
+from mindalle_jax.errors import DataError, UsageError
+
+FINETUNE_EXAMPLE = "mindalle finetune --config configs/finetune-captions.yaml data.train=photos --out runs/cats"
+VQGAN_EXAMPLE = "mindalle train-vqgan --config configs/scenes/vqgan.yaml data.train=photos --out runs/vqgan"
+CLIP_EXAMPLE = (
+    "mindalle train-clip --config configs/scenes/clip.yaml data.train=photos training.tokenizer=clip-tokenizer "
+    "--out runs/clip"
+)
+TOKENIZER_EXAMPLE = """
+mindalle train-tokenizer photos --out tokenizer --vocab-size 8192 --kind mindalle
+mindalle train-tokenizer photos --out clip-tokenizer --vocab-size 8192 --kind clip
+"""
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of a training run."""
     text = "changes to the configuration, as data.train=photos"
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=text)
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="configs/ has some to start from")
+    add_path(parser, "--config", required=True, metavar="FILE", help="configs/ has some to start from")
     text = "folder of the run, in the end a model; a run that is there is resumed"
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help=text)
+    add_path(parser, "-o", "--out", required=True, metavar="DIR", help=text)
     text = "resume although the data set has changed since the checkpoint"
     parser.add_argument("--ignore-fingerprint", action="store_true", help=text)
     text = "this is one of several processes with the same --out (docs/fine-tuning.md, Several processes)"
@@ -23,37 +36,63 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `mindalle train-tokenizer`."""
     parser.add_argument("data", metavar="DATA", help="a folder or tars of images with captions, as for finetune")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where its files go; a new folder")
+    add_path(parser, "-o", "--out", required=True, metavar="DIR", help="where its files go; a new folder")
     parser.add_argument("--vocab-size", required=True, type=int, metavar="N", help="tokens at most")
-    text = "for the transformer that draws, or for a CLIP model"
+    text = "for the transformer that samples codes, or for a CLIP model"
     parser.add_argument("--kind", required=True, choices=["mindalle", "clip"], help=text)
 
 
 def run_finetune(arguments: argparse.Namespace) -> None:
     """Runs `mindalle finetune`."""
+    from mindalle_jax.training.config import FinetuneConfig
     from mindalle_jax.training.finetune import finetune
 
-    _run(finetune, arguments)
-    print(f"{arguments.out}: a model; mindalle sample --model {arguments.out}")
+    config = _run(finetune, FinetuneConfig, arguments)
+    what = [*config.training.sample_prompts, *_captions(config)][:1]
+    if config.image_only:
+        what = ["--class-id", "0"] if config.stage2.use_cls_cond else []
+    _tell(f"{arguments.out}: a model", "sample", *what, "--model", arguments.out)
 
 
 def run_vqgan(arguments: argparse.Namespace) -> None:
     """Runs `mindalle train-vqgan`."""
+    from mindalle_jax.training.vqgan.config import VqganTrainConfig
     from mindalle_jax.training.vqgan.run import train_vqgan
 
-    _run(train_vqgan, arguments)
-    print(f"{arguments.out}: a VQGAN; mindalle prepare-codes --model {arguments.out}, or training.vqgan of finetune")
+    config, out = _run(train_vqgan, VqganTrainConfig, arguments), arguments.out
+    task = [] if _captions(config) else ["--task", "unconditional"]
+    command = "prepare-codes", "--model", out, "--data", config.data.train, "--out", f"{out}-codes", *task
+    _tell(f"{out}: a VQGAN, for training.vqgan of finetune", *command)
 
 
 def run_clip(arguments: argparse.Namespace) -> None:
     """Runs `mindalle train-clip`."""
-    from mindalle_jax.training.clip.run import train_clip
+    from mindalle_jax.training.clip.run import ClipTrainConfig, train_clip
 
-    _run(train_clip, arguments)
-    print(f"{arguments.out}: a CLIP model; mindalle sample --ranker {arguments.out}")
+    config = _run(train_clip, ClipTrainConfig, arguments)
+    _tell(f"{arguments.out}: a CLIP model", "sample", *_captions(config), "--ranker", arguments.out)
 
 
-def _run(train: Callable[..., bool], arguments: argparse.Namespace) -> None:
+def _captions(config: Any) -> list[str]:
+    """A caption of the data that was trained on; none where it has gone since."""
+    from mindalle_jax.data.sources import first_caption
+
+    try:
+        return [caption] if (caption := first_caption(config.data.train)) else []
+    except (DataError, OSError):
+        return []
+
+
+def _tell(what: str, *command: Any) -> None:
+    """Says what was made, and a command that uses it."""
+    print(f"{what}; mindalle {shlex.join(map(str, command))}")
+
+
+def _run(train: Callable[..., bool], kind: type[Any], arguments: argparse.Namespace) -> Any:
+    """Trains, and returns the configuration of the run."""
+    from mindalle_jax.config.file import load_config
+    from mindalle_jax.training.run_dir import CONFIG_FILE
+
     if any("=" not in override for override in arguments.overrides):
         raise UsageError("overrides have the form section.key=value, such as data.train=photos")
     if arguments.distributed:
@@ -65,6 +104,7 @@ def _run(train: Callable[..., bool], arguments: argparse.Namespace) -> None:
     )
     if not complete:
         raise KeyboardInterrupt  # so that a script does not continue as if there were a model
+    return load_config(arguments.out / CONFIG_FILE, kind=kind)
 
 
 def run_tokenizer(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from mindalle_jax.data.images import EXTENSIONS
 from mindalle_jax.data.samples import MAX_TEXT_BYTES, DatasetReport, DataTask, Sample, Stored
-from mindalle_jax.errors import DataError, one_line
+from mindalle_jax.errors import DataError, install_hint, one_line
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 OTHER_FORMATS = (".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg")
@@ -124,7 +124,7 @@ def saved_samples(folder: Path) -> tuple[Iterator[Sample], list[str] | None]:
     try:
         import datasets  # an extra
     except ImportError:
-        raise DataError(f"{folder}: saved by the library datasets; pip install 'mindalle-jax[datasets]'") from None
+        raise DataError(f"{folder}: saved by the library datasets: {install_hint('datasets')}") from None
     try:
         dataset: Any = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever the library raises

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mindalle_jax.data.images import ImageError, crop_square, decode_image
 from mindalle_jax.data.samples import Source
-from mindalle_jax.errors import CheckpointError, DataError, UsageError, one_line
+from mindalle_jax.errors import CheckpointError, DataError, UsageError, install_hint, one_line
 from mindalle_jax.text.tokenizer import TextTokenizer
 
 MAX_BAD_FRACTION = 0.05
@@ -65,7 +65,7 @@ class Loader:
         try:
             import grain  # an extra, and a second to import
         except ImportError:
-            raise UsageError("reading training data needs grain: pip install 'mindalle-jax[train]'") from None
+            raise UsageError(f"reading training data needs grain: {install_hint('train')}") from None
         self.train, self._rows = train, _Rows(source, train, seed, image_size, tokenizer)
         if train:
             groups: Any = grain.MapDataset.range(len(source) // group_size).shuffle(seed=seed).repeat(None)

@@ -12,6 +12,7 @@ What a path holds is found out from its content, and serves these tasks:
 Each of them can be used for unconditional images too.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,14 +38,20 @@ def open_source(
     """
     if task not in TASKS:
         raise UsageError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
-    report = DatasetReport()
+    report, path = DatasetReport(), os.path.expanduser(path)
     try:
-        samples, names = _find_samples(str(path), task, classes, vqgan, report)
+        samples, names = _find_samples(path, task, classes, vqgan, report)
         if classes is not None and names is not None and names != classes:
             raise DataError(f"{path}: its {len(names)} classes are not the {len(classes)} of the training data")
-        return Source(str(path), task, samples, report, num_classes=num_classes, classes=names)
+        return Source(path, task, samples, report, num_classes=num_classes, classes=names)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def first_caption(path: str | Path) -> str | None:
+    """A caption of the data set, the first that is found; reads no more of it than that takes."""
+    samples, _ = _find_samples(os.path.expanduser(path), "text", None, None, DatasetReport())
+    return next((caption.strip() for sample in samples for caption in sample.captions if caption.strip()), None)
 
 
 def _find_samples(

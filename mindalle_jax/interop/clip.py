@@ -72,7 +72,7 @@ def read_clip(path: str | Path, tokenizer: str | Path | None = None) -> ClipMode
     tokenizer: another folder with the tokenizer's files, or OpenAI's bpe_simple_vocab_16e6.txt.gz; a .pt file has none.
     Raises CheckpointError.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_dir():
         return _read_openai(path, tokenizer)
     config = parse_clip_config(_read_json(path / "config.json"), f"{path / 'config.json'}")
@@ -85,7 +85,7 @@ def write_clip(folder: str | Path, model: ClipModel, overwrite: bool = False, dt
 
     dtype: of the weights. Raises OutputError; nothing half-written is left behind.
     """
-    folder, (config, params, tokenizer) = Path(folder), model
+    folder, (config, params, tokenizer) = Path(folder).expanduser(), model
     leaves = flax.traverse_util.flatten_dict(params, sep="/")
     tensors = {
         slot.key: np.asarray(slot.to_file(np.asarray(leaves[slot.path], np.float32)), numpy_dtype(dtype), order="C")
@@ -158,7 +158,7 @@ def convert_clip(
 
     dtype: of the weights that are written. Raises CheckpointError and OutputError.
     """
-    source, target = Path(source), Path(target)
+    source, target = Path(source).expanduser(), Path(target).expanduser()
     check_output(target, overwrite, CLIP_MARKS)  # before gigabytes are read
     for place in (source, tokenizer):
         if place is not None:

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM as a wish to stop, so that what is done is kept."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
@@ -14,9 +15,10 @@ class StopFlag:
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopFlag]:
+def stop_on_signals(told: str) -> Iterator[StopFlag]:
     """The first SIGTERM or SIGINT in the block sets a flag; the second one acts as it would without the block.
 
+    told: one line for stderr when the first one comes, since what stops takes its time.
     For the main thread, and after jax.distributed.initialize, whose own handler of SIGTERM it replaces. Several
     processes must agree on the step to stop at: a signal reaches them at different ones.
     """
@@ -30,6 +32,8 @@ def stop_on_signals() -> Iterator[StopFlag]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         flag.requested = True
+        with contextlib.suppress(OSError):  # stderr may be closed
+            os.write(2, f"\n{told}\n".encode())  # print may be in the middle of a line of its own
         put_back()
 
     try:

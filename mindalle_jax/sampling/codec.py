@@ -51,10 +51,10 @@ class ImageCodec:
         batch_size: images per compiled call. More is faster on an accelerator; where two codes are equally near but for
         rounding, another may win. Raises UsageError for images of another shape, size or range.
         """
-        if isinstance(images, (list, tuple)):
-            images = np.stack([check_image(image, self.size) for image in images]) if images else np.zeros(0)
-        elif isinstance(images, Image.Image):
-            images = check_image(images, self.size)
+        if isinstance(images, Image.Image):
+            images = [images]
+        if isinstance(images, (list, tuple)) and any(isinstance(image, Image.Image) for image in images):
+            images = np.stack([check_image(image, self.size) for image in images])
         images = as_array(images, "images")
         images = images[None] if images.ndim == 3 else images
         if images.ndim != 4 or images.shape[0] == 0 or images.shape[1:] != (self.size, self.size, 3):

@@ -161,7 +161,8 @@ class Generation:
                     paths.append(path)
                     about = {"file": path.name, "prompt": self.prompts[p], **entry}
                     entries.append(about | {"codes": codes[p, candidate].tolist()})
-            self.grid(best).save(folder / "grid.png")
+            finished = max(1, int((codes >= 0).all(axis=-1).sum(axis=-1).max()))
+            self.grid(min(best or finished, finished)).save(folder / "grid.png")
             text = json.dumps({**self.meta, "prompts": self.prompts}, indent=1, ensure_ascii=False)
             lines = ",\n  ".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
             (folder / "meta.json").write_text(f'{text[:-2]},\n "pictures": [\n  {lines}\n ]\n}}\n', encoding="utf-8")

@@ -86,7 +86,7 @@ def copy_model(
     Raises CheckpointError (also for values that dtype cannot hold), ConfigError, OutputError or UsageError; nothing
     half-written is left behind.
     """
-    source, target = Path(source), Path(target)
+    source, target = Path(source).expanduser(), Path(target).expanduser()
     manifest, config, tensors = open_model(source)
     if adapters and "stage2" not in tensors:
         raise CheckpointError(f"{source}: a VQGAN alone has no weights that adapters go with")

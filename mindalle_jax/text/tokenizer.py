@@ -57,7 +57,7 @@ class TextTokenizer:
         context_length is N, in tokens; vocab_size is the number of rows of the model's text embedding, which every id
         must be below. Raises CheckpointError when a file is missing, damaged or does not fit.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         vocab, merges = _read_vocab(folder / VOCAB_FILE), _read_merges(folder / MERGES_FILE)
         if max(vocab.values(), default=-1) >= vocab_size:
             raise CheckpointError(

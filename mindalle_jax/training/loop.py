@@ -234,7 +234,7 @@ class Run(abc.ABC):
 
             # ---- steps
             with (
-                stop_on_signals() as stop,
+                stop_on_signals("finishing this step, then saving; once more stops at once") as stop,
                 Monitor(self.out, self.flops_per_sample, batch_size, done, self.max_steps) as monitor,
                 device_memory(too_large),
             ):

@@ -70,7 +70,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path, verbose):
 
 
 def test_every_verb_has_the_switch(capsys):
-    for verb, *_ in cli.VERBS:
+    for verb in cli.VERBS:
         with pytest.raises(SystemExit):
             cli.main([verb, "--help"])
         assert "--verbose" in capsys.readouterr().out

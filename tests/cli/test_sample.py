@@ -86,8 +86,8 @@ def test_the_device_is_told_on_stderr(sample):
     _, stdout, err = sample("a cat")
     lines = err.splitlines()
     assert re.fullmatch(r"tiny, loaded in \d+\.\d s; cpu \(cpu\), float32", lines[0])
-    assert "No GPU or TPU is in use" in lines[1] and "pip install 'mindalle-jax[cuda]'" in lines[1]
-    assert "GPU" not in stdout and "cpu" not in stdout
+    assert lines[1] == 'No GPU or TPU is in use; for an NVIDIA GPU: pip install -U "jax[cuda13]"'
+    assert err.count("GPU") == 2 and "GPU" not in stdout and "cpu" not in stdout
 
 
 def test_temperature_0_is_greedy(sample, out, tiny_dalle):
@@ -166,7 +166,7 @@ def test_likelihood_ranks_names_and_meta(sample, out, tiny_dalle):
     assert [image["candidate"] for image in meta(out)["pictures"]] == expected.order[:3].tolist()
     assert [image["score"] for image in meta(out)["pictures"]] == expected.scores[expected.order[:3]].tolist()
     assert meta(out)["ranker"] == "likelihood"
-    first = f"rank000_score{expected.scores.max():.1f}_seed0_candidate{expected.order[0]:03d}.png"
+    first = f"rank001_score{expected.scores.max():.1f}_seed0_candidate{expected.order[0]:03d}.png"
     assert (out / first).is_file()
 
 
@@ -251,7 +251,7 @@ def test_warmup_compiles_all_that_drawing_takes(
     """The images that are then drawn compile nothing; the warm-up itself writes nothing."""
     shared = ("--model", tiny_model_folder, "--num-candidates", 2, "--ranker", tiny_clip_folder, *arguments)
     code, stdout, _ = mindalle_cli("sample", "--warmup", "--out", out, *shared)
-    assert code == 0 and stdout.startswith("compiled, or loaded, what draws 2 candidates at once: ")
+    assert code == 0 and stdout.startswith("compiled, or loaded, what samples 2 candidates at once: ")
     assert not out.exists()
     prompt = () if arguments[:1] == ("a cat",) else ("the dog",)
     compilations.clear()

@@ -1,21 +1,28 @@
 """`mindalle finetune`, `train-vqgan`, `train-clip`, `train-tokenizer`: what reaches the functions that do the work."""
 
 import importlib
+import shlex
 
 import pytest
 from commands import message
+from image_folders import fill
 
 from mindalle_jax.errors import DataError
 from mindalle_jax.runtime import devices
 
 RUNS = {
-    "finetune": ("training.finetune", "finetune", "{out}: a model; mindalle sample --model {out}\n"),
+    "finetune": ("training.finetune", "finetune", "{out}: a model; mindalle sample {caption} --model {out}\n"),
     "train-vqgan": (
         "training.vqgan.run",
         "train_vqgan",
-        "{out}: a VQGAN; mindalle prepare-codes --model {out}, or training.vqgan of finetune\n",
+        "{out}: a VQGAN, for training.vqgan of finetune; mindalle prepare-codes --model {out} --data {data} "
+        "--out {out}-codes\n",
     ),
-    "train-clip": ("training.clip.run", "train_clip", "{out}: a CLIP model; mindalle sample --ranker {out}\n"),
+    "train-clip": (
+        "training.clip.run",
+        "train_clip",
+        "{out}: a CLIP model; mindalle sample {caption} --ranker {out}\n",
+    ),
 }
 """Module and name of the function of a verb, and what is printed in the end."""
 
@@ -31,6 +38,11 @@ def trained(monkeypatch):
             calls.append((arguments, options))
             if isinstance(complete, Exception):
                 raise complete
+            out = arguments[2]
+            out.mkdir(exist_ok=True)
+            tokenizer = "training: {tokenizer: t}\n" if verb == "train-clip" else ""
+            text = f"data: {{train: {out.parent / 'photos'}}}\n{tokenizer}"
+            (out / "run.yaml").write_text(text, encoding="utf-8")
             return complete
 
         module, name, _ = RUNS[verb]
@@ -44,9 +56,11 @@ def trained(monkeypatch):
 def test_a_run_gets_its_arguments(mindalle_cli, trained, tmp_path, verb):
     """And tells what to do with its result, on standard output."""
     calls, out, config = trained(verb), tmp_path / "run", tmp_path / "a.yaml"
+    fill(tmp_path / "photos", a_jpg=None, a_txt="it's a cat\n")
+    told = RUNS[verb][2].format(out=out, data=tmp_path / "photos", caption=shlex.quote("it's a cat"))
     options, overrides = ["--config", config, "--out", out], ["data.train=photos", "training.seed=3"]
     for arguments in ([*options, *overrides], [*overrides, *options]):
-        assert mindalle_cli(verb, *arguments) == (0, RUNS[verb][2].format(out=out), "")
+        assert mindalle_cli(verb, *arguments) == (0, told, "")
         assert calls.pop() == ((config, overrides, out), {"ignore_fingerprint": False})
     assert mindalle_cli(verb, *options, "--ignore-fingerprint")[0] == 0
     assert calls == [((config, [], out), {"ignore_fingerprint": True})]
@@ -71,12 +85,12 @@ def test_an_override_without_a_value_is_refused(mindalle_cli, trained, tmp_path,
     assert message(err, verb) == "overrides have the form section.key=value, such as data.train=photos"
 
 
-@pytest.mark.parametrize("missing", ["--config", "--out"])
+@pytest.mark.parametrize("missing", ["--config", "-o/--out"])
 @pytest.mark.parametrize("verb", RUNS)
 def test_configuration_and_folder_are_required(mindalle_cli, trained, verb, missing):
-    calls, given = trained(verb), {"--config": "a.yaml", "--out": "run"}
+    calls, given = trained(verb), {"--config": "a.yaml", "-o/--out": "run"}
     del given[missing]
-    code, stdout, err = mindalle_cli(verb, *(part for pair in given.items() for part in pair))
+    code, stdout, err = mindalle_cli(verb, *(part.rpartition("/")[2] for pair in given.items() for part in pair))
     assert (code, stdout, calls) == (2, "", []) and f"the following arguments are required: {missing}" in err
 
 

@@ -64,7 +64,8 @@ def test_codes_of_a_wrong_shape_or_range_are_refused(tiny_dalle, codes, message)
     [
         (np.zeros((1, 64, 64, 3), np.uint8), r"images must be \[n, 32, 32, 3\] for this model, not \[1, 64, 64, 3\]"),
         (np.zeros((1, 3, 32, 32), np.uint8), r"images must be \[n, 32, 32, 3\]"),
-        (np.zeros((32, 32, 3), np.uint8), r"images must be"),
+        (np.zeros((32, 32), np.uint8), r"images must be"),
+        ([Image.new("L", (32, 32))], "the image has the mode L; convert it to RGB first"),
         (np.zeros((0, 32, 32, 3), np.uint8), r"images must be"),
         (np.zeros((1, 32, 32, 3), np.int64), r"uint8 or floating point, not int64"),
         (np.full((1, 32, 32, 3), 255.0), r"must lie in \[0, 1\], not \[255, 255\]"),
@@ -130,3 +131,14 @@ def test_rows_of_an_image_are_the_first_of_its_codes(tiny_dalle, tiny_images, ke
         rows = codec.encode_rows(form, keep_rows)
         assert rows.dtype == np.int32
         np.testing.assert_array_equal(rows, codes[:keep_rows].reshape(-1))
+
+
+def test_one_image_and_a_list_of_pil_images_are_taken(tiny_dalle, tiny_images):
+    """What people have in hand; the codes are those of the array."""
+    images = (np.asarray(tiny_images) * 255).astype(np.uint8)
+    expected = tiny_dalle.encode_images(images)
+    pil = [Image.fromarray(image) for image in images]
+    for given in (pil, tuple(pil), list(images)):
+        np.testing.assert_array_equal(tiny_dalle.encode_images(given), expected)
+    for given in (pil[1], images[1]):
+        np.testing.assert_array_equal(tiny_dalle.encode_images(given), expected[1:2])

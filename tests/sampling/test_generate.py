@@ -8,8 +8,8 @@ import pytest
 from sampling_helpers import BATCH, LENGTH, SIDE, chosen, log_probs
 
 from mindalle_jax import Dalle
-from mindalle_jax import pipeline as pipeline_module
-from mindalle_jax.errors import DeviceMemoryError, UsageError
+from mindalle_jax import base_model as base_model_module
+from mindalle_jax.errors import CheckpointError, DeviceMemoryError, UsageError
 from mindalle_jax.sampling import generate as generate_module
 from mindalle_jax.sampling.generate import request_rows, sample_codes
 from mindalle_jax.sampling.options import SamplingOptions
@@ -109,14 +109,20 @@ def test_a_ranker_gets_prompt_and_pictures(tiny_dalle, plain):
     assert (np.diff(best, axis=-1) <= 0).all()
 
 
-@pytest.mark.parametrize("ranker", ["clip", 5, True, "openai/clip-vit-base-patch32"])
+@pytest.mark.parametrize("ranker", [5, True])
 def test_what_is_no_ranker_is_refused(tiny_dalle, ranker):
-    with pytest.raises(UsageError, match="ranker must be None, 'likelihood' or a ClipRanker, not"):
+    with pytest.raises(UsageError, match="ranker must be auto, likelihood, off .None., or a CLIP model: .*; not"):
         tiny_dalle.generate("the cat", ranker=ranker)
 
 
+@pytest.mark.parametrize(("name", "near"), [("likelyhood", "likelihood"), ("ViT-B32", "ViT-B/32"), ("dmeo", "demo")])
+def test_a_misspelt_ranker_gets_the_nearest(tiny_dalle, name, near):
+    with pytest.raises(CheckpointError, match=f"{name}: no such file or folder, .*; did you mean {near}?"):
+        tiny_dalle.generate("the cat", ranker=name)
+
+
 def test_without_a_text_nothing_but_the_likelihood_ranks(igpt):
-    with pytest.raises(UsageError, match="without a text ranker must be None or 'likelihood', not"):
+    with pytest.raises(UsageError, match="ranker must be likelihood or off .None. for a model without text, not"):
         igpt.generate(0, ranker=Brightest())
 
 
@@ -183,7 +189,7 @@ def test_out_of_memory_while_loading_and_decoding(tiny_model_folder, tiny_dalle,
     monkeypatch.setattr(type(tiny_dalle._codec), "decode", exhausted)
     with pytest.raises(DeviceMemoryError, match="no room to decode images in the memory of cpu"):
         tiny_dalle.generate("the cat", num_candidates=1, kept_codes=codes[0, :8])
-    monkeypatch.setattr(pipeline_module, "load_params", exhausted)
+    monkeypatch.setattr(base_model_module, "load_params", exhausted)
     with pytest.raises(DeviceMemoryError, match="the weights do not fit into the memory of cpu as bfloat16"):
         Dalle.from_pretrained(tiny_model_folder, dtype="bfloat16")
 

@@ -64,7 +64,7 @@ def test_help_explains_every_option(method):
 def test_the_defaults_are_valid():
     """And checking twice changes nothing."""
     checked = SamplingOptions.of(prompts=("a",)).check(Config())
-    assert (checked.num_candidates, checked.seed, checked.top_k, checked.top_p) == (96, 0, 256, None)
+    assert (checked.num_candidates, checked.seed, checked.top_k, checked.top_p) == (16, 0, 256, None)
     again = checked.check(Config())
     for name in FIELDS.keys() - {"prompt_codes"}:
         assert getattr(again, name) == getattr(checked, name)
@@ -86,7 +86,11 @@ def test_no_jax_is_imported():
         ("temperature", float("inf"), "temperature must be a finite number > 0, or 0 for greedy; not inf"),
         ("batch_size", 0, "batch_size must be an integer of at least 1, not 0"),
         ("mixed_batches", 1, "mixed_batches must be True or False, not 1"),
-        ("ranker", 5, "ranker must be None, 'likelihood' or a ClipRanker, not 5"),
+        (
+            "ranker",
+            5,
+            "ranker must be auto, likelihood, off (None), or a CLIP model: a name, a folder or a ClipRanker; not 5",
+        ),
     ],
 )
 def test_a_wrong_value_is_told_without_a_model(name, value, said):

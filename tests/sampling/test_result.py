@@ -75,16 +75,16 @@ def test_files_are_named_by_rank_and_score(tmp_path):
     """In a file browser the best comes first; the candidate number says how to get it again."""
     paths = make([0.12345, 0.4, -0.25, 1e-7]).save(tmp_path / "out")
     assert [path.name for path in paths] == [
-        "rank000_score0.4000_seed3_candidate001.png",
-        "rank001_score0.1235_seed3_candidate000.png",
-        "rank002_score0.0000_seed3_candidate003.png",
-        "rank003_score-0.2500_seed3_candidate002.png",
+        "rank001_score0.4000_seed3_candidate001.png",
+        "rank002_score0.1235_seed3_candidate000.png",
+        "rank003_score0.0000_seed3_candidate003.png",
+        "rank004_score-0.2500_seed3_candidate002.png",
     ]
     assert sorted(paths) == paths
     assert [np.asarray(Image.open(path))[0, 0, 0] for path in paths] == [1, 0, 3, 2]
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert [(e["rank"], e["candidate"], e["codes"][0]) for e in meta["pictures"]] == [
-        (0, 1, 1), (1, 0, 0), (2, 3, 3), (3, 2, 2),
+        (1, 1, 1), (2, 0, 0), (3, 3, 3), (4, 2, 2),
     ]  # fmt: skip
     assert [e["score"] for e in meta["pictures"]] == pytest.approx([0.4, 0.12345, 1e-7, -0.25])
 
@@ -94,10 +94,10 @@ def test_only_the_best_are_written(tmp_path):
     generation = make([[0.1, 0.4, 0.2], [3.0, 2.0, 1.0]])
     paths = generation.save(tmp_path / "out", best=2)
     assert [path.name for path in paths] == [
-        "prompt00_rank000_score0.4000_seed3_candidate001.png",
-        "prompt00_rank001_score0.2000_seed3_candidate002.png",
-        "prompt01_rank000_score3.0000_seed3_candidate000.png",
-        "prompt01_rank001_score2.0000_seed3_candidate001.png",
+        "prompt00_rank001_score0.4000_seed3_candidate001.png",
+        "prompt00_rank002_score0.2000_seed3_candidate002.png",
+        "prompt01_rank001_score3.0000_seed3_candidate000.png",
+        "prompt01_rank002_score2.0000_seed3_candidate001.png",
     ]
     assert reds(Image.open(tmp_path / "out" / "grid.png")) == [1, 2, 10, 11]
     assert len(json.loads((tmp_path / "out" / "meta.json").read_text())["pictures"]) == 4
@@ -118,7 +118,7 @@ def test_pictures_that_are_not_complete_are_not_saved(tmp_path):
     codes[1, 4:] = -1
     paths = dataclasses.replace(generation, codes=codes).save(tmp_path / "out")
     assert [path.name for path in paths] == [
-        "rank000_score0.3000_seed3_candidate002.png", "rank001_score0.1000_seed3_candidate000.png",
+        "rank001_score0.3000_seed3_candidate002.png", "rank002_score0.1000_seed3_candidate000.png",
     ]  # fmt: skip
     assert "NaN" not in (tmp_path / "out" / "meta.json").read_text()
 

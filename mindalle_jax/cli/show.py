@@ -1,0 +1,97 @@
+"""`mindalle show`: how an image was made, and the command that makes it again."""
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mindalle_jax.cli.parser import path
+from mindalle_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from mindalle_jax.sampling.image_file import ImageRecord
+
+EXAMPLE = "mindalle show out/a-red-circle-seed0/rank001_score0.9258_seed0_candidate002.png"
+
+
+def add_show_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `mindalle show`."""
+    parser.add_argument("files", nargs="+", type=path, metavar="FILE", help="a PNG that mindalle wrote")
+
+
+def run_show(arguments: argparse.Namespace) -> None:
+    """Prints the record of each file."""
+    from mindalle_jax.sampling.image_file import read_image_record
+
+    for file in arguments.files:
+        record = read_image_record(file)
+        settings = {key: value for key, value in record.settings.items() if value not in (None, False)}
+        rows = {
+            "file": file,
+            "prompt": record.prompt,
+            "seed": f"{record.seed}, candidate {record.candidate}",
+            "score": None if record.score is None else f"{record.score:.4f}, {settings.get('ranker')}",
+            "model": f"{settings.get('model')}, sha256 {settings.get('model_sha256')}",
+            "computed in": f"{settings.get('dtype')} on {settings.get('devices')} x {settings.get('device')}",
+            "versions": _listed(settings.get("versions")),
+            "again": remake_command(record, file),
+        }
+        for name, value in rows.items():
+            if value is not None:
+                # Anybody may have written the file, and control characters are commands to a terminal.
+                text = value if name == "again" else "".join(c if c.isprintable() else " " for c in str(value))
+                print(f"{name:12} {text}")
+
+
+def remake_command(record: "ImageRecord", file: Path) -> str:
+    """The `mindalle sample` that makes the image of a record again, bit for bit on the same kind of device.
+
+    It samples the candidates up to this one, which is the last of the files that it writes. Raises UsageError for
+    settings that no command can have.
+    """
+    from mindalle_jax.sampling.options import SamplingOptions, check_quantize
+
+    settings = record.settings
+    names = ("top_k", "top_p", "temperature", "guidance_scale", "batch_size", "mixed_batches", "jacobi")
+    try:
+        chosen = {name: settings[name] for name in names} | {
+            "num_candidates": record.candidate + 1,
+            "seed": record.seed,
+        }
+        options = SamplingOptions.of(**chosen).check()
+        check_quantize(settings["quantize"])
+        keep_rows, class_id, revision = settings["keep_rows"], settings.get("class_id"), settings.get("revision")
+        model, dtype = settings["model"], settings["dtype"]
+        whole = type(keep_rows) is int and type(options.top_k) in (int, type(None))
+        if dtype not in ("float32", "bfloat16") or not isinstance(model, str) or not whole:
+            raise UsageError("dtype, model, top_k or keep_rows is out of range")
+    except (KeyError, TypeError, UsageError) as error:
+        raise UsageError(f"{file}: its settings are damaged: {error}") from None
+    words: list[Any] = ["mindalle", "sample"]
+    if class_id is not None:
+        words += ["--class-id", int(class_id)]
+    elif "class_id" not in settings:
+        words.append(f"--prompt={record.prompt}" if record.prompt.startswith("-") else record.prompt)
+    words += ["--model", model, *(["--revision", revision] if revision else [])]
+    words += ["--seed", options.seed, "--num-candidates", options.num_candidates, "--batch-size", options.batch_size]
+    words += ["--top-k", "off" if options.top_k is None else options.top_k]
+    words += ["--top-p", "off" if options.top_p is None else options.top_p, "--temperature", options.temperature]
+    if options.guided:
+        words += ["--guidance-scale", options.guidance_scale]
+    words += [word for word, on in (("--mixed-batches", options.mixed_batches), ("--jacobi", options.jacobi)) if on]
+    words += ["--dtype", dtype, *(["--quantize", settings["quantize"]] if settings["quantize"] else [])]
+    words += ["--vary", file, "--keep-rows", keep_rows] if keep_rows else []
+    return " ".join(_quoted(str(word)) for word in [*words, "--ranker", "off"])
+
+
+def _listed(versions: Any) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else ""
+
+
+def _quoted(word: str) -> str:
+    """The word for a shell, without control characters in it: in bash's $'...' where there are some."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = re.sub(r"[\\']", r"\\\g<0>", word)
+    return "$'" + "".join(c if c.isprintable() else "".join(f"\\x{b:02x}" for b in c.encode()) for c in escaped) + "'"

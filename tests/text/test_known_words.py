@@ -1,0 +1,90 @@
+"""Known words: what a model does not know is named, with the nearest; models without a list never warn."""
+
+import json
+
+import pytest
+
+from mindalle_jax.errors import CheckpointError
+from mindalle_jax.storage.files import DEMO
+from mindalle_jax.text.known_words import MAX_WORDS, WORDS_FILE, KnownWords, count_words, read_known_words, split_words
+
+WORDS = KnownWords(
+    frozenset(["a", "large", "red", "grey", "circle"]), "draws circles", ("a large red circle", "a circle")
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("a cat", 'demo knows none of these words: cat (in "a cat"). It draws circles, such as "a circle"; for '),
+        ("cats on the mats", "demo knows none of these words: cats, mats ("),
+        ("a gray circle", "demo does not know gray (but grey) (in "),
+        ("A Large, RED cirlce!", "demo does not know cirlce (but circle) (in "),
+        ("a cat, a cat and a dog", "demo knows none of these words: cat, dog ("),
+        ("red " + " ".join("abcdefghij"), "demo does not know b, c, d, e, f, g, h, i, ... (in "),
+        ("東京", "demo knows none of these words: 東京 ("),
+    ],
+)
+def test_unknown_words_are_named_with_the_nearest(prompt, said):
+    """Words that name nothing (a, the, on) are neither known nor unknown."""
+    warning = WORDS.warning(prompt, "demo")
+    assert warning is not None and warning.startswith(said)
+    assert warning.endswith("take the published model, minDALL-E/1.3B (a download of 5 GB)")
+
+
+@pytest.mark.parametrize("prompt", ["a red circle", "the large, grey circle?", "RED", "", "of the", "!?"])
+def test_known_words_are_passed_in_silence(prompt):
+    assert WORDS.warning(prompt, "demo") is None
+
+
+def test_words_are_runs_of_letters_and_digits():
+    assert split_words("A T-shirt, 50's; grey_ish") == ["a", "t", "shirt", "50", "s", "grey", "ish"]
+    assert count_words(["a cat", "A dog."]) == {"a": 2, "cat": 1, "dog": 1}
+
+
+def test_a_list_is_read_as_it_was_saved(tmp_path):
+    WORDS.save(tmp_path)
+    assert read_known_words(tmp_path) == WORDS
+    more = WORDS.extended(["a blue circle"])
+    assert more.words == WORDS.words | {"blue"} and more.examples == WORDS.examples
+
+
+def test_the_language_at_large_has_no_list(tmp_path):
+    """A list that has grown too long goes: nearly every word would be in it."""
+    WORDS.save(tmp_path)
+    WORDS.extended(f"w{i}" for i in range(MAX_WORDS)).save(tmp_path)
+    assert not (tmp_path / WORDS_FILE).exists() and read_known_words(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"words": ["a"]}',
+        '{"about": 1, "examples": [], "words": []}',
+        '{"about": "", "examples": [], "words": [["a"]]}',
+        json.dumps({"about": "\x1b[2J", "examples": [], "words": []}),
+        json.dumps({"about": "", "examples": [], "words": ["a\nb"]}),
+        "[" * 100_000,
+    ],
+    ids=["cut", "list", "fields", "number", "nested", "terminal", "line", "deep"],
+)
+def test_a_damaged_list_is_told(tmp_path, text):
+    (tmp_path / WORDS_FILE).write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="words.json: not a list of words"):
+        read_known_words(tmp_path)
+
+
+def test_a_list_of_megabytes_is_not_read(tmp_path):
+    (tmp_path / WORDS_FILE).write_text(json.dumps({"about": "", "examples": [], "words": ["x" * 5_000_000]}))
+    with pytest.raises(CheckpointError, match="more than 4 MB"):
+        read_known_words(tmp_path)
+
+
+def test_the_model_in_the_package_knows_its_examples():
+    known_words = read_known_words(DEMO / "tokenizer")
+    assert known_words is not None and 30 < len(known_words.words) < 60
+    assert known_words.about == "draws one or two coloured shapes on a plain background"
+    assert len(known_words.examples) == 3
+    assert [known_words.warning(example, "demo") for example in known_words.examples] == [None] * 3
