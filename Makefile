@@ -1,4 +1,4 @@
-# make sample             images of PROMPT, from the small model in the package or from MODEL=DIR
+# make sample             images of PROMPT in a new folder below out/, from the model in the package or MODEL=NAME
 # make check              lint, types and the tests of CHECKED, before each commit
 # make test               lint, types and all tests
 # make test-structure     compiled programs for an H100 and a TPU, neither of which need be there (4 GB)
@@ -13,7 +13,7 @@ VERSIONS := $(if $(JAX),jax==$(JAX) jaxlib==$(JAX))
 
 MODEL ?= demo
 PROMPT ?= a large striped green circle to the left of a small red heart on a grey background
-OUT ?= out
+OUT ?=
 N ?= 16
 
 # Tests with programs that are optimised, as those of a user are; those of the others are not, see tests/conftest.py.
@@ -27,7 +27,7 @@ CHECKED := tests/test_layout.py tests/test_contributing.py tests/config tests/te
 .PHONY: sample check lint test test-structure
 
 sample: $(VENV)/installed
-	$(BIN)/mindalle sample "$(PROMPT)" --model "$(MODEL)" --out "$(OUT)" --num-candidates $(N)
+	$(BIN)/mindalle sample "$(PROMPT)" --model "$(MODEL)" --num-candidates $(N) $(if $(OUT),--out "$(OUT)")
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

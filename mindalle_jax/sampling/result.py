@@ -64,9 +64,8 @@ class Generation:
         height, width = self.images.shape[-3:-1]
         prompts = ", ".join(map(repr, self.prompts[:2])) + (", ..." if len(self.prompts) > 2 else "")
         ranked = ""
-        if self.scores is not None:
+        if self.scores is not None and np.isfinite(self.scores).any():
             ranked = f", ranked by {self.meta.get('ranker')}, best {_short(float(np.nanmax(self.scores)))}"
-            ranked = ranked if np.isfinite(self.scores).any() else ""
         return f"<Generation of {prompts}: {self.seeds.size} images of {width} x {height}{ranked}>"
 
     def _repr_png_(self) -> bytes:

@@ -1,8 +1,10 @@
 """`mindalle sample`: what it writes, ranks, completes and shows."""
 
+import dataclasses
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 from mindalle_jax import ClipRanker, ImageGPT
 from mindalle_jax.cli import sample as sample_module
 from mindalle_jax.hub import resolve
+from mindalle_jax.sampling.events import Sampled
 
 # What it writes
 
@@ -210,13 +213,14 @@ def test_an_image_turned_by_its_camera_is_turned_back(sample, out, tiny_dalle, t
     np.testing.assert_array_equal(codes(out)[:, :24], np.stack([kept, kept]))
 
 
-def test_an_image_drawn_before_is_varied(sample, out, tiny_dalle):
-    """By the codes in meta.json, which decoding and encoding again would change."""
+def test_an_image_drawn_before_is_varied(sample, out, tmp_path, tiny_dalle):
+    """By the codes in the file, which decoding and encoding again would change; wherever the file is now."""
     sample("a cat", "--seed", 5)
-    source = out / "seed5_candidate001.png"
+    source = (out / "seed5_candidate001.png").rename(tmp_path / "best.png")
     kept = codes(out)[1, :32]
-    code, _, err = sample("a cat", "--vary", source, "--keep-rows", 4, "--seed", 6, "--out", out.with_name("varied"))
+    code, _, err = sample("--vary", source, "--keep-rows", 4, "--seed", 6, "--out", out.with_name("varied"))
     assert code == 0, err
+    assert meta(out.with_name("varied"))["prompts"] == ["a cat"]  # that of the file, where none is given
     varied = codes(out.with_name("varied"))
     np.testing.assert_array_equal(varied, tiny_dalle.generate_codes("a cat", num_candidates=2, seed=6, kept_codes=kept))
 
@@ -257,6 +261,108 @@ def test_warmup_compiles_all_that_drawing_takes(
     compilations.clear()
     assert mindalle_cli("sample", *prompt, "--out", out, *shared)[0] == 0
     assert compilations == []
+
+
+@pytest.mark.filterwarnings("always")
+def test_an_image_of_another_model_is_varied_with_a_warning(sample, out, tmp_path, tiny_dalle):
+    generation = tiny_dalle.generate("a cat", num_candidates=1)
+    meta = generation.meta | {"model_sha256": "0" * 64}
+    (path,) = dataclasses.replace(generation, meta=meta).save(tmp_path / "other")
+    code, _, err = sample("--vary", path, "--keep-rows", 2)
+    assert code == 0 and f"warning: {path} was sampled by another model, whose codes may mean other patches\n" in err
+
+
+# Where it writes to, prompts, and interruptions
+
+
+def test_images_go_to_a_new_folder_below_out(mindalle_cli, tmp_path, monkeypatch, tiny_model_folder):
+    """Named by prompt and seed, numbered if it exists, and told in the end: the same command works twice."""
+    monkeypatch.chdir(tmp_path)
+    options = ["-m", tiny_model_folder, "-n", 1]
+    for expected in ("a-cat-seed0", "a-cat-seed0-2", "a-cat-seed0-3"):
+        code, stdout, _ = mindalle_cli("sample", "A cat!", *options)
+        assert (code, stdout) == (0, f"1 image, out/{expected}/grid.png and out/{expected}/meta.json\n")
+    code, stdout, _ = mindalle_cli("sample", "the dog", "a cat", *options, "--seed", 3)
+    assert code == 0 and "out/the-dog-and-1-more-seed3/001-a-cat/grid.png" in stdout
+    assert mindalle_cli("sample", "!?", *options)[1].startswith("1 image, out/prompt-seed0/grid.png")
+
+
+def test_prompts_come_in_any_place_and_form(sample, out, tmp_path):
+    (tmp_path / "prompts.txt").write_text("the dog\n")
+    code, stdout, err = sample("a cat", "--prompts-file", tmp_path / "prompts.txt", "12", "--prompt", "a dog")
+    assert code == 0 and "prompts:" not in err
+    assert sorted(os.listdir(out)) == ["000-a-cat", "001-12", "002-a-dog", "003-the-dog"]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "noted"),
+    [(["a", "cat"], "2 prompts: a, cat"), (["a", "red", "cat"], "3 prompts: a, red, cat"), (["a cat", "dog"], ""),
+     (["cat"], "")],
+)  # fmt: skip
+def test_words_without_quotes_are_noted(sample, prompts, noted):
+    """One word each may be meant so; it is noted, and nobody has to answer."""
+    code, _, err = sample(*prompts)
+    line = f"mindalle sample: {noted}; if one was meant, put it in quotes\n"
+    assert code == 0 and (line in err if noted else "prompts:" not in err)
+
+
+def test_the_hint_about_gpus_is_not_for_demo(mindalle_cli, out):
+    code, _, err = mindalle_cli("sample", "a red circle", "-n", 1, "-o", out)
+    assert code == 0 and "demo, loaded in" in err and "GPU" not in err
+
+
+@pytest.mark.filterwarnings("always")
+def test_unknown_words_and_the_remedy_are_told(mindalle_cli, out):
+    code, _, err = mindalle_cli("sample", "a gray cat", "-n", 1, "-o", out, "--guidance-scale", 2)
+    assert code == 0
+    told = [line.removeprefix("warning: ") for line in err.splitlines() if line.startswith("warning: ")]
+    assert len(told) == 2 and told[1].startswith("--guidance-scale 2 costs twice the time")
+    assert told[0].startswith('demo knows none of these words: gray (but grey), cat (in "a gray cat"). It draws ')
+    assert "minDALL-E/1.3B" in told[0]
+
+
+def interrupting(monkeypatch, rows: int) -> None:
+    """Ctrl-C after so many rows of codes."""
+    seen = []
+    write = Sampled.add
+
+    def add(self, event):
+        write(self, event)
+        seen.append(event.kind)
+        if event.kind == "codes" and seen.count("codes") == rows:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Sampled, "add", add)
+
+
+def test_ctrl_c_keeps_the_finished_candidates(sample, out, monkeypatch, tiny_dalle):
+    """Twenty candidates in batches of two; the signal comes in the fourth batch."""
+    interrupting(monkeypatch, rows=3 * 8 + 2)
+    code, stdout, err = sample("a cat", "-n", 20, "--batch-size", 2, "--ranker", "likelihood")
+    assert code == 130
+    told = f"mindalle sample: interrupted: 6 of 20 candidates were finished; they are in {out}"
+    assert err.splitlines()[-1] == told and stdout.startswith("6 images, ")
+    settings = {"num_candidates": 6, "batch_size": 2, "ranker": "likelihood"}
+    expected = tiny_dalle.generate("a cat", **settings)
+    np.testing.assert_array_equal(codes(out), expected.codes[expected.order])
+
+
+def test_ctrl_c_before_a_candidate_is_finished_writes_nothing(sample, out, monkeypatch):
+    interrupting(monkeypatch, rows=2)
+    code, stdout, err = sample("a cat", "-n", 20, "--batch-size", 2)
+    assert (code, stdout) == (130, "") and not out.exists()
+    assert err.splitlines()[-1] == (
+        "mindalle sample: interrupted: 0 of 20 candidates were finished; nothing was written"
+    )
+
+
+@pytest.mark.parametrize("mixed", [[], ["--mixed-batches"]])
+def test_ctrl_c_keeps_the_prompts_before(sample, out, monkeypatch, mixed):
+    """Also where a batch holds rows of several prompts."""
+    interrupting(monkeypatch, rows=2 * 8 + 1)
+    code, stdout, err = sample("a cat", "the dog", "12", "--batch-size", 2, *mixed)
+    assert code == 130 and "interrupted: 4 of 6 candidates were finished; they are in" in err
+    assert sorted(os.listdir(out)) == ["000-a-cat", "001-the-dog"] and stdout.count("2 images") == 2
 
 
 # Image-only models

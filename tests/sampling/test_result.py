@@ -1,6 +1,7 @@
 """Order, captions and files of ranked pictures; the rest of Generation is tested with the models that make it."""
 
 import dataclasses
+import io
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from mindalle_jax import Generation
 from mindalle_jax.errors import OutputError, UsageError
+from mindalle_jax.sampling.image_file import read_image_record
 
 
 def make(scores, *, size=16, seed=3) -> Generation:
@@ -33,6 +35,54 @@ def reds(sheet: Image.Image) -> list[int]:
     for y, x in zip(rows, columns, strict=True):
         corners.setdefault(int(pixels[y, x, 0]), (y, x))
     return sorted(corners, key=corners.__getitem__)
+
+
+def test_images_come_best_first():
+    """By index, by iteration and by `best`: PIL images, in the order of the sheet."""
+    generation = make([0.1, 0.4, 0.2])
+    assert len(generation) == 3
+    assert [image.getpixel((0, 0))[0] for image in generation] == [1, 2, 0]
+    assert generation[0].size == (16, 16) and generation[0].getpixel((0, 0)) == (1, 200, 0)
+    assert generation[-1].getpixel((0, 0))[0] == 0
+    assert [image.getpixel((0, 0))[0] for image in generation[:2]] == [1, 2]
+    assert [image.getpixel((0, 0))[0] for image in generation.best(2)] == [1, 2]
+    assert len(generation.best(9)) == 3 and len(make(None)) == 4
+    for index in (3, -4):
+        with pytest.raises(IndexError):
+            generation[index]
+
+
+def test_prompts_come_one_by_one():
+    generations = make([[0.1, 0.4, 0.2], [3.0, 2.0, 1.0]])
+    assert len(generations) == 2
+    assert [one.prompts for one in generations] == [["a cat"], ["a dog"]]
+    assert [image.getpixel((0, 0))[0] for image in generations[1]] == [10, 11, 12]
+    assert [[image.getpixel((0, 0))[0] for image in images] for images in generations.best(1)] == [[1], [10]]
+    assert generations[-1].prompts == ["a dog"]
+
+
+def test_the_repr_is_one_line():
+    assert repr(make([0.1, 0.4])) == "<Generation of 'a cat': 2 images of 16 x 16, ranked by likelihood, best 0.4000>"
+    assert repr(make(None)) == "<Generation of 'a cat': 4 images of 16 x 16>"
+    assert repr(make([float("nan")])) == "<Generation of 'a cat': 1 images of 16 x 16>"
+    assert repr(make([[0.1], [0.2]])).startswith("<Generation of 'a cat', 'a dog': 2 images")
+
+
+def test_a_notebook_shows_the_sheet_enlarged():
+    sheet = Image.open(io.BytesIO(make([0.1, 0.4])._repr_png_()))
+    assert sheet.format == "PNG" and sheet.width > 2 * 128
+    assert reds(make([0.1, 0.4]).grid(scale=3)) == [1, 0]
+
+
+def test_what_is_not_sampled_yet_is_grey_on_the_sheet():
+    """The image itself shows the mean of the codebook there, which looks like a result."""
+    generation = make([0.3, 0.1], size=18)
+    codes = generation.codes.copy()
+    codes[0, 4:] = -1  # of 3 x 3 codes, each 6 pixels wide
+    sheet = np.asarray(dataclasses.replace(generation, codes=codes).grid())[4 : 4 + 18, 4 : 4 + 18]
+    assert (sheet[:6] == [0, 200, 0]).all() and (sheet[6:12, :6] == [0, 200, 0]).all()
+    assert (sheet[6:12, 6:] == 128).all() and (sheet[12:] == 128).all()
+    assert (generation.images[0] == [0, 200, 0]).all()
 
 
 def test_order_is_best_first():
@@ -121,6 +171,32 @@ def test_pictures_that_are_not_complete_are_not_saved(tmp_path):
         "rank001_score0.3000_seed3_candidate002.png", "rank002_score0.1000_seed3_candidate000.png",
     ]  # fmt: skip
     assert "NaN" not in (tmp_path / "out" / "meta.json").read_text()
+
+
+def test_the_sheet_of_a_stopped_run_has_what_is_saved(tmp_path):
+    generation = make([0.1, float("nan"), 0.3])
+    codes = generation.codes.copy()
+    codes[1, 4:] = -1
+    dataclasses.replace(generation, codes=codes).save(tmp_path / "out")
+    assert reds(Image.open(tmp_path / "out" / "grid.png")) == [2, 0]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert all(path.parent == tmp_path / "out" for path in make([0.1, 0.2]).save("~/out"))
+
+
+def test_files_say_how_they_were_made(tmp_path):
+    generation = make([[0.1, 0.4], [3.0, 2.0]])
+    for path, (prompt, candidate, score) in zip(
+        generation.save(tmp_path / "out"),
+        [("a cat", 1, 0.4), ("a cat", 0, 0.1), ("a dog", 0, 3.0), ("a dog", 1, 2.0)],
+        strict=True,
+    ):
+        record = read_image_record(path)
+        assert (record.prompt, record.candidate, record.seed) == (prompt, candidate, 3)
+        assert record.score == pytest.approx(score) and record.codes.tolist() == [candidate] * 9
+        assert record.settings == {"ranker": "likelihood"}
 
 
 def test_ranked_pictures_never_replace_silently(tmp_path):
