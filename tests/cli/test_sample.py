@@ -15,6 +15,7 @@ from PIL import Image
 from mindalle_jax import ClipRanker, ImageGPT
 from mindalle_jax.cli import sample as sample_module
 from mindalle_jax.hub import resolve
+from mindalle_jax.runtime.devices import CPU_DEVICES
 from mindalle_jax.sampling.events import Sampled
 
 # What it writes
@@ -336,13 +337,14 @@ def interrupting(monkeypatch, rows: int) -> None:
 
 
 def test_ctrl_c_keeps_the_finished_candidates(sample, out, monkeypatch, tiny_dalle):
-    """Twenty candidates in batches of two; the signal comes in the fourth batch."""
+    """Five batches; the signal comes in the fourth."""
     interrupting(monkeypatch, rows=3 * 8 + 2)
-    code, stdout, err = sample("a cat", "-n", 20, "--batch-size", 2, "--ranker", "likelihood")
+    wanted, finished = 5 * CPU_DEVICES, 3 * CPU_DEVICES
+    code, stdout, err = sample("a cat", "-n", wanted, "--batch-size", 1, "--ranker", "likelihood")
     assert code == 130
-    told = f"mindalle sample: interrupted: 6 of 20 candidates were finished; they are in {out}"
-    assert err.splitlines()[-1] == told and stdout.startswith("6 images, ")
-    settings = {"num_candidates": 6, "batch_size": 2, "ranker": "likelihood"}
+    told = f"mindalle sample: interrupted: {finished} of {wanted} candidates were finished; they are in {out}"
+    assert err.splitlines()[-1] == told and stdout.startswith(f"{finished} images, ")
+    settings = {"num_candidates": finished, "batch_size": 1, "ranker": "likelihood"}
     expected = tiny_dalle.generate("a cat", **settings)
     np.testing.assert_array_equal(codes(out), expected.codes[expected.order])
 
@@ -358,11 +360,13 @@ def test_ctrl_c_before_a_candidate_is_finished_writes_nothing(sample, out, monke
 
 @pytest.mark.parametrize("mixed", [[], ["--mixed-batches"]])
 def test_ctrl_c_keeps_the_prompts_before(sample, out, monkeypatch, mixed):
-    """Also where a batch holds rows of several prompts."""
+    """A batch per prompt; also in the mode in which a batch may hold rows of several."""
     interrupting(monkeypatch, rows=2 * 8 + 1)
-    code, stdout, err = sample("a cat", "the dog", "12", "--batch-size", 2, *mixed)
-    assert code == 130 and "interrupted: 4 of 6 candidates were finished; they are in" in err
-    assert sorted(os.listdir(out)) == ["000-a-cat", "001-the-dog"] and stdout.count("2 images") == 2
+    code, stdout, err = sample("a cat", "the dog", "12", "-n", CPU_DEVICES, "--batch-size", 1, *mixed)
+    told = f"interrupted: {2 * CPU_DEVICES} of {3 * CPU_DEVICES} candidates were finished; they are in"
+    assert code == 130 and told in err
+    assert sorted(os.listdir(out)) == ["000-a-cat", "001-the-dog"]
+    assert stdout.count(f"{CPU_DEVICES} image") == 2
 
 
 # Image-only models
