@@ -25,6 +25,7 @@ import optax
 from jax.sharding import SingleDeviceSharding
 from tqdm import tqdm
 
+from mindalle_jax.cli.parser import path
 from mindalle_jax.config.file import dump_config
 from mindalle_jax.data.codes import vqgan_digest
 from mindalle_jax.data.loader import Loader
@@ -219,8 +220,8 @@ def main() -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration (default: none)"
     )
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="configs/ has some to start from")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new or empty folder: the model")
+    parser.add_argument("--config", required=True, type=path, metavar="FILE", help="configs/ has some to start from")
+    parser.add_argument("--out", required=True, type=path, metavar="DIR", help="a new or empty folder: the model")
     arguments = parser.parse_args()
     try:
         finetune(arguments.config, arguments.overrides, arguments.out)

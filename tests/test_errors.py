@@ -51,3 +51,37 @@ def test_every_error_is_one_of_ours_and_one_of_pythons():
 def test_errors_of_others_become_one_line(error, line):
     """An error of XLA has hundreds of lines, and some have no text at all."""
     assert errors.one_line(error) == line
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "end"),
+    [
+        ("smaple", ["sample", "show"], "; did you mean sample?"),
+        ("VIT-b/32", ["ViT-B/32", "ViT-L/14"], "; did you mean ViT-B/32?"),
+        ("--num", ["--out", "--num-candidates"], "; did you mean --num-candidates?"),
+        ("--n", ["--num-candidates"], ""),
+        ("zebra", ["sample", "show"], ""),
+        ("", ["sample"], ""),
+    ],
+)
+def test_the_nearest_name_is_offered(name, names, end):
+    assert errors.did_you_mean(name, names) == end
+
+
+def test_a_hint_names_what_has_to_be_installed(monkeypatch):
+    """The package itself is there, and is on no index; the version bounds are quoted for a shell."""
+    hint = errors.install_hint("train")
+    assert hint.startswith("pip install 'optax>=") and "'orbax-checkpoint<1,>=0.12'" in hint
+    assert errors.install_hint("datasets") == "pip install 'datasets>=4'"
+
+    def missing(_):
+        raise errors.importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(errors.importlib.metadata, "requires", missing)
+    assert errors.install_hint("train") == "pip install 'mindalle-jax[train]'"
+
+
+def test_a_warning_is_of_the_line_outside_the_package():
+    with pytest.warns(UserWarning, match="look here") as warned:
+        errors.warn("look here")
+    assert warned[0].filename == __file__

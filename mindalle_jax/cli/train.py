@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mindalle_jax.cli.parser import add_path
-from mindalle_jax.errors import DataError, UsageError
+from mindalle_jax.errors import MindalleError, UsageError
 
 FINETUNE_EXAMPLE = "mindalle finetune --config configs/finetune-captions.yaml data.train=photos --out runs/cats"
 VQGAN_EXAMPLE = "mindalle train-vqgan --config configs/scenes/vqgan.yaml data.train=photos --out runs/vqgan"
@@ -44,11 +44,12 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_finetune(arguments: argparse.Namespace) -> None:
     """Runs `mindalle finetune`."""
+    from mindalle_jax.data.codes import vqgan_digest
     from mindalle_jax.training.config import FinetuneConfig
     from mindalle_jax.training.finetune import finetune
 
     config = _run(finetune, FinetuneConfig, arguments)
-    what = [*config.training.sample_prompts, *_captions(config)][:1]
+    what = [*config.training.sample_prompts, *_captions(config, vqgan_digest(arguments.out))][:1]
     if config.image_only:
         what = ["--class-id", "0"] if config.stage2.use_cls_cond else []
     _tell(f"{arguments.out}: a model", "sample", *what, "--model", arguments.out)
@@ -73,13 +74,13 @@ def run_clip(arguments: argparse.Namespace) -> None:
     _tell(f"{arguments.out}: a CLIP model", "sample", *_captions(config), "--ranker", arguments.out)
 
 
-def _captions(config: Any) -> list[str]:
-    """A caption of the data that was trained on; none where it has gone since."""
+def _captions(config: Any, vqgan: str | None = None) -> list[str]:
+    """A caption of the data that was trained on; none where it cannot be read any more."""
     from mindalle_jax.data.sources import first_caption
 
     try:
-        return [caption] if (caption := first_caption(config.data.train)) else []
-    except (DataError, OSError):
+        return [caption] if (caption := first_caption(config.data.train, vqgan)) else []
+    except (MindalleError, OSError):
         return []
 
 

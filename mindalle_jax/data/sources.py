@@ -48,9 +48,9 @@ def open_source(
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
-def first_caption(path: str | Path) -> str | None:
-    """A caption of the data set, the first that is found; reads no more of it than that takes."""
-    samples, _ = _find_samples(os.path.expanduser(path), "text", None, None, DatasetReport())
+def first_caption(path: str | Path, vqgan: str | None = None) -> str | None:
+    """A caption of the data set, the first that is found; reads no more of it than that takes. As open_source."""
+    samples, _ = _find_samples(os.path.expanduser(path), "text", None, vqgan, DatasetReport())
     return next((caption.strip() for sample in samples for caption in sample.captions if caption.strip()), None)
 
 

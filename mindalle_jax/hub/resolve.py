@@ -105,6 +105,8 @@ def find_source(path_or_name: str, download_from: str | None = None) -> Path:
     with something else.
     """
     path = Path(path_or_name).expanduser()
+    if path_or_name in CLIP_NAMES and not path.exists():
+        return find_clip(path_or_name)
     if path_or_name in RELEASES and not path.exists():
         return fetch_release(path_or_name, source=download_from)
     if download_from:

@@ -236,6 +236,7 @@ def finetune(config_file: str | Path, overrides: Sequence[str], out: Path, *, ig
     Returns whether the run is complete.
     """
     config, base = read_finetune(config_file, overrides)
+    out = out.expanduser()
     return run_training(config, out, lambda: FinetuneRun(config, base, out), ignore_fingerprint=ignore_fingerprint)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mindalle_jax.cli.parser import path
 from scripts.bench.peer import missing
 from scripts.bench.stages import RESULTS, TABLE, Folder, Record, Stage, run_stages
 
@@ -242,12 +243,12 @@ def best_default(records: list[Record]) -> str:
 def parse_arguments() -> argparse.Namespace:
     """The command line, checked before anything runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where results go; must not have any yet")
+    parser.add_argument("--out", type=path, metavar="DIR", help="where results go; must not have any yet")
     parser.add_argument(
         "--budget", type=float, metavar="SECONDS", help="time for all stages, kept to within 6 s (default: no limit)"
     )
     parser.add_argument("--preset", choices=LEAST_S, default="1.3b", help="the network (default: %(default)s)")
-    parser.add_argument("--peer", type=Path, metavar="DIR", help="a clone of the original repository, timed as well")
+    parser.add_argument("--peer", type=path, metavar="DIR", help="a clone of the original repository, timed as well")
     text = "stages with one of these in their name or command (default: all)"
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help=text)
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from mindalle_jax import Dalle, ImageGPT
+from mindalle_jax.cli.parser import path
 from mindalle_jax.interop.mindalle import import_checkpoint
 from scripts.bench import common
 from scripts.bench.goals import BACKENDS
@@ -113,7 +114,7 @@ def main() -> None:
     parser = common.make_parser(__doc__)
     default = next((folder for folder in FOLDERS if folder.is_dir()), None)
     text = "folder of the arrays (default: tests/golden, or ../shared/golden_small)"
-    parser.add_argument("--golden", type=Path, default=default, metavar="DIR", help=text)
+    parser.add_argument("--golden", type=path, default=default, metavar="DIR", help=text)
     golden = parser.parse_args().golden
     if golden is None or not (golden / "golden.npz").is_file():
         sys.exit(f"scripts.bench.golden: no golden.npz in {golden or ' or '.join(map(str, FOLDERS))}; give --golden")

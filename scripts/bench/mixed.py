@@ -24,14 +24,14 @@ def sample_one_by_one(model: Any, prompts: list[str]) -> float:
     """Seconds of one call per prompt."""
     start = time.perf_counter()
     for prompt in prompts:
-        model.generate(prompt, num_candidates=1)
+        model.generate(prompt, num_candidates=1, ranker=None)
     return time.perf_counter() - start
 
 
 def sample_mixed(model: Any, prompts: list[str], batch_size: int | None) -> float:
     """Seconds of one call for all prompts. batch_size: rows per device; None is the default of the model."""
     start = time.perf_counter()
-    model.generate(prompts, num_candidates=1, batch_size=batch_size, mixed_batches=True)
+    model.generate(prompts, num_candidates=1, batch_size=batch_size, mixed_batches=True, ranker=None)
     return time.perf_counter() - start
 
 

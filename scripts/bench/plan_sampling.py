@@ -27,6 +27,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mindalle_jax.cli.parser import path
 from mindalle_jax.interop.clip import clip_leaf_shapes
 from mindalle_jax.models.attention import DECODE_ATTENTION, default_backend
 from mindalle_jax.models.clip import ClipConfig
@@ -46,7 +47,7 @@ def main() -> None:
     """Parses the command line, compiles, prints."""
     parser = common.make_parser(__doc__)
     parser.add_argument(
-        "--config", type=Path, default=common.PRESETS["1.3b"], help="the network (default: the published one)"
+        "--config", type=path, default=common.PRESETS["1.3b"], help="the network (default: the published one)"
     )
     parser.add_argument("--target", choices=PLATFORMS, default="h100", help="default: %(default)s")
     common.add_quantize(parser)

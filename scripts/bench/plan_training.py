@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mindalle_jax.cli.parser import path
 from mindalle_jax.config.schema import Config
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.runtime.sharding import BATCH, SplitByBatch, batch_devices, make_mesh, param_shardings
@@ -31,7 +32,7 @@ def main() -> None:
     """Parses the command line, compiles, prints."""
     parser = common.make_parser(__doc__)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="of mindalle finetune")
+    parser.add_argument("--config", required=True, type=path, metavar="FILE", help="of mindalle finetune")
     parser.add_argument("--devices", type=int, default=8, help="how many to compile for (default: %(default)s)")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mindalle_jax.cli.parser import path
 from mindalle_jax.config.file import dump_config, load_config
 from mindalle_jax.config.schema import Config
 from mindalle_jax.interop.key_maps import slots
@@ -120,9 +121,9 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
 def main() -> None:
     """Runs the stages, each in a child process."""
     parser = common.make_parser(__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="a new folder to work in")
+    parser.add_argument("--work", type=path, required=True, help="a new folder to work in")
     parser.add_argument(
-        "--config", type=Path, default=common.PRESETS["1.3b"], help="the network (default: the published one)"
+        "--config", type=path, default=common.PRESETS["1.3b"], help="the network (default: the published one)"
     )
     parser.add_argument("--keep", action="store_true", help="leave the folder behind (default: it is removed)")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)

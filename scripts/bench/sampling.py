@@ -23,13 +23,13 @@ import math
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mindalle_jax.cli.parser import path
 from mindalle_jax.config.schema import Config
 from mindalle_jax.models.attention import DECODE_ATTENTION, PRIVATE_PREFIX, default_backend
 from mindalle_jax.models.transformer import Transformer
@@ -215,7 +215,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--codes-only", action="store_true", help="neither decode nor rank images (default: both)")
     text = "count the kernels of a step on a GPU; compiles once more (default: no)"
     parser.add_argument("--count-kernels", action="store_true", help=text)
-    parser.add_argument("--peer", type=Path, metavar="DIR", help="a clone of the original repository, timed as well")
+    parser.add_argument("--peer", type=path, metavar="DIR", help="a clone of the original repository, timed as well")
     arguments = parser.parse_args()
     if arguments.attention == "cudnn" and arguments.quantize == "weights+cache":
         parser.error("--attention cudnn reads no int8; --quantize weights goes with it")

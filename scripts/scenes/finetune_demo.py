@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from mindalle_jax import Dalle, ImageGPT
-from mindalle_jax.cli import HelpFormatter, run_reporting
 from mindalle_jax.cli import main as mindalle
+from mindalle_jax.cli import run_reporting
+from mindalle_jax.cli.parser import HelpFormatter, path
 from mindalle_jax.errors import MindalleError
 from mindalle_jax.training.finetune import read_finetune
 from scripts.scenes.accuracy import accuracy, draw_scenes
@@ -88,12 +89,11 @@ def write_sheet(pictures: Any, path: Path) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    description, _, notes = (__doc__ or "").strip().split("\n\n")
-    parser = argparse.ArgumentParser(description=description, epilog=notes, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--kind", choices=list(KINDS), required=True, help="to captions in a new style, or without text"
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where everything goes")
+    parser.add_argument("--out", required=True, type=path, metavar="DIR", help="where everything goes")
     text = "changes to the configuration, as optimizer.max_steps=100"
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=text)
     return parser

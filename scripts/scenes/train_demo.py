@@ -23,8 +23,9 @@ from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
-from mindalle_jax.cli import HelpFormatter, run_reporting
 from mindalle_jax.cli import main as mindalle
+from mindalle_jax.cli import run_reporting
+from mindalle_jax.cli.parser import HelpFormatter, path
 from mindalle_jax.config.file import load_section
 from mindalle_jax.config.schema import ExperimentConfig
 from mindalle_jax.errors import MindalleError
@@ -214,9 +215,8 @@ def measure(demo: Path, count: int) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    description, _, notes = (__doc__ or "").strip().split("\n\n")
-    parser = argparse.ArgumentParser(description=description, epilog=notes, formatter_class=HelpFormatter)
-    parser.add_argument("--work", required=True, type=Path, metavar="DIR", help="where everything goes")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--work", required=True, type=path, metavar="DIR", help="where everything goes")
     parser.add_argument("--size", choices=list(CHANGES), default="cpu", help="by where it is trained")
     names = ["all", "scenes", "tokenizers", "vqgan", "codes", "transformer", "clip", "pack", "measure"]
     parser.add_argument("--stage", choices=names, default="all", help="only this stage; those before it must be done")
@@ -225,4 +225,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(run_reporting("make_demo_model.py", lambda: main(parser().parse_args())))
+    sys.exit(run_reporting("train_demo.py", lambda: main(parser().parse_args())))

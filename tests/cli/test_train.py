@@ -7,6 +7,7 @@ import pytest
 from commands import message
 from image_folders import fill
 
+from mindalle_jax.data import codes
 from mindalle_jax.errors import DataError
 from mindalle_jax.runtime import devices
 
@@ -30,6 +31,8 @@ RUNS = {
 @pytest.fixture
 def trained(monkeypatch):
     """trained(verb, complete=True) -> list of the calls of the verb's function, which gives `complete` or raises it."""
+
+    monkeypatch.setattr(codes, "vqgan_digest", lambda folder: "of the model that was trained")
 
     def replace(verb: str, complete=True) -> list:
         calls = []

@@ -313,3 +313,18 @@ def test_the_transfers_are_the_originals(name, n_classes, fid):
         local_batch_size=2, total_batch_size=512, epochs=8, save_ckpt_freq=2, use_amp=True
     )
     assert config.training == TrainingConfig(init_from="minDALL-E/1.3B")
+
+
+@pytest.mark.parametrize("text", ["training: {init_from: ~/models/mine}", ""])
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, text):
+    """In the file, in an override, where no shell expands it, and for the file itself."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    config = load_config("~/run.yaml", ["data.train=~/photos", "data.valid=~/a b"], FinetuneConfig)
+    assert config.data.train == f"{tmp_path}/photos" and config.data.valid == f"{tmp_path}/a b"
+    assert config.training.init_from == (f"{tmp_path}/models/mine" if text else FinetuneConfig().training.init_from)
+
+
+def test_a_tilde_inside_stays():
+    assert parse_config("dataset: {dataset: a~b}").dataset.dataset == "a~b"
+    assert parse_config("dataset: {dataset: ~}").dataset.dataset is None  # YAML's null

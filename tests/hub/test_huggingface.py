@@ -20,6 +20,7 @@ from mindalle_jax.hub.huggingface import fetch_repo, is_repo_id
 from mindalle_jax.hub.resolve import find_clip, find_model
 from mindalle_jax.interop.clip import WEIGHT_FILES
 from mindalle_jax.storage.model_folder import MODEL_FILES
+from mindalle_jax.text.known_words import KnownWords
 
 REPO = "somebody/tiny.model"
 
@@ -192,6 +193,20 @@ def test_a_model_of_the_hub_draws_what_the_folder_draws(hub, pushed, tiny_dalle)
     blob.write_bytes(data)
     with pytest.raises(CheckpointError, match="stage2.safetensors: .* is damaged"):
         Dalle.from_pretrained(REPO, local_files_only=True)
+
+
+def test_ranker_and_words_come_with_a_model(hub, tmp_path, tiny_model_folder, tiny_clip_folder, tiny_dalle):
+    """Else a model of the hub would neither rank nor say what it knows, where the folder that was pushed does."""
+    folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "ranked"))
+    shutil.copytree(tiny_clip_folder, folder / "ranker")
+    KnownWords(frozenset(["a", "cat"])).save(folder / "tokenizer")
+    hub.push(REPO, folder)
+    model = Dalle.from_pretrained(REPO)
+    generation = model("a cat", num_candidates=2)
+    assert generation.meta["ranker"] == f"CLIP {REPO}/ranker" and generation.meta["model"] == REPO
+    assert model.tokenizer.known_words == KnownWords(frozenset(["a", "cat"]))
+    expected = ClipRanker.from_pretrained(tiny_clip_folder).scores("a cat", generation.images)
+    np.testing.assert_array_equal(generation.scores, expected)
 
 
 def test_a_revision_is_another_commit(hub, pushed, tmp_path, tiny_igpt_model_folder):

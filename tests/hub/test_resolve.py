@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mindalle_jax.errors import CheckpointError, DownloadError
 from mindalle_jax.hub import resolve
 from mindalle_jax.interop.mindalle import import_checkpoint
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
@@ -47,3 +48,56 @@ def test_another_process_may_convert_first(tmp_path, tiny_folder, monkeypatch):
 
     monkeypatch.setattr(resolve, "import_checkpoint", slower)
     assert (resolve.find_model(source) / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("name", resolve.CLIP_NAMES)
+def test_names_of_openai_are_repositories(monkeypatch, tmp_path, name):
+    """`ViT-B/32` looks like a repository itself."""
+    asked = []
+
+    def fetch(repo: str, *_, **__) -> Path:
+        asked.append(repo)
+        (tmp_path / "model.safetensors").touch()
+        return tmp_path
+
+    monkeypatch.setattr(resolve, "fetch_repo", fetch)
+    assert resolve.find_clip(name) == resolve.find_source(name) == tmp_path
+    assert set(asked) == {resolve.CLIP_NAMES[name]} and asked[0].startswith("openai/clip-vit-")
+
+
+@pytest.mark.parametrize("name", resolve.RESNETS)
+def test_resnets_are_refused_by_name(name):
+    with pytest.raises(CheckpointError, match=f"^{name} is a ResNet, which is not supported; take one of ViT-B/32"):
+        resolve.find_clip(name)
+
+
+@pytest.mark.parametrize(
+    ("find", "name", "near"),
+    [
+        (resolve.find_clip, "likelyhood", "likelihood"),
+        (resolve.find_clip, "ViT-B32", "ViT-B/32"),
+        (resolve.find_clip, "vit-l/14", "ViT-L/14"),
+        (resolve.find_clip, "openai/clip-vit-base-patch23", "openai/clip-vit-base-patch32"),
+        (resolve.find_model, "dmeo", "demo"),
+        (resolve.find_model, "mindall-e/1.3b", "minDALL-E/1.3B"),
+    ],
+)
+def test_a_misspelt_name_gets_the_nearest(find, name, near):
+    with pytest.raises((CheckpointError, DownloadError)) as error:
+        find(name, local_files_only=True)
+    assert str(error.value).endswith(f"; did you mean {near}?")
+
+
+def test_a_name_that_is_near_none_gets_no_hint():
+    for find in (resolve.find_clip, resolve.find_model):
+        with pytest.raises(DownloadError) as error:
+            find("somebody/something", local_files_only=True)
+        assert "did you mean" not in str(error.value)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, tiny_model_folder, tiny_clip_folder):
+    monkeypatch.setenv("HOME", str(tiny_model_folder.parent))
+    assert resolve.find_model(f"~/{tiny_model_folder.name}") == tiny_model_folder
+    assert resolve.find_source(f"~/{tiny_model_folder.name}") == tiny_model_folder
+    monkeypatch.setenv("HOME", str(tiny_clip_folder.parent))
+    assert resolve.find_clip("~/tiny-clip") == tiny_clip_folder

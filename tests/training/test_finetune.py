@@ -1,6 +1,8 @@
 """A run of `mindalle finetune`: its configuration, its batches, and the VQGAN that it shares with its previews."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from mindalle_jax.config import file as config_file
 from mindalle_jax.config.file import load_config
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.runtime.sharding import BATCH, make_mesh
-from mindalle_jax.storage.weights import fingerprint, load_params, read_manifest
+from mindalle_jax.storage.weights import MANIFEST, fingerprint, load_params, read_manifest
+from mindalle_jax.text.known_words import KnownWords, count_words, read_known_words
 from mindalle_jax.training import finetune as module
 from mindalle_jax.training.finetune import FinetuneRun, encode_batch, read_finetune
 
@@ -70,6 +73,36 @@ def test_the_vqgan_is_loaded_once(config, tmp_path, monkeypatch, tiny_dalle):
 def test_the_fingerprint_is_that_of_the_weights(config, tmp_path, tiny_model_folder):
     run = FinetuneRun(*read_finetune(config, []), tmp_path / "out")
     assert run.base_fingerprint() == fingerprint(read_manifest(tiny_model_folder)["tensors"])
+
+
+@pytest.mark.parametrize(
+    ("before", "share", "after"),
+    [(0.0, 0.0, 0.0), (0.0, 0.1, 0.1), (0.2, 0.1, 0.2), (None, 0.0, None), (None, 0.1, 0.1)],
+)
+def test_the_result_says_what_it_was_trained_on(config, tmp_path, tiny_model_folder, before, share, after):
+    """Words of the captions join those of the model to start from, and so does the share of captions left out."""
+    base = Path(shutil.copytree(tiny_model_folder, tmp_path / "base"))
+    manifest = json.loads((base / MANIFEST).read_text(encoding="utf-8")) | {"caption_dropout": before}
+    manifest = {key: value for key, value in manifest.items() if value is not None}
+    (base / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    KnownWords(frozenset(["zeppelin"]), "draws zeppelins").save(base / "tokenizer")
+    changes = [f"training.init_from={base}", f"training.caption_dropout={share}", "training.sample_every_steps=0"]
+    run = FinetuneRun(*read_finetune(config, changes), tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    run.write_result(run.init_state())
+    assert read_manifest(tmp_path / "out").get("caption_dropout") == after
+    known_words = read_known_words(tmp_path / "out" / "tokenizer")
+    assert known_words is not None and known_words.about == "draws zeppelins"
+    captions = [caption for sample in run.source.samples for caption in sample.captions]
+    assert known_words.words == {"zeppelin", *count_words(captions)} and len(known_words.words) > 1
+
+
+def test_a_model_without_a_list_of_words_gets_none(config, tmp_path, tiny_model_folder):
+    """The published model knows more words than a data set has."""
+    run = FinetuneRun(*read_finetune(config, ["training.sample_every_steps=0"]), tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    run.write_result(run.init_state())
+    assert read_known_words(tmp_path / "out" / "tokenizer") is None
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from mindalle_jax import cli
 from mindalle_jax.errors import DataError, OutputError, UsageError
 from mindalle_jax.models.clip import ClipTextConfig
 from mindalle_jax.text.clip_tokenizer import read_clip_tokenizer
+from mindalle_jax.text.known_words import WORDS_FILE, count_words
 from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE, TextTokenizer
 from mindalle_jax.training.tokenizers import MAX_CHARACTERS, train_char_bpe, train_clip_bpe, train_tokenizer
 
@@ -175,3 +176,13 @@ def test_the_longest_caption_is_told_for_the_context_length(data, tmp_path):
     line = train_tokenizer(data, tmp_path / "out", vocab_size=CHARS_SIZE, kind="mindalle")
     longest = max(TextTokenizer(tmp_path / "out", N, CHARS_SIZE)(captions(300)).num_tokens)
     assert line.endswith(f"{CHARS_SIZE} tokens, from 300 captions; the longest of them has {longest} tokens")
+
+
+def test_the_words_of_the_captions_are_written(data, tmp_path):
+    """So that a model over this tokenizer can say what it does not know. CLIP knows no words, but bytes."""
+    train_tokenizer(data, tmp_path / "out", vocab_size=CHARS_SIZE, kind="mindalle")
+    known_words = TextTokenizer(tmp_path / "out", N, CHARS_SIZE).known_words
+    assert known_words is not None and known_words.words == set(count_words(captions(300)))
+    assert known_words.warning("a zeppelin", "it") is not None
+    train_tokenizer(data, tmp_path / "clip", vocab_size=540, kind="clip")
+    assert not (tmp_path / "clip" / WORDS_FILE).exists()
