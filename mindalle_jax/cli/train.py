@@ -3,6 +3,7 @@
 import argparse
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from mindalle_jax.cli.parser import add_path
@@ -44,12 +45,11 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_finetune(arguments: argparse.Namespace) -> None:
     """Runs `mindalle finetune`."""
-    from mindalle_jax.data.codes import vqgan_digest
     from mindalle_jax.training.config import FinetuneConfig
     from mindalle_jax.training.finetune import finetune
 
     config = _run(finetune, FinetuneConfig, arguments)
-    what = [*config.training.sample_prompts, *_captions(config, vqgan_digest(arguments.out))][:1]
+    what = [*config.training.sample_prompts, *_captions(config, arguments.out)][:1]
     if config.image_only:
         what = ["--class-id", "0"] if config.stage2.use_cls_cond else []
     _tell(f"{arguments.out}: a model", "sample", *what, "--model", arguments.out)
@@ -74,12 +74,14 @@ def run_clip(arguments: argparse.Namespace) -> None:
     _tell(f"{arguments.out}: a CLIP model", "sample", *_captions(config), "--ranker", arguments.out)
 
 
-def _captions(config: Any, vqgan: str | None = None) -> list[str]:
-    """A caption of the data that was trained on; none where it cannot be read any more."""
+def _captions(config: Any, model: Path | None = None) -> list[str]:
+    """A caption of the data that was trained on; none where it cannot be read any more. model: whose codes it holds."""
+    from mindalle_jax.data.codes import vqgan_digest
     from mindalle_jax.data.sources import first_caption
 
     try:
-        return [caption] if (caption := first_caption(config.data.train, vqgan)) else []
+        caption = first_caption(config.data.train, None if model is None else vqgan_digest(model))
+        return [caption] if caption else []
     except (MindalleError, OSError):
         return []
 
