@@ -171,6 +171,25 @@ def test_a_prompts_file_that_cannot_be_used_is_told(sample, not_loaded, tmp_path
 
 
 @pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--model", "dmeo"], "dmeo: no such folder"),
+        (["--ranker", "likelyhood"], "likelyhood: no such file or folder"),
+        (["--image", "none.png", "--keep-rows", 3], "none.png: cannot be read"),
+        (["--vary", "none.png", "--keep-rows", 3], "none.png: cannot be read"),
+        (["--top-k", 0], "--top-k must be"),
+    ],
+    ids=["model", "ranker", "image", "vary", "option"],
+)
+def test_what_is_wrong_with_the_request_is_told_before_the_place(sample, not_loaded, out, options, text):
+    """Who mends the place first would have to mend the request after that."""
+    out.mkdir()
+    (out / "mine.txt").touch()
+    assert text in message(sample("a cat", *options)[2])
+    assert "exists and is not empty" in message(sample("a cat")[2])
+
+
+@pytest.mark.parametrize(
     ("make", "options", "text"),
     [
         (lambda out: (out.mkdir(), (out / "old.txt").touch()), [], "exists and is not empty; .* or pass --overwrite"),

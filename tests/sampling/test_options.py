@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import subprocess
 import sys
+import types
 import typing
 from pathlib import Path
 
@@ -68,6 +69,26 @@ def test_the_defaults_are_valid():
     again = checked.check(Config())
     for name in FIELDS.keys() - {"prompt_codes"}:
         assert getattr(again, name) == getattr(checked, name)
+
+
+@pytest.mark.parametrize(("terminal", "notebook"), [(False, False), (True, False), (False, True)])
+def test_progress_is_shown_where_somebody_watches(monkeypatch, terminal, notebook):
+    """Bars in a log file are kilobytes of one line."""
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(isatty=lambda: terminal))
+    if notebook:
+        monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    else:
+        monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    assert SamplingOptions().check().progress is (terminal or notebook)
+    assert SamplingOptions(progress=False).check().progress is False
+    monkeypatch.setattr(sys, "stderr", None)  # a program without a console
+    assert SamplingOptions().check().progress is notebook
+
+
+def test_off_is_none_for_a_ranker():
+    """The command line's word; else it would be taken for the name of a CLIP model."""
+    assert SamplingOptions(ranker="off").check().ranker is None
+    assert SamplingOptions().check().ranker == "auto"
 
 
 def test_no_jax_is_imported():
