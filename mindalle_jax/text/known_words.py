@@ -50,8 +50,12 @@ class KnownWords:
         return f'{said} (in "{_shortened(prompt)}"). It {about}{example}; {LARGER_MODEL}'
 
     def extended(self, captions: Iterable[str]) -> "KnownWords":
-        """The same with the words of captions that the model was trained on besides."""
-        return dataclasses.replace(self, words=self.words | frozenset(count_words(captions)))
+        """The same with the words of captions that the model was trained on besides.
+
+        If there are new ones, what was said about the model does not hold any more, and goes.
+        """
+        words = self.words | frozenset(count_words(captions))
+        return self if words == self.words else KnownWords(words)
 
     def save(self, folder: Path) -> None:
         """Writes words.json into the folder of a tokenizer, or removes it if there are more than MAX_WORDS."""

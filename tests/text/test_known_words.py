@@ -45,8 +45,15 @@ def test_words_are_runs_of_letters_and_digits():
 def test_a_list_is_read_as_it_was_saved(tmp_path):
     WORDS.save(tmp_path)
     assert read_known_words(tmp_path) == WORDS
+
+
+def test_words_join_the_list(tmp_path):
+    """What was said about the model does not hold for one that has learned more."""
     more = WORDS.extended(["a blue circle"])
-    assert more.words == WORDS.words | {"blue"} and more.examples == WORDS.examples
+    assert more == KnownWords(WORDS.words | {"blue"})
+    warning = more.warning("a cat", "mine")
+    assert warning is not None and "It was trained on 6 words; for photographs" in warning
+    assert WORDS.extended(["a red circle"]) == WORDS
 
 
 def test_the_language_at_large_has_no_list(tmp_path):

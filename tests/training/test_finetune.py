@@ -92,7 +92,7 @@ def test_the_result_says_what_it_was_trained_on(config, tmp_path, tiny_model_fol
     run.write_result(run.init_state())
     assert read_manifest(tmp_path / "out").get("caption_dropout") == after
     known_words = read_known_words(tmp_path / "out" / "tokenizer")
-    assert known_words is not None and known_words.about == "draws zeppelins"
+    assert known_words is not None and known_words.about == ""
     captions = [caption for sample in run.source.samples for caption in sample.captions]
     assert known_words.words == {"zeppelin", *count_words(captions)} and len(known_words.words) > 1
 
