@@ -14,20 +14,19 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows defaults, but not None, which the help explains, nor that a switch is off; keeps the lines of examples."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
     """Of one verb. Options are not abbreviated; arguments and options come in any order."""
 
-    def __init__(self, prog: str, description: str, example: str):
-        """example: commands, one per line, for the end of the help."""
-        examples = "\n".join(f"  {line}" for line in example.strip().splitlines())
-        heading = "example" if len(example.strip().splitlines()) == 1 else "examples"
+    def __init__(self, prog: str, description: str, example: str = ""):
+        """example: commands, one per line, for the end of the help; "" if they stand in the description."""
+        lines = [f"  {line}" for line in example.strip().splitlines()]
         super().__init__(
             prog=prog,
             description=description,
-            epilog=f"{heading}:\n{examples}",
+            epilog="\n".join([f"example{'s' if len(lines) > 1 else ''}:", *lines]) if lines else None,
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
