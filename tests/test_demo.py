@@ -73,6 +73,7 @@ def recorded_requests() -> list[tuple[str, dict]]:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:guidance_scale 2 costs twice the time")
 def test_demo_samples_what_it_always_has(demo):
     """Recorded before the sampler was rewritten, float32 on CPU, jax 0.10.2 (30 November 2026).
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, trainers
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import DataError, OutputError, UsageError
 from mindalle_jax.storage.files import check_writable, new_folder
-from mindalle_jax.text.clip_tokenizer import END, START, byte_tokens, make_clip_tokenizer
+from mindalle_jax.text.clip_tokenizer import END, START, byte_tokens, clean_text, make_clip_tokenizer
 from mindalle_jax.text.known_words import KnownWords, count_words
 from mindalle_jax.text.tokenizer import MERGES_FILE, PAD, UNKNOWN, VOCAB_FILE, WORD_END, char_bpe
 
@@ -43,6 +43,8 @@ def train_tokenizer(data: str | Path, out: Path, *, vocab_size: int, kind: Kind)
         raise OutputError(f"{out} exists and is not empty; name another place")
     check_writable(out)
     captions = [caption for sample in open_source(data, "text").samples for caption in sample.captions]
+    if kind == "clip":
+        captions = [clean_text(caption) for caption in captions]
     tokenizer = (train_char_bpe if kind == "mindalle" else train_clip_bpe)(captions, vocab_size)
     with new_folder(out, overwrite=out.is_dir()) as folder:
         if kind == "mindalle":

@@ -300,5 +300,5 @@ def test_arguments_out_of_range(source, options, message):
 
 def test_grain_is_an_extra(source, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "grain", None)
-    with pytest.raises(UsageError, match=r"needs grain: pip install 'mindalle-jax\[train\]'"):
+    with pytest.raises(UsageError, match=r"needs grain: pip install '.*'grain>=0.2.18'"):
         Loader(source, batch_size=8, train=True, image_size=16)

@@ -22,7 +22,7 @@ def test_no_such_path_and_no_such_task(tmp_path):
 def test_saved_datasets_need_the_library(tmp_path, monkeypatch):
     (tmp_path / "dataset_info.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install 'mindalle-jax\[datasets\]'"):
+    with pytest.raises(DataError, match="saved by the library datasets: pip install 'datasets>=4'"):
         open_source(tmp_path, "text")
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from mindalle_jax import Dalle, pipeline
+from mindalle_jax import Dalle, base_model
 from mindalle_jax.runtime.devices import CPU_DEVICES, choose_devices
 from mindalle_jax.sampling import generate
 
@@ -27,7 +27,7 @@ def test_a_small_network_takes_the_devices_of_a_cpu(tiny_model_folder, tiny_dall
         np.testing.assert_array_equal(one.scores, drawn.scores)
         np.testing.assert_array_equal(one.images, drawn.images)
 
-    monkeypatch.setattr(pipeline, "SMALL", 1000)
+    monkeypatch.setattr(base_model, "SMALL", 1000)
     large = Dalle.from_pretrained(tiny_model_folder)
     assert large.mesh.devices.tolist() == jax.devices()[:1] and large.default_batch_size(16) == 16
     assert choose_devices(None, None)[0].size == 1

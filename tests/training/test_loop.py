@@ -113,7 +113,7 @@ def test_sigterm_saves_and_says_how_to_go_on(runs):
     """Exit code 0: what was asked for, a stop, was done. No model is there yet, and none is announced."""
     assert runs.stopped.code == 130 and runs.stopped.out == ""
     assert f"stopped after step {runs.stopped_at}; the same command resumes from there" in runs.stopped.err
-    assert runs.finished.out == f"{runs.interrupted}: a model; mindalle sample --model {runs.interrupted}\n"
+    assert runs.finished.out == f"{runs.interrupted}: a model; mindalle sample 'the 0' --model {runs.interrupted}\n"
 
 
 def test_every_line_of_metrics_is_that_of_the_straight_run(runs):

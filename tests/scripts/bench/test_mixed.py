@@ -22,8 +22,8 @@ def test_rounds_take_turns_and_ratios_are_of_a_round(monkeypatch):
     assert found["mixed"]["16"] == found["mixed"]["default"] == {"seconds": 2.0, "images_per_s": 2.0, "ratio": 2.0}
     together = [options for asked, options in model.calls if asked == prompts]
     assert together == 3 * [
-        {"num_candidates": 1, "batch_size": 16, "mixed_batches": True},
-        {"num_candidates": 1, "batch_size": None, "mixed_batches": True},
+        {"num_candidates": 1, "batch_size": 16, "mixed_batches": True, "ranker": None},
+        {"num_candidates": 1, "batch_size": None, "mixed_batches": True, "ranker": None},
     ]
     # Two calls that compile, then in each round four prompts and two batches.
     kinds = ["mixed" if "mixed_batches" in options else "one" for _, options in model.calls[3:]]
