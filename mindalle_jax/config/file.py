@@ -8,7 +8,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -91,12 +91,12 @@ def _build_config(tree: Any, overrides: Iterable[str], kind: type[AnyConfig], de
     return config
 
 
-def dump_config(config: Any) -> str:
-    """The text of a config.yaml that parse_config reads back to an equal Config.
+def dump_config(config: Any, sections: Collection[str] | None = None) -> str:
+    """The text of a config.yaml that parse_config reads back to an equal Config. sections: None for all that it has.
 
     The one field that the original does not know is left out where it has the original's value.
     """
-    tree = _plain(config)
+    tree = {name: section for name, section in _plain(config).items() if sections is None or name in sections}
     hparams = tree.get("stage1", {}).get("hparams", {})
     if hparams.get("num_groups") == Stage1Hparams.num_groups:
         del hparams["num_groups"]

@@ -140,7 +140,7 @@ def export_checkpoint(source: str | Path, target: str | Path, *, overwrite: bool
                 header = [(slot.torch_key, np.dtype(np.float32), slot.torch_shape) for slot in table]
                 write_torch_archive(folder / STAGE_FILES[stage], header, _in_order(arrays))
         write_s = time.perf_counter() - start
-        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        (folder / "config.yaml").write_text(_original_config(config), encoding="utf-8")
         if (source / "tokenizer").is_dir():
             copy_tokenizer(source / "tokenizer", folder / "tokenizer")
         if (source / "LICENSE").is_file():
@@ -216,6 +216,21 @@ def _read_config(source: Path, config: str | Path | None, stages: dict[Stage, _T
     if config is None:
         raise ConfigError(f"{folder / 'config.yaml'}: missing; put it beside the weights or name it with --config")
     return load_config(config)
+
+
+def _original_config(config: Config) -> str:
+    """The text of a config.yaml that the original loads.
+
+    It has no section that the original's configuration of such a model lacks, n_dense_layers is the number that the
+    original wants, and the optimizer is the one that it has.
+    """
+    hparams = dataclasses.replace(config.stage2.hparams, n_dense_layers=config.stage2.hparams.n_layers)
+    optimizer = dataclasses.replace(config.optimizer, opt_type="adamW")
+    config = dataclasses.replace(
+        config, stage2=dataclasses.replace(config.stage2, hparams=hparams), optimizer=optimizer
+    )
+    sections = ("dataset", "stage1", "stage2") + (("optimizer", "experiment") if config.image_only else ())
+    return dump_config(config, sections)
 
 
 def _tokenizer_folder(source: Path) -> Path:

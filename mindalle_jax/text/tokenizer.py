@@ -64,7 +64,9 @@ class TextTokenizer:
                 f"{folder / VOCAB_FILE}: has ids up to {max(vocab.values())}, but the text embedding has {vocab_size} "
                 "rows; the tokenizer belongs to another model"
             )
-        self.unk_id, self.pad_id = _special_id(folder, vocab, UNKNOWN), _special_id(folder, vocab, PAD)
+        if UNKNOWN not in vocab:
+            raise CheckpointError(f"{folder / VOCAB_FILE}: has no {UNKNOWN} token")
+        self.unk_id, self.pad_id = vocab[UNKNOWN], _pad_id(folder, vocab, vocab_size)
         self.context_length = context_length
         self.known_words: KnownWords | None = read_known_words(folder)
         """The words that the model was trained on, where its folder says so."""
@@ -162,7 +164,10 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     return merges
 
 
-def _special_id(folder: Path, vocab: dict[str, int], token: str) -> int:
-    if token not in vocab:
-        raise CheckpointError(f"{folder / VOCAB_FILE}: has no {token} token")
-    return vocab[token]
+def _pad_id(folder: Path, vocab: dict[str, int], vocab_size: int) -> int:
+    """The id of [PAD]; a vocabulary without it gives it the next one, its number of tokens, as the original's does."""
+    pad_id = vocab.get(PAD, len(vocab))
+    if pad_id >= vocab_size or (PAD not in vocab and pad_id in vocab.values()):
+        why = f"the text embedding has {vocab_size} rows" if pad_id >= vocab_size else "another token has it"
+        raise CheckpointError(f"{folder / VOCAB_FILE}: has no {PAD} token, whose id would be {pad_id}, but {why}")
+    return pad_id

@@ -26,6 +26,10 @@ def tokenizer(folder):
 
 @pytest.fixture(scope="module")
 def original(folder):
+    return as_the_original(folder)
+
+
+def as_the_original(folder):
     """As the original builds it: lower-casing, [PAD] added as a special token, padded and cut to N."""
     tokenizer = CharBPETokenizer(str(folder / VOCAB_FILE), str(folder / MERGES_FILE), unk_token="[UNK]", lowercase=True)
     tokenizer.add_special_tokens(["[PAD]"])
@@ -177,11 +181,41 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(copy, tokenizer):
         TextTokenizer(copy, N, len(vocab) - 1)
 
 
-@pytest.mark.parametrize("token", ["[PAD]", "[UNK]"])
-def test_a_vocabulary_without_a_special_token_is_refused(copy, token):
+def without(copy, token: str) -> int:
+    """Takes a token out of the vocabulary, whose ids close up; returns how many remain."""
     vocab = json.loads((copy / VOCAB_FILE).read_text(encoding="utf-8"))
-    (copy / VOCAB_FILE).write_text(json.dumps({k: i for k, i in vocab.items() if k != token}))
-    with pytest.raises(CheckpointError, match=rf"{VOCAB_FILE}: has no \{token}"):
+    gone = vocab.pop(token)
+    vocab = {k: i - 1 if i > gone else i for k, i in vocab.items()}
+    (copy / VOCAB_FILE).write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    return len(vocab)
+
+
+def test_a_vocabulary_without_unk_is_refused(copy):
+    without(copy, "[UNK]")
+    with pytest.raises(CheckpointError, match=rf"{VOCAB_FILE}: has no \[UNK\] token"):
+        TextTokenizer(copy, N, VOCAB_SIZE)
+
+
+def test_a_vocabulary_without_pad_gets_the_next_id(copy, tmp_path):
+    """As in the original, which adds it as a special token; it is kept when the files are written again."""
+    count = without(copy, "[PAD]")
+    tokenizer, original = TextTokenizer(copy, N, VOCAB_SIZE), as_the_original(copy)
+    assert tokenizer.pad_id == count
+    prompts = ["the cat", "", "a dog and 12"]
+    np.testing.assert_array_equal(tokenizer(prompts).ids, original(prompts))
+    tokenizer.save(tmp_path / "again")
+    np.testing.assert_array_equal(TextTokenizer(tmp_path / "again", N, VOCAB_SIZE)(prompts).ids, original(prompts))
+
+
+def test_a_pad_without_a_row_or_an_id_of_its_own_is_refused(copy):
+    """The original would look up another token's row, or fail deep in torch."""
+    count = without(copy, "[PAD]")
+    message = rf"{VOCAB_FILE}: has no \[PAD\] token, whose id would be {count}, but the text embedding has {count} rows"
+    with pytest.raises(CheckpointError, match=message):
+        TextTokenizer(copy, N, count)
+    vocab = json.loads((copy / VOCAB_FILE).read_text(encoding="utf-8"))
+    (copy / VOCAB_FILE).write_text(json.dumps({k: i if i < count - 1 else i + 1 for k, i in vocab.items()}))
+    with pytest.raises(CheckpointError, match=f"whose id would be {count}, but another token has it"):
         TextTokenizer(copy, N, VOCAB_SIZE)
 
 
