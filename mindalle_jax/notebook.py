@@ -45,12 +45,13 @@ CANDIDATES_ON_CPU = 4
 """Default of a model that is not small, where an image takes half a minute."""
 SAVE_FOLDER = Path("out")
 """Results go to numbered folders in it."""
-COLORS = {"Done": "green", "Warning": "darkorange", "Error": "crimson"}
-"""What a line under the buttons begins with -> its color."""
+COLORS = {"Done": "seagreen", "Warning": "chocolate", "Error": "crimson"}
+"""What a line under the buttons begins with -> its color, readable on white and on black."""
 
 DOCS = {field.name: field.metadata["doc"].replace(" (None)", "") for field in dataclasses.fields(SamplingOptions)}
 STYLE = {"description_width": "7em"}
-NARROW = {"style": STYLE, "layout": {"width": "20em"}}
+WRAPPED = {"flex_flow": "row wrap"}
+NARROW = {"style": STYLE, "layout": {"width": "25em"}}
 
 _one_panel_samples = threading.Lock()
 """Held by the panel that samples: warnings are caught for the whole process, and two panels would mix theirs up."""
@@ -75,14 +76,14 @@ class Studio(widgets.VBox):
         self._uploaded: np.ndarray | None = None  # uint8[H, W, 3]
 
         prompt = self._make_prompt()
-        settings = self._make_settings()
+        tabs = self._make_tabs()
         self.generate_button = widgets.Button(description="Generate", button_style="primary", icon="play")
         self.stop_button = widgets.Button(description="Stop", icon="stop", disabled=True)
         self.progress_bar, self.status = widgets.IntProgress(), widgets.Label()
         self.messages = widgets.HTML()
         self.sheet = widgets.Image(layout={"max_width": "100%", "align_self": "flex-start", "display": "none"})
-        buttons = widgets.HBox([self.generate_button, self.stop_button, self.progress_bar, self.status])
-        super().__init__([*prompt, settings, buttons, self._make_tabs(), self.messages, self.sheet])
+        buttons = widgets.HBox([self.generate_button, self.stop_button, self.progress_bar, self.status], layout=WRAPPED)
+        super().__init__([*prompt, tabs, buttons, self.messages, self.sheet])
 
         self.new_seed_button.on_click(lambda _: self._change_seed())
         self.generate_button.on_click(lambda _: self._start(lambda: None))
@@ -152,26 +153,32 @@ class Studio(widgets.VBox):
             [self.top_k, self.top_p, self.temperature, self.guidance_scale],
             [self.batch_size, self.previews],
         ]
-        return widgets.HBox([widgets.VBox(column) for column in columns], layout={"flex_flow": "row wrap"})
+        return widgets.HBox([widgets.VBox(column) for column in columns], layout=WRAPPED)
 
     def _make_tabs(self) -> Any:
-        """What can be done with a result, or with an image of one's own."""
+        """The settings, and what can be done with a result or with an image of one's own."""
+        side = self.model.code_size
         self.rank = widgets.IntSlider(1, min=1, max=1, description="image", **NARROW)
         self.vary_button = widgets.Button(description="Vary")
-        self.vary_top = _TopOfImage(self.model.code_size, [self.rank], self.vary_button)
-        self.upload = widgets.FileUpload(accept=".png,.jpg,.jpeg,.webp", description="Choose an image")
+        self.vary_top = _TopOfImage(side, side // 4, [self.rank], self.vary_button)
+        self.upload = widgets.FileUpload(accept=".png,.jpg,.jpeg,.webp", description="Choose a file")
         self.upload_note = widgets.HTML()
         self.complete_button = widgets.Button(description="Complete")
-        self.complete_top = _TopOfImage(self.model.code_size, [self.upload, self.upload_note], self.complete_button)
+        self.complete_top = _TopOfImage(side, side // 2, [self.upload, self.upload_note], self.complete_button)
         self.folder = widgets.Text(str(_free_folder()), description="folder", style=STYLE)
         self.save_button = widgets.Button(description="Save")
+        vary = "Keeps the top of an image (1 is the best), and samples the rest anew with the prompt and the settings."
+        complete = "Keeps the top of an image of your own, and samples the rest with the prompt and the settings."
         return widgets.Tab(
             [
-                _captioned("Keeps the top of an image (1 is the best) and samples the rest anew.", self.vary_top),
-                _captioned("Keeps the top of an image of your own and samples the rest.", self.complete_top),
-                _captioned("Writes the images shown.", widgets.HBox([self.folder, self.save_button])),
+                self._make_settings(),
+                widgets.VBox([widgets.Label(vary), self.vary_top]),
+                widgets.VBox([widgets.Label(complete), self.complete_top]),
+                widgets.VBox(
+                    [widgets.Label("Writes the images shown."), widgets.HBox([self.folder, self.save_button])]
+                ),
             ],
-            titles=("Vary this one", "Complete an image", "Save"),
+            titles=("Settings", "Vary image", "Complete image", "Save images"),
         )
 
     # ---------------------------------------- sampling
@@ -274,9 +281,9 @@ class Studio(widgets.VBox):
                 except MindalleError as error:
                     raise UsageError(f"{file['name']}: {error}") from None
                 self._uploaded = crop_square(image, size, None)
-                note = f"{file['name']}, {image.width} x {image.height} pixels"
+                note = f"{file['name']} is {image.width} x {image.height} pixels"
                 if image.size != (size, size):
-                    note += f": resized, and its center cropped, to {size} x {size}"
+                    note += f"; the square in its center is used, resized to {size} x {size}"
                 self.upload_note.value = html.escape(note)
         self._refresh()
 
@@ -309,7 +316,7 @@ class Studio(widgets.VBox):
         self.complete_button.disabled = running or self._uploaded is None
         self.clip.layout.display = None if self.ranker.value == "CLIP model" else "none"
         self.complete_top.show(self._uploaded)
-        if self.result is not None:
+        if self.result is not None and not running:
             self.rank.max = min(self.best.value, len(self.result))
             self.vary_top.show(self.result.images[self.result.order[self.rank.value - 1]])
 
@@ -349,11 +356,11 @@ class Studio(widgets.VBox):
 class _TopOfImage(widgets.HBox):
     """How many rows of codes of an image to keep, and a thumbnail in which the rest is gray."""
 
-    def __init__(self, code_size: int, above: list[Any], button: Any):
-        """above, button: controls that stand above and below the slider."""
+    def __init__(self, code_size: int, keep_rows: int, above: list[Any], button: Any):
+        """keep_rows: at first. above, button: controls that stand above and below the slider."""
         self._code_size, self._image = code_size, None
-        self.keep_rows = widgets.IntSlider(code_size // 2, min=1, max=code_size - 1, description="keep rows", **NARROW)
-        self.thumbnail = widgets.Image(layout={"height": f"{SHOWN_PIXELS}px", "display": "none"})
+        self.keep_rows = widgets.IntSlider(keep_rows, min=1, max=code_size - 1, description="keep rows", **NARROW)
+        self.thumbnail = widgets.Image(layout={"height": f"{SHOWN_PIXELS}px", "margin": "2px 2em", "display": "none"})
         super().__init__([widgets.VBox([*above, self.keep_rows, button]), self.thumbnail])
         self.keep_rows.observe(lambda _: self.show(self._image), "value")
 
@@ -372,13 +379,9 @@ def _word_list(known_words: KnownWords) -> Any:
     words = html.escape(" ".join(sorted(known_words.words)))
     about = f"This model {html.escape(known_words.about)}. " if known_words.about else ""
     return widgets.HTML(
-        f'<div style="max-height: 14em; overflow: auto">{about}It knows these {len(known_words.words):,} words:'
+        f'<div style="max-height: 20em; overflow: auto">{about}It knows these {len(known_words.words):,} words:'
         f"<p>{words}</p>" + (f"Examples:<ul>{examples}</ul>" if examples else "") + "</div>"
     )
-
-
-def _captioned(text: str, controls: Any) -> Any:
-    return widgets.VBox([widgets.Label(text), controls])
 
 
 def _number(box: Any) -> int | None:
