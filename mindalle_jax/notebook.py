@@ -204,6 +204,7 @@ class Studio(widgets.VBox):
         subject: Any = None if self.prompt is None else self.prompt.value
         if isinstance(subject, str) and not subject.strip():
             raise UsageError("the prompt is blank; type what to sample")
+        options: Any = self._options()
         started, side = time.monotonic(), self.model.code_size
         given = 0 if prompt_codes is None else len(prompt_codes)
         self.progress_bar.value, self.progress_bar.max = 0, self.candidates.value * (side * side - given)
@@ -216,11 +217,10 @@ class Studio(widgets.VBox):
             return self._stop.is_set()
 
         every = 2 * side if self.previews.value else None
-        options = self._options() | {"prompt_codes": prompt_codes, "callback": advance}
         stream: Any = self.model.stream
         summary = ""
         try:
-            for generation in stream(subject, every=every, **options):
+            for generation in stream(subject, every=every, prompt_codes=prompt_codes, callback=advance, **options):
                 self.result = generation
                 self._show()
             done, count = int((generation.codes.min(axis=1) >= 0).sum()), len(generation)
