@@ -42,11 +42,11 @@ except ModuleNotFoundError:
 EXAMPLE_PROMPT = "a painting of a cat with sunglasses in the frame"
 """For a model that names no examples."""
 CANDIDATES_ON_CPU = 4
-"""Default of a model that is not small, where an image takes half a minute."""
+"""Default for a large model on CPU, where each image takes long."""
 SAVE_FOLDER = Path("out")
 """Results go to numbered folders in it."""
 COLORS = {"Done": "seagreen", "Warning": "chocolate", "Error": "crimson"}
-"""What a line under the buttons begins with -> its color, readable on white and on black."""
+"""First word of a line under the buttons -> its color, readable on white and on black."""
 
 DOCS = {field.name: field.metadata["doc"].replace(" (None)", "") for field in dataclasses.fields(SamplingOptions)}
 STYLE = {"description_width": "7em"}
@@ -184,7 +184,11 @@ class Studio(widgets.VBox):
     # ---------------------------------------- sampling
 
     def _start(self, prompt_codes: Callable[[], np.ndarray | None]) -> None:
-        """Samples in a thread, unless this panel samples already. prompt_codes: gives the codes to keep."""
+        """Samples in a thread, unless this panel samples already.
+
+        prompt_codes: gives the codes int32[m] that every image begins with. It runs in the thread, where its errors are
+        shown.
+        """
         if not self._running.acquire(blocking=False):
             return
         self._stop.clear()

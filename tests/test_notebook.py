@@ -318,12 +318,13 @@ def test_complete(panel, demo):
     assert panel.upload_note.value == (
         "photo.png is 90 x 70 pixels; the square in its center is used, resized to 64 x 64"
     )
-    panel.complete_top.keep_rows.value = 10
+    panel.complete_top.keep_rows.value, bar = 10, []
+    panel.progress_bar.observe(lambda change: bar.append(change["new"]), "value")
     press(panel, "complete")
     image = crop_square(Image.open(io.BytesIO(png(90, 70))), 64, None)
     expected = demo.complete("a red star", image, keep_rows=10, num_candidates=3)
     np.testing.assert_array_equal(panel.result.codes, expected.codes)
-    assert panel.progress_bar.value == panel.progress_bar.max == 3 * 6 * 16
+    assert bar == [3 * 16 * rows for rows in range(1, 7)] and panel.progress_bar.max == 3 * 16 * 6
 
 
 @pytest.mark.parametrize("content", [b"", b"<svg/>", png(64, 64)[:2000]], ids=["empty", "svg", "truncated"])
@@ -372,9 +373,11 @@ def test_an_image_only_model_has_a_class_chooser(tiny_igpt_model_folder):
     np.testing.assert_array_equal(panel._codes_to_vary(), expected.codes[expected.order[0], :16])
 
 
-def test_a_model_without_known_words(tiny_dalle):
-    """The published model is one."""
+def test_a_model_without_known_words(tiny_dalle, monkeypatch):
+    """The published model is one, and large: on CPU it samples few candidates."""
+    monkeypatch.setattr("mindalle_jax.notebook.SMALL", 0)
     panel = studio(tiny_dalle)
+    assert panel.candidates.value == 4
     assert panel.prompt.value == "a painting of a cat with sunglasses in the frame"
     assert not any("Words" in title for child in panel.children for title in getattr(child, "titles", ()))
     assert panel.top_k.value == "80"  # all codes: it has fewer than 256
