@@ -103,7 +103,9 @@ class Generation:
         """
         blocks = self._ranked(best)
         n, height, width = len(blocks[0]), *(scale * side for side in self.images.shape[-3:-1])
-        columns = min(n, max(4, math.ceil(math.sqrt(n * 1.5))))
+        # From a square to twice as wide as high, whichever leaves the fewest cells empty: 16 are 4 x 4, 96 are 12 x 8.
+        widths = range(math.ceil(math.sqrt(n)), math.ceil(math.sqrt(2 * n)) + 1)
+        columns = min(n, max(4, min(widths, key=lambda width: (-n % width, -width))))
         rows = math.ceil(n / columns)
         pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
         captions = [[_caption(entry) for entry in block] for block in blocks]

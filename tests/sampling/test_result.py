@@ -102,6 +102,17 @@ def test_grid_is_in_the_order_of_the_scores():
     assert reds(make(None).grid()) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("count", "columns"), [(1, 1), (3, 3), (4, 4), (5, 4), (8, 4), (9, 4), (16, 4), (24, 6), (96, 12), (97, 14)]
+)
+def test_a_sheet_has_few_empty_cells(count, columns):
+    """Sixteen once stood in rows of five, with one left over."""
+    sheet = make(np.linspace(1, 0.5, count)).grid()
+    first_row = np.asarray(sheet)[4, :, 2] == 0  # images have no blue, the sheet is white
+    assert np.count_nonzero(np.diff(first_row.astype(int)) == 1) == columns
+    assert reds(sheet) == list(range(count))
+
+
 def test_captions_are_not_cut_off():
     """Narrow pictures get wider cells: the ink of every caption ends before the next cell begins."""
     narrow = make([-1234.5678, -1234.5999, -99.25, -1000.125]).grid()
