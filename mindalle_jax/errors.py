@@ -1,7 +1,6 @@
 """Every error a person can cause, each with its own process exit code (the table in docs/cli.md is this file)."""
 
 import difflib
-import importlib.metadata
 import shlex
 import sys
 import warnings
@@ -77,9 +76,11 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 def install_hint(extra: str) -> str:
     """The command that installs what an extra of this package names, for people who have the package."""
+    from importlib import metadata  # a tenth of the time that `mindalle --help` takes
+
     try:
-        required = importlib.metadata.requires("mindalle-jax") or []
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        required = metadata.requires("mindalle-jax") or []
+    except metadata.PackageNotFoundError:  # run from a checkout
         required = []
     names = [line.partition(";")[0].strip() for line in required if f'extra == "{extra}"' in line]
     return f"pip install {' '.join(map(shlex.quote, names or [f'mindalle-jax[{extra}]']))}"

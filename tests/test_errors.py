@@ -1,5 +1,6 @@
 """Errors: each has its own exit code, and the documentation has them all."""
 
+import importlib.metadata
 import re
 
 import pytest
@@ -75,9 +76,9 @@ def test_a_hint_names_what_has_to_be_installed(monkeypatch):
     assert errors.install_hint("datasets") == "pip install 'datasets>=4'"
 
     def missing(_):
-        raise errors.importlib.metadata.PackageNotFoundError
+        raise importlib.metadata.PackageNotFoundError
 
-    monkeypatch.setattr(errors.importlib.metadata, "requires", missing)
+    monkeypatch.setattr(importlib.metadata, "requires", missing)
     assert errors.install_hint("train") == "pip install 'mindalle-jax[train]'"
 
 
