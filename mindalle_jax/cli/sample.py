@@ -1,18 +1,20 @@
 """`mindalle sample`: its arguments, and what is read and written for them."""
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mindalle_jax.cli.parser import add_path
 from mindalle_jax.errors import OutputError, UsageError, warn
 from mindalle_jax.sampling.options import SamplingOptions, check_every, check_keep_rows, check_quantize
-from mindalle_jax.storage.files import DEMO, check_writable
+from mindalle_jax.storage.files import DEMO, check_writable, disk_errors
 
 EXAMPLE = """
 mindalle sample "a large red circle above a small blue ring"
@@ -106,7 +108,6 @@ def run_sample(arguments: argparse.Namespace) -> None:
     from mindalle_jax.config.file import load_config
     from mindalle_jax.hub.resolve import find_model
     from mindalle_jax.pipeline import Dalle, ImageGPT
-    from mindalle_jax.runtime.signals import stop_on_signals
     from mindalle_jax.text.tokenizer import TextTokenizer
 
     folder = find_model(arguments.model, revision=arguments.revision)
@@ -136,10 +137,23 @@ def run_sample(arguments: argparse.Namespace) -> None:
 
         options = dataclasses.replace(options, ranker=ClipRanker.from_pretrained(str(options.ranker)))
     subjects: list[Any] = [arguments.class_id] if config.image_only else prompts
-    out = None if arguments.warmup else _place(arguments, subjects, options.seed)
+    kind = ImageGPT if config.image_only else Dalle
+    with contextlib.nullcontext() if arguments.warmup else _place(arguments, subjects, options.seed) as out:
+        _run_model(kind, subjects, options, image, out, arguments)
+
+
+def _run_model(
+    kind: Any,
+    subjects: list[Any],
+    options: SamplingOptions,
+    image: Any,
+    out: Path | None,
+    arguments: argparse.Namespace,
+) -> None:
+    """Loads the model, and samples into `out`; without it warms up. image: whose rows are kept, or its codes."""
+    from mindalle_jax.runtime.signals import stop_on_signals
 
     start = time.perf_counter()
-    kind: Any = ImageGPT if config.image_only else Dalle
     model = kind.from_pretrained(
         arguments.model,
         revision=arguments.revision,
@@ -211,21 +225,31 @@ def _check_kind(arguments: argparse.Namespace, folder: Path, image_only: bool, p
         raise UsageError(f"{folder} draws without text; it takes --class-id at most, not a prompt")
 
 
-def _place(arguments: argparse.Namespace, subjects: Sequence[Any], seed: int | None) -> Path:
-    """The folder to write to: --out, or a new one below `out`. Raises OutputError."""
+@contextlib.contextmanager
+def _place(arguments: argparse.Namespace, subjects: Sequence[Any], seed: int | None) -> Iterator[Path]:
+    """The folder to write to: --out, or a new one below `out`, which goes if nothing is written. Raises OutputError."""
     if arguments.out is not None:
         out: Path = arguments.out
         check_writable(out)
         if not arguments.overwrite and out.exists() and any(out.iterdir()):
             raise OutputError(f"{out} exists and is not empty; name another place or pass --overwrite")
-        return out
+        yield out
+        return
     first = subjects[0] if isinstance(subjects[0], str) else f"class {subjects[0]}" if subjects[0] is not None else ""
     more = f"-and-{len(subjects) - 1}-more" if len(subjects) > 1 else ""
     name, number = f"{_slug(first) if first else 'images'}{more}-seed{seed}", 1
     check_writable(OUT / name)
-    while (out := OUT / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return out
+    with disk_errors(OUT):
+        OUT.mkdir(exist_ok=True)
+        while os.path.lexists(out := OUT / (name if number == 1 else f"{name}-{number}")):
+            number += 1
+        out.mkdir()  # now, so that no other process takes it
+    try:
+        yield out
+    finally:
+        for folder in (out, OUT):
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
 
 
 def _write(generation: Any, place: Path, arguments: argparse.Namespace) -> int:

@@ -288,6 +288,15 @@ def test_images_go_to_a_new_folder_below_out(mindalle_cli, tmp_path, monkeypatch
     assert mindalle_cli("sample", "!?", *options)[1].startswith("1 image, out/prompt-seed0/grid.png")
 
 
+def test_a_default_folder_goes_if_nothing_is_written(mindalle_cli, tmp_path, monkeypatch, tiny_model_folder):
+    """It is made before the model is loaded, so that no other process takes it meanwhile."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    interrupting(monkeypatch, rows=1, also=lambda: seen.append(os.listdir("out")))
+    assert mindalle_cli("sample", "a cat", "-m", tiny_model_folder, "-n", 1)[0] == 130
+    assert seen == [["a-cat-seed0"]] and os.listdir(tmp_path) == []
+
+
 def test_prompts_come_in_any_place_and_form(sample, out, tmp_path):
     (tmp_path / "prompts.txt").write_text("the dog\n")
     code, stdout, err = sample("a cat", "--prompts-file", tmp_path / "prompts.txt", "12", "--prompt", "a dog")
@@ -322,8 +331,8 @@ def test_unknown_words_and_the_remedy_are_told(mindalle_cli, out):
     assert "minDALL-E/1.3B" in told[0]
 
 
-def interrupting(monkeypatch, rows: int) -> None:
-    """Ctrl-C after so many rows of codes."""
+def interrupting(monkeypatch, rows: int, also=lambda: None) -> None:
+    """Ctrl-C after so many rows of codes, and what is done besides."""
     seen = []
     write = Sampled.add
 
@@ -331,6 +340,7 @@ def interrupting(monkeypatch, rows: int) -> None:
         write(self, event)
         seen.append(event.kind)
         if event.kind == "codes" and seen.count("codes") == rows:
+            also()
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Sampled, "add", add)
