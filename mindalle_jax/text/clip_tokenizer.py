@@ -1,7 +1,7 @@
 """Tokenizers of CLIP: Hugging Face's files and OpenAI's list of merges, read with `tokenizers` alone.
 
-Texts are cleaned as openai/CLIP cleans them. The ids are then those of its SimpleTokenizer, and for text that cleaning
-does not change those of transformers' CLIPTokenizer, which takes seconds to import.
+Texts are cleaned as openai/CLIP cleans them. The ids are then those of its SimpleTokenizer, and for most texts those of
+transformers' CLIPTokenizer too, which takes seconds to import.
 """
 
 import gzip
@@ -91,18 +91,25 @@ def clean_text(text: str) -> str:
 
 
 def make_clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    """The tokenizer that transformers' CLIPTokenizer builds (transformers/models/clip/tokenization_clip.py)."""
+    """A tokenizer with the ids of OpenAI's for text that clean_text has cleaned.
+
+    It differs from the one that transformers' CLIPTokenizer builds (transformers/models/clip/tokenization_clip.py) in
+    three things. It does not compose accents (NFC): OpenAI composes them before it resolves entities and lowers, and
+    not after. OpenAI's expression ignores case, so an apostrophe and a long s are one word, and U+0345, a mark whose
+    capital is a letter, is in no word.
+    """
     for token in (START, END):
         if token not in vocab:
             raise ValueError(f"it has no {token}")
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=END, end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    words = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\x{345}]+"
     pattern = Regex(rf"{re.escape(START)}|{re.escape(END)}|{words}")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(pattern, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(pattern, "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),  # or it splits words again
+        ]
     )
     tokenizer.post_processor = processors.RobertaProcessing(
         (END, vocab[END]), (START, vocab[START]), trim_offsets=False, add_prefix_space=False

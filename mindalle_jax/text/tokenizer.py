@@ -165,8 +165,11 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 
 
 def _pad_id(folder: Path, vocab: dict[str, int], vocab_size: int) -> int:
-    """The id of [PAD]; a vocabulary without it gives it the next one, its number of tokens, as the original's does."""
-    pad_id = vocab.get(PAD, len(vocab))
+    """The id of [PAD]. A vocabulary without it gives it the next one, as the original does.
+
+    It is the number of its tokens, or where [UNK] has a higher id the one after it: with a 0, b 5 and [UNK] 7 it is 8.
+    """
+    pad_id = vocab.get(PAD, max(len(vocab), vocab[UNKNOWN] + 1))
     if pad_id >= vocab_size or (PAD not in vocab and pad_id in vocab.values()):
         why = f"the text embedding has {vocab_size} rows" if pad_id >= vocab_size else "another token has it"
         raise CheckpointError(f"{folder / VOCAB_FILE}: has no {PAD} token, whose id would be {pad_id}, but {why}")

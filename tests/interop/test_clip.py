@@ -50,6 +50,7 @@ TEXTS = [
     "thethecatcat andand d",
     "x" * 300,
 ]
+TEXTS = [clip_tokenizer.clean_text(text) for text in TEXTS]  # as they come to a tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,7 @@ TEXTS = {
     "digits": ["1000 m² ½ ³ Ⅷ ①", "3.14159 -5 +7", "٣ ४"],
     "emoji": ["🐈🎨", "👩\u200d🚀 🏳️\u200d🌈", "♥ ★ ✓ ☂"],
     "control characters": ["a\x00b\x07c", "\x1b[31mred\x1b[0m"],
+    "case and marks": ["<b> cafe&#x301;", "I\u0327stanbul \u0130\u0327", "dog'\u017f", "c\u0345at"],
     "punctuation": ["(a) [b] {c} <d> a/b\\c a_b a-b #tag @you 50% $5 ^ ~ ` |", "...wait—what…"],
 }
 

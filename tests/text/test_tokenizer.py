@@ -207,6 +207,17 @@ def test_a_vocabulary_without_pad_gets_the_next_id(copy, tmp_path):
     np.testing.assert_array_equal(TextTokenizer(tmp_path / "again", N, VOCAB_SIZE)(prompts).ids, original(prompts))
 
 
+def test_a_pad_comes_after_an_unk_beyond_the_number_of_tokens(copy):
+    """A vocabulary with holes once gave [PAD] the number of its tokens, where the original counts on from [UNK]."""
+    count = without(copy, "[PAD]")
+    vocab = json.loads((copy / VOCAB_FILE).read_text(encoding="utf-8"))
+    (copy / VOCAB_FILE).write_text(json.dumps(vocab | {"[UNK]": count + 3}, ensure_ascii=False), encoding="utf-8")
+    tokenizer, original = TextTokenizer(copy, N, count + 5), as_the_original(copy)
+    assert tokenizer.pad_id == count + 4
+    prompts = ["the cat", "", "ж dog"]
+    np.testing.assert_array_equal(tokenizer(prompts).ids, original(prompts))
+
+
 def test_a_pad_without_a_row_or_an_id_of_its_own_is_refused(copy):
     """The original would look up another token's row, or fail deep in torch."""
     count = without(copy, "[PAD]")
