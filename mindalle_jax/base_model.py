@@ -33,7 +33,7 @@ from mindalle_jax.sampling.options import (
     default_batch_size,
 )
 from mindalle_jax.sampling.result import Generation
-from mindalle_jax.storage.files import RANKER
+from mindalle_jax.storage.files import DEMO, RANKER
 from mindalle_jax.storage.model_folder import copy_model
 from mindalle_jax.storage.params import describe_params, place_params, write_params
 from mindalle_jax.storage.weights import DiskDType, count_parameters, fingerprint, load_params, read_manifest
@@ -177,7 +177,7 @@ class Model:
         overwrite: replace a model folder. dtype: of the weights on disk; None keeps it.
         Raises CheckpointError, ConfigError, OutputError or UsageError, and leaves nothing half-written behind.
         """
-        target = Path(folder).expanduser()
+        target = Path(os.path.expanduser(folder))
         if self.folder is not None:
             copy_model(self.folder, target, dtype=dtype, overwrite=overwrite)
             return
@@ -209,7 +209,7 @@ class Model:
         return self._codec.side
 
     def decode_codes(self, codes: Any) -> np.ndarray:
-        """Images f32[n, H, W, 3] in [0, 1] of codes int[n, h, w] or [n, h * w] in [0, V).
+        """Images f32[n, H, W, 3] in [0, 1] of codes int[n, h, w] or [n, h * w] in [0, V); n is 1 for one image's.
 
         Raises UsageError for codes of another shape or out of range.
         """
@@ -272,8 +272,8 @@ class Model:
                 key = os.path.abspath(ranker) if os.path.exists(ranker) else str(ranker)
                 if key not in self._rankers:
                     self._rankers[key] = ClipRanker.from_pretrained(ranker)
-                    if ranker == own:
-                        self._rankers[key].source = f"{self.name}/{RANKER}"
+                    if ranker == own:  # a name that loads it again
+                        self._rankers[key].source = self.name if own == DEMO / RANKER else f"{self.name}/{RANKER}"
                 ranker = self._rankers[key]
         return dataclasses.replace(options, ranker=ranker)
 
@@ -291,7 +291,7 @@ class Model:
 
     def _forward(self, prefix_ids: np.ndarray, codes: np.ndarray) -> tuple[jax.Array, jax.Array | None]:
         if len(prefix_ids) != len(codes):
-            raise UsageError(f"{len(prefix_ids)} prefixes do not go with {len(codes)} rows of codes")
+            raise UsageError(f"{len(codes)} rows of codes want as many texts or classes, not {len(prefix_ids)}")
         # On one device, so that the logits go with whatever else is computed there.
         _, params = first_devices(self.mesh, 1, self._stage2)
         with pinned(self.dtype):

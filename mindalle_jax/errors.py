@@ -61,6 +61,11 @@ class DataError(MindalleError, ValueError):
     exit_code = 9
 
 
+def printable(text: str) -> str:
+    """The text for a terminal, to which control characters are commands; lines stay."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
 def one_line(error: BaseException) -> str:
     """What went wrong in one line; other people's errors have many."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -14,6 +14,7 @@ import dataclasses
 import html
 import io
 import itertools
+import os
 import secrets
 import threading
 import time
@@ -297,7 +298,7 @@ class Studio(widgets.VBox):
                 raise UsageError("there is nothing to save yet; press Generate first")
             if not self.folder.value.strip():
                 raise UsageError("name a folder for the images")
-            folder = Path(self.folder.value.strip()).expanduser().absolute()
+            folder = Path(os.path.expanduser(self.folder.value.strip())).absolute()
             paths = self.result.save(folder, best=self.best.value)
             self._say("Done", f"{_images(len(paths))}, grid.png and meta.json are in {folder}")
             self.folder.value = str(_free_folder())

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mindalle_jax.base_model import Model
-from mindalle_jax.config.file import load_config
+from mindalle_jax.config.file import ConfigFile, load_config
 from mindalle_jax.config.schema import Config
 from mindalle_jax.errors import UsageError, warn
 from mindalle_jax.hub.resolve import find_model
@@ -63,6 +63,8 @@ class Dalle(Model):
         Codes of whole images may be [B, h, w], as encode_images gives them. Image logits at t are of code t given the
         text and codes 0..t-1; text logits at i are of id i + 1.
         """
+        if isinstance(text_ids, str):
+            raise UsageError("text_ids are the ids of a text: model.logits(model.tokenize(text), codes)")
         text_ids, length = np.asarray(text_ids), self.config.stage2.hparams.ctx_len_txt
         if text_ids.ndim != 2 or text_ids.shape[1] != length:
             raise UsageError(f"text_ids must be [B, {length}], not {list(text_ids.shape)}")
@@ -135,14 +137,17 @@ class Dalle(Model):
         top_p: float | None = None,
         softmax_temperature: float = 1.0,
         num_candidates: int = 96,
-        seed: int | None = 0,
         device: Any = None,
         use_fp16: bool | None = None,
+        *,
+        seed: int | None = 0,
     ) -> np.ndarray:
         """The original's call: images f32[n, H, W, 3] in [0, 1] (the original's are [n, 3, H, W]).
 
         device, use_fp16: do nothing, and warn. The device is JAX's; dtype goes to from_pretrained.
         """
+        if not isinstance(prompt, str):
+            raise UsageError("sampling takes one prompt, as the original does; generate takes a list")
         if device is not None:
             warn(f"sampling(device=...) does nothing: the model is on {self.backend}; pass mesh= to from_pretrained")
         if use_fp16 is not None:
@@ -223,14 +228,19 @@ class ImageGPT(Model):
         dtype: DType | None = None,
         mesh: Mesh | None = None,
     ) -> Self:
-        """An image-only model of `config`, or of a YAML file, that begins from a text-to-image model, before training.
+        """An image-only model that begins from a text-to-image model, before any training.
+
+        config: of the image-only model, or a YAML file, the original's or of mindalle finetune. Fields that the file
+        leaves out are those of the text-to-image model.
 
         Tables and blocks are taken over; start vectors, and the head unless head is "head_img", are drawn anew by the
         seed. The model lies in the cache. Raises ConfigError where the two do not fit, and as from_pretrained.
         """
         prepare_process()
-        config = config if isinstance(config, Config) else load_config(config)
-        target = cached_transfer(find_model(dalle_path), config, head=head, seed=seed)
+        upstream = find_model(dalle_path)
+        if not isinstance(config, Config):
+            config = ConfigFile(config).model_config(load_config(upstream / "config.yaml"))
+        target = cached_transfer(upstream, config, head=head, seed=seed)
         return cls.from_pretrained(target, dtype=dtype, mesh=mesh)
 
     @property

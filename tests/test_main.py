@@ -18,7 +18,7 @@ def test_its_version_is_that_of_the_package():
 
 def test_the_command_in_a_process(tmp_path, tiny_folder):
     (tmp_path / "out").write_text("taken")
-    done = python("-m", "mindalle_jax", "sample", "a cat", "--model", "x", "--out", tmp_path / "out")
+    done = python("-m", "mindalle_jax", "sample", "a cat", "--out", tmp_path / "out")
     assert (done.returncode, done.stdout) == (6, "")
     out = tmp_path / "out"
     assert message(done.stderr) == f"{out}: {out} is not a folder that can be written to; name another place"
@@ -37,3 +37,19 @@ def test_ctrl_c_in_a_process(tmp_path):
     # Closed before waiting: a signal that came just before the child began to read waits for the read to return.
     _, err = child.communicate(timeout=60)
     assert (child.returncode, message(err)) == (130, "interrupted")
+
+
+def test_closed_streams_are_no_error(tmp_path):
+    """Of a daemon, say. The images are written, and nothing that belongs to stderr goes elsewhere."""
+    command = f"exec {sys.executable} -m mindalle_jax sample 'a red circle' -n 1 -o {tmp_path}/out 2>&-"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=120)
+    out = tmp_path / "out"
+    assert (done.returncode, done.stdout) == (0, f"1 image, {out}/grid.png and {out}/meta.json\n")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    command = (
+        f"{sys.executable} -m mindalle_jax --help | head -1; exec {sys.executable} -m mindalle_jax sample --help | true"
+    )
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in done.stderr

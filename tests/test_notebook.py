@@ -259,7 +259,7 @@ def test_guidance_of_a_model_without_caption_dropout(panel, demo, monkeypatch):
         ("prompt", "star " * 600, "has 3,000 characters; at most 2,000 are taken"),
         ("top_k", "99999", "top_k must be an integer in [1, 269] (the number of codes), or off (None); not 99999"),
         ("top_k", "<b>", "top-k must be a whole number, or off; not &#x27;&lt;b&gt;&#x27;"),
-        ("batch_size", "0", "batch_size must be an integer of at least 1, not 0"),
+        ("batch_size", "0", "batch_size must be an integer in [1, 4096], not 0"),
         ("clip", " ", "name the CLIP model: a folder"),
         ("clip", "/no/<b>", "/no/&lt;b&gt;: no such file or folder"),
     ],

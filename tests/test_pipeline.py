@@ -109,7 +109,7 @@ def test_logits(tiny_dalle):
         (np.zeros((1, 12), int), np.zeros((1, 8, 7), int), r"codes must be \[B, T\]"),
         (np.zeros((1, 12), int), np.full((1, 4), 80), r"codes must lie in \[0, 80\), not \[80, 80\]"),
         (np.zeros((1, 12), int), np.zeros((1, 4), bool), "codes must be integers, not bool"),
-        (np.zeros((2, 12), int), np.zeros((1, 4), int), "2 prefixes do not go with 1 rows of codes"),
+        (np.zeros((2, 12), int), np.zeros((1, 4), int), "1 rows of codes want as many texts or classes, not 2"),
     ],
 )
 def test_logits_of_wrong_arrays_are_refused(tiny_dalle, ids, codes, message):
@@ -158,7 +158,7 @@ def test_seed_none_is_drawn_and_told(tiny_dalle):
 
 @pytest.mark.parametrize("batch_size", [0, -1, 1.0, True, "4"])
 def test_a_wrong_batch_size_is_refused(tiny_dalle, batch_size):
-    with pytest.raises(UsageError, match="batch_size must be an integer of at least 1, not"):
+    with pytest.raises(UsageError, match=r"batch_size must be an integer in \[1, 4096\], not"):
         tiny_dalle.generate_codes("the cat", num_candidates=1, batch_size=batch_size)
 
 
@@ -310,7 +310,7 @@ def test_wrong_classes_are_refused(igpt, class_id, message):
 
 def test_wrong_labels_are_refused(igpt, free_igpt):
     codes = np.zeros((2, 4), int)
-    for labels, message in [([1], "1 prefixes do not go with 2 rows"), ([[1], [2]], r"labels must be \[B\]"),
+    for labels, message in [([1], "2 rows of codes want as many texts"), ([[1], [2]], r"labels must be \[B\]"),
                             ([0, 5], r"\[0, 5\)"), (None, "class-conditional")]:  # fmt: skip
         with pytest.raises(UsageError, match=message):
             igpt.logits(codes, labels)

@@ -1,6 +1,8 @@
 """`mindalle VERB`: a thin layer over the functions that do the work. Results go to stdout, all else to stderr."""
 
 import argparse
+import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,7 +12,8 @@ import mindalle_jax
 from mindalle_jax.cli import convert, prepare_codes, sample, show, train
 from mindalle_jax.cli.logs import quiet_libraries
 from mindalle_jax.cli.parser import HelpFormatter, Parser
-from mindalle_jax.errors import MindalleError, UsageError, did_you_mean, install_hint
+from mindalle_jax.errors import MindalleError, UsageError, did_you_mean, install_hint, printable
+from mindalle_jax.runtime.signals import note_interrupts
 
 
 class Verb(NamedTuple):
@@ -72,19 +75,31 @@ VERBS = {
         convert.EXAMPLE,
     ),
 }
-TRAINING_MODULES = ("optax", "orbax", "grain", "tensorboardX")
-"""Modules of the extra [train]."""
+OTHER_WORDS = {"train": "finetune", "generate": "sample", "draw": "sample", "export": "convert", "info": "show"}
+"""What people type -> the verb."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code (docs/cli.md has the table)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        argv = sys.argv[1:]
+        _prepare_streams()
     if not argv or argv[0].startswith("-") or argv[0] not in VERBS:
         return _without_verb(argv)
     parser = verb_parser(argv[0])
     arguments = parser.parse(argv[1:])
-    with quiet_libraries(arguments.verbose):
+    with quiet_libraries(arguments.verbose), note_interrupts() as arguments.interrupts:
         return run_reporting(parser.prog, lambda: VERBS[argv[0]].run(arguments), parser.as_typed)
+
+
+def _prepare_streams() -> None:
+    """Opens standard streams that are closed, and lets every character be printed in every locale."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def verb_parser(name: str) -> Parser:
@@ -103,11 +118,11 @@ def run_reporting(command: str, run: Callable[[], None], as_typed: Callable[[str
     """
 
     def report(message: Any, code: int) -> int:
-        print(f"{command}: {message}", file=sys.stderr)
+        print(printable(f"{command}: {message}"), file=sys.stderr)
         return code
 
     def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"warning: {as_typed(str(message))}", file=sys.stderr)
+        print(printable(f"warning: {as_typed(str(message))}"), file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
@@ -118,9 +133,12 @@ def run_reporting(command: str, run: Callable[[], None], as_typed: Callable[[str
             return report(as_typed(str(error)), error.exit_code)
         except ModuleNotFoundError as error:
             module = (error.name or "").partition(".")[0]
-            if module not in TRAINING_MODULES:
+            if module not in train.TRAINING_MODULES:
                 raise
             return report(f"needs {module}: {install_hint('train')}", UsageError.exit_code)
+        except BrokenPipeError:  # who reads has seen enough
+            sys.stdout = open(os.devnull, "w")  # or Python complains at its end
+            return 0
         except OSError as error:
             return report(error, MindalleError.exit_code)
         except KeyboardInterrupt as interruption:
@@ -144,11 +162,14 @@ def _without_verb(argv: Sequence[str]) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {mindalle_jax.__version__}")
     if argv and argv[0] not in ("-h", "--help", "--version"):
         given = argv[0]
-        if given.startswith("-") or " " in given:
+        if given.startswith("--") and (near := did_you_mean(given, ("--help", "--version"))):
+            hint = f"unknown option {given}{near}"
+        elif given.startswith("-") or " " in given:
             hint = 'a verb comes first, as in mindalle sample "a large red circle"'
         else:
-            hint = f"there is no verb {given}{did_you_mean(given, VERBS) or '; mindalle --help lists them'}"
-        print(f"mindalle: {hint}", file=sys.stderr)
+            near = did_you_mean(OTHER_WORDS.get(given, given), VERBS)
+            hint = f"there is no verb {given}{near or '; mindalle --help lists them'}"
+        print(printable(f"mindalle: {hint}"), file=sys.stderr)
         return UsageError.exit_code
     parser.parse_args(argv or ["--help"])
     return 0

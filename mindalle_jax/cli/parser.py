@@ -1,13 +1,14 @@
 """How commands are parsed, and how a mistake in one is told: one line, with the option as it is typed there."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mindalle_jax.errors import UsageError, did_you_mean
+from mindalle_jax.errors import UsageError, did_you_mean, printable
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -53,7 +54,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line, where argparse prints the usage first."""
-        print(f"{self.prog}: {message}; {self.prog} --help lists the options", file=sys.stderr)
+        print(printable(f"{self.prog}: {message}; {self.prog} --help lists the options"), file=sys.stderr)
         raise SystemExit(UsageError.exit_code)
 
     def as_typed(self, message: str) -> str:
@@ -61,16 +62,17 @@ class Parser(argparse.ArgumentParser):
         options = {action.dest: action.option_strings[-1] for action in self._actions if action.option_strings}
         if "preview_every" in options:
             options["every"] = options["preview_every"]
-        for name, option in options.items():
-            # A name of one word is also a word of the language: it is the option where it must be something.
-            pattern = rf"\b{name}\b" if "_" in name else rf"^{name}(?= must )"
-            message = re.sub(pattern, option, message)
-        return re.sub(r" \(None\)|, or None\b", "", message)
+        # A name of one word is also a word of the language: it is the option where it must be something.
+        names = "|".join(name if "_" in name else rf"^{name}(?= must )" for name in options)
+        # What is in quotes, or part of a path, is somebody's own.
+        pattern = rf"'[^']*'|\"[^\"]*\"|(?<![\w./~-])({names})(?![\w./-])"
+        typed = re.sub(pattern, lambda match: options[match[1]] if match[1] else match[0], message)
+        return re.sub(r" \(None\)|, or None\b", "", typed)
 
 
 def path(text: str) -> Path:
     """The type of arguments that are paths: `~` is expanded where the shell did not."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def add_path(group: Any, *names: str, **settings: Any) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mindalle_jax.cli.parser import add_path
-from mindalle_jax.errors import OutputError, UsageError, warn
+from mindalle_jax.errors import OutputError, UsageError, one_line, warn
 from mindalle_jax.sampling.options import SamplingOptions, check_every, check_keep_rows, check_quantize
 from mindalle_jax.storage.files import DEMO, check_writable, disk_errors
 
@@ -70,7 +70,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("what to write")
     text = "a new folder for the images (default: out/PROMPT-seedS, with a number if that exists)"
     add_path(output, "-o", "--out", metavar="DIR", help=text)
-    output.add_argument("--overwrite", action="store_true", help="replace files of the same names in --out")
+    output.add_argument("--overwrite", action="store_true", help="replace the images that are in --out")
     text = "sample once and keep nothing, to compile what the other options take; needs no prompt"
     output.add_argument("--warmup", action="store_true", help=text)
     _add_option(output, "ranker")
@@ -93,8 +93,12 @@ def run_sample(arguments: argparse.Namespace) -> None:
     given = [name for name in ("image", "vary") if getattr(arguments, name) is not None]
     if len(given) == 2:
         raise UsageError("--image and --vary exclude each other")
-    if bool(given) != (arguments.keep_rows is not None):
-        raise UsageError("--keep-rows goes with --image or --vary, and they need it")
+    if given and arguments.keep_rows is None:
+        raise UsageError(f"--{given[0]} needs --keep-rows, the number of rows of codes to keep from the top")
+    if arguments.keep_rows is not None and not given:
+        raise UsageError("--keep-rows goes with --image or --vary, whose top is kept")
+    if arguments.overwrite and arguments.out is None:
+        raise UsageError("--overwrite goes with --out; without it the folder is always a new one")
     if arguments.preview_every is not None and arguments.mixed_batches:
         raise UsageError("--preview-every shows one prompt after the other; it goes without --mixed-batches")
     if arguments.best is not None and arguments.best < 1:
@@ -114,7 +118,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
     config = load_config(folder / "config.yaml")
     if not config.image_only and not prompts and arguments.warmup:
         prompts = list(_known_examples(folder)) or ["a"]
-    _check_kind(arguments, folder, config.image_only, prompts)
+    _check_kind(arguments, config.image_only, prompts)
     if config.image_only:
         prompts = []
         if record is not None and arguments.class_id is None:
@@ -168,6 +172,8 @@ def _run_model(
         _warm_up(model, subjects[0], options)
         return
     with stop_on_signals("finishing this row of codes, then writing; once more stops at once") as stop:
+        if arguments.interrupts.requested:  # and got lost
+            raise KeyboardInterrupt
         written = _write_images(model, subjects, options, out, arguments, stop)
         if stop.requested:
             wanted = options.num_candidates * len(subjects)
@@ -215,14 +221,14 @@ def _prompts(arguments: argparse.Namespace, record: Any) -> list[str]:
     return [record.prompt] if record is not None and record.prompt and not prompts else prompts
 
 
-def _check_kind(arguments: argparse.Namespace, folder: Path, image_only: bool, prompts: list[str]) -> None:
+def _check_kind(arguments: argparse.Namespace, image_only: bool, prompts: list[str]) -> None:
     """Raises UsageError for arguments that are for the other kind of model."""
     if not image_only and arguments.class_id is not None:
-        raise UsageError(f"{folder} draws from text; --class-id is for image-only models")
+        raise UsageError(f"{arguments.model} draws from text; --class-id is for image-only models")
     if not image_only and not prompts:
         raise UsageError("no prompt was given; write one in quotes, or name a file with --prompts-file")
     if image_only and (arguments.prompts or arguments.more_prompts or arguments.prompts_file):
-        raise UsageError(f"{folder} draws without text; it takes --class-id at most, not a prompt")
+        raise UsageError(f"{arguments.model} draws without text; it takes --class-id at most, not a prompt")
 
 
 @contextlib.contextmanager
@@ -258,6 +264,9 @@ def _write(generation: Any, place: Path, arguments: argparse.Namespace) -> int:
     if finished:
         paths = generation.save(place, best=arguments.best, overwrite=arguments.overwrite)
         print(f"{len(paths)} image{'s' if len(paths) > 1 else ''}, {place / 'grid.png'} and {place / 'meta.json'}")
+    else:
+        with contextlib.suppress(OSError):  # not there, or holds something
+            place.rmdir()
     return finished
 
 
@@ -300,8 +309,10 @@ def _read_image(path: Path, config: Any) -> Any:
             return check_image(image, config.hparams.resolution)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-    except (OSError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{path}: cannot be read as PNG, JPEG or WebP: {error}") from None
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except Exception as error:  # Pillow raises what its decoders do
+        raise UsageError(f"{path}: cannot be read as PNG, JPEG or WebP: {one_line(error)}") from None
 
 
 def _write_preview(generation: Any, path: Path) -> None:
@@ -324,6 +335,8 @@ def _say_device(model: Any, load_s: float) -> None:
 def _read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     prompts = [line.strip() for line in lines if line.strip()]

@@ -1,13 +1,13 @@
 """`mindalle show`: how an image was made, and the command that makes it again."""
 
 import argparse
-import re
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindalle_jax.cli.parser import path
-from mindalle_jax.errors import UsageError
+from mindalle_jax.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from mindalle_jax.sampling.image_file import ImageRecord
@@ -35,13 +35,12 @@ def run_show(arguments: argparse.Namespace) -> None:
             "model": f"{settings.get('model')}, sha256 {settings.get('model_sha256')}",
             "computed in": f"{settings.get('dtype')} on {settings.get('devices')} x {settings.get('device')}",
             "versions": _listed(settings.get("versions")),
-            "again": remake_command(record, file),
         }
+        command = remake_command(record, file)
         for name, value in rows.items():
             if value is not None:
-                # Anybody may have written the file, and control characters are commands to a terminal.
-                text = value if name == "again" else "".join(c if c.isprintable() else " " for c in str(value))
-                print(f"{name:12} {text}")
+                print(f"{name:12} {printable(' '.join(str(value).splitlines()))}")
+        print(command)
 
 
 def remake_command(record: "ImageRecord", file: Path) -> str:
@@ -51,6 +50,7 @@ def remake_command(record: "ImageRecord", file: Path) -> str:
     settings that no command can have.
     """
     from mindalle_jax.sampling.options import SamplingOptions, check_quantize
+    from mindalle_jax.text.tokenizer import check_prompt
 
     settings = record.settings
     names = ("top_k", "top_p", "temperature", "guidance_scale", "batch_size", "mixed_batches", "jacobi")
@@ -63,17 +63,23 @@ def remake_command(record: "ImageRecord", file: Path) -> str:
         check_quantize(settings["quantize"])
         keep_rows, class_id, revision = settings["keep_rows"], settings.get("class_id"), settings.get("revision")
         model, dtype = settings["model"], settings["dtype"]
-        whole = type(keep_rows) is int and type(options.top_k) in (int, type(None))
-        if dtype not in ("float32", "bfloat16") or not isinstance(model, str) or not whole:
-            raise UsageError("dtype, model, top_k or keep_rows is out of range")
+        numbers = [number for number in (options.top_k, keep_rows, class_id) if number is not None]
+        if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
+            raise UsageError("top_k, keep_rows or class_id is out of range")
+        if dtype not in ("float32", "bfloat16") or not isinstance(model, str) or not isinstance(revision, str | None):
+            raise UsageError("dtype, model or revision is out of range")
+        check_prompt(record.prompt)
+        if "class_id" not in settings and not record.prompt.strip():
+            raise UsageError("the prompt is blank, which no command takes")
     except (KeyError, TypeError, UsageError) as error:
         raise UsageError(f"{file}: its settings are damaged: {error}") from None
     words: list[Any] = ["mindalle", "sample"]
     if class_id is not None:
-        words += ["--class-id", int(class_id)]
+        words += ["--class-id", class_id]
     elif "class_id" not in settings:
         words.append(f"--prompt={record.prompt}" if record.prompt.startswith("-") else record.prompt)
-    words += ["--model", model, *(["--revision", revision] if revision else [])]
+    words += [f"--model={model}"] if model.startswith("-") else ["--model", model]
+    words += [f"--revision={revision}"] if revision else []
     words += ["--seed", options.seed, "--num-candidates", options.num_candidates, "--batch-size", options.batch_size]
     words += ["--top-k", "off" if options.top_k is None else options.top_k]
     words += ["--top-p", "off" if options.top_p is None else options.top_p, "--temperature", options.temperature]
@@ -93,5 +99,6 @@ def _quoted(word: str) -> str:
     """The word for a shell, without control characters in it: in bash's $'...' where there are some."""
     if word.isprintable():
         return shlex.quote(word)
-    escaped = re.sub(r"[\\']", r"\\\g<0>", word)
-    return "$'" + "".join(c if c.isprintable() else "".join(f"\\x{b:02x}" for b in c.encode()) for c in escaped) + "'"
+    # No quote and no backslash of the word stays as it is: shells without $'...' see one quoted word.
+    plain = {c for c in word if c.isprintable() and c not in "'\\"}
+    return "$'" + "".join(c if c in plain else "".join(f"\\x{b:02x}" for b in os.fsencode(c)) for c in word) + "'"

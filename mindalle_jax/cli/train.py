@@ -1,6 +1,7 @@
 """`mindalle finetune`, `train-vqgan`, `train-clip` and `train-tokenizer`."""
 
 import argparse
+import importlib.util
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 from mindalle_jax.cli.parser import add_path
 from mindalle_jax.errors import MindalleError, UsageError
 
+TRAINING_MODULES = ("optax", "orbax", "grain", "tensorboardX")
+"""Modules of the extra [train]."""
 FINETUNE_EXAMPLE = "mindalle finetune --config configs/finetune-captions.yaml data.train=photos --out runs/cats"
 VQGAN_EXAMPLE = "mindalle train-vqgan --config configs/scenes/vqgan.yaml data.train=photos --out runs/vqgan"
 CLIP_EXAMPLE = (
@@ -98,6 +101,9 @@ def _run(train: Callable[..., bool], kind: type[Any], arguments: argparse.Namesp
 
     if any("=" not in override for override in arguments.overrides):
         raise UsageError("overrides have the form section.key=value, such as data.train=photos")
+    for module in TRAINING_MODULES:  # before gigabytes are downloaded
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
     if arguments.distributed:
         from mindalle_jax.runtime.devices import join_processes
 

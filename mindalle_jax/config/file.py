@@ -30,6 +30,8 @@ AnyConfig = TypeVar("AnyConfig", bound=AnyFile)
 
 
 Section = TypeVar("Section")
+RUN_SECTIONS = ("data", "training", "sharding")
+"""Sections of the file of a run that say nothing of the model."""
 
 
 def load_config(
@@ -65,6 +67,13 @@ class ConfigFile:
         """The configuration; arguments and errors as load_config."""
         with _naming(self.path):
             return _build_config(self._tree, self.overrides, kind, defaults)
+
+    def model_config(self, defaults: Config) -> Config:
+        """The configuration of a model, from the file of a run too, whose other sections are left alone."""
+        with _naming(self.path):
+            _check_mapping(self._tree, "the file")
+            tree = {name: section for name, section in self._tree.items() if name not in RUN_SECTIONS}
+            return _build_config(tree, self.overrides, Config, defaults)
 
     def section(self, name: str, kind: type[Section]) -> Section:
         """One section; errors as load_config."""
@@ -105,7 +114,9 @@ def dump_config(config: Any, sections: Collection[str] | None = None) -> str:
 
 def _read(path: str | os.PathLike[str]) -> str:
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return Path(os.path.expanduser(path)).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError("cannot be read: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot be read: {error}") from None
 

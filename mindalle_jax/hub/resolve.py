@@ -37,7 +37,9 @@ def find_model(
     Downloads, unless local_files_only, and converts, into the caches, as needed. revision: of the repository.
     Raises UsageError for the revision of something else; otherwise see Dalle.from_pretrained.
     """
-    path, name = Path(path_or_name).expanduser(), str(path_or_name)
+    if not isinstance(path_or_name, (str, os.PathLike)) or not str(path_or_name):
+        raise UsageError(f"a model is named by a path or a name, not {path_or_name!r}")
+    path, name = Path(os.path.expanduser(path_or_name)), str(path_or_name)
     if revision is not None and (path.exists() or name in (DEMO.name, *RELEASES)):
         raise UsageError(f"{name} is {'a path' if path.exists() else 'a known name'} and has no revision {revision!r}")
     if not path.exists():
@@ -60,7 +62,13 @@ def find_model(
             )
     if (path / weights.MANIFEST).is_file():
         return path
-    return _converted(path)
+    if (path / "run.yaml").is_file():
+        raise CheckpointError(f"{name}: a training run that is not complete; the command that began it resumes it")
+    try:
+        return _converted(path)
+    except CheckpointError as error:
+        hidden = "; this folder hides the model of that name in the package" if name == DEMO.name else ""
+        raise CheckpointError(f"{error}{hidden}") from error
 
 
 def find_clip(
@@ -73,7 +81,9 @@ def find_clip(
     revision, local_files_only: as fetch_repo. Raises CheckpointError, DownloadError, or UsageError for the revision of
     a path.
     """
-    path, name = Path(path_or_name).expanduser(), str(path_or_name)
+    if not str(path_or_name):
+        raise UsageError("the name of the ranker is empty; off takes none")
+    path, name = Path(os.path.expanduser(path_or_name)), str(path_or_name)
     if path.exists():
         if revision is not None:
             raise UsageError(f"{name} is a path and has no revision {revision!r}")
@@ -104,7 +114,9 @@ def find_source(path_or_name: str, download_from: str | None = None) -> Path:
     download_from: another source of the archive of a known name. Raises DownloadError, or UsageError for download_from
     with something else.
     """
-    path = Path(path_or_name).expanduser()
+    path = Path(os.path.expanduser(path_or_name))
+    if path_or_name == DEMO.name and not path.exists():
+        return DEMO
     if path_or_name in CLIP_NAMES and not path.exists():
         return find_clip(path_or_name)
     if path_or_name in RELEASES and not path.exists():
@@ -135,7 +147,7 @@ def _converted(path: Path) -> Path:
     files = [*(source.glob("*.*") if source.is_dir() else [source, *folder.glob("config.yaml")])]
     files += folder.glob("tokenizer/*")
     stamps = sorted(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
-    key = hashlib.sha256("\n".join([str(source), *stamps]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(os.fsencode("\n".join([str(source), *stamps]))).hexdigest()[:16]
     target = cache_dir() / "converted" / f"{source.name}-{key}"
     if not target.exists():
         try:

@@ -7,6 +7,7 @@ shape is listed, all at once.
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +73,7 @@ def read_clip(path: str | Path, tokenizer: str | Path | None = None) -> ClipMode
     tokenizer: another folder with the tokenizer's files, or OpenAI's bpe_simple_vocab_16e6.txt.gz; a .pt file has none.
     Raises CheckpointError.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.is_dir():
         return _read_openai(path, tokenizer)
     config = parse_clip_config(_read_json(path / "config.json"), f"{path / 'config.json'}")
@@ -85,7 +86,7 @@ def write_clip(folder: str | Path, model: ClipModel, overwrite: bool = False, dt
 
     dtype: of the weights. Raises OutputError; nothing half-written is left behind.
     """
-    folder, (config, params, tokenizer) = Path(folder).expanduser(), model
+    folder, (config, params, tokenizer) = Path(os.path.expanduser(folder)), model
     leaves = flax.traverse_util.flatten_dict(params, sep="/")
     tensors = {
         slot.key: np.asarray(slot.to_file(np.asarray(leaves[slot.path], np.float32)), numpy_dtype(dtype), order="C")
@@ -158,7 +159,7 @@ def convert_clip(
 
     dtype: of the weights that are written. Raises CheckpointError and OutputError.
     """
-    source, target = Path(source).expanduser(), Path(target).expanduser()
+    source, target = Path(os.path.expanduser(source)), Path(os.path.expanduser(target))
     check_output(target, overwrite, CLIP_MARKS)  # before gigabytes are read
     for place in (source, tokenizer):
         if place is not None:

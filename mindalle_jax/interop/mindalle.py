@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -70,7 +71,7 @@ def import_checkpoint(
     Raises CheckpointError (also for values that dtype cannot hold), ConfigError, OutputError or UsageError; nothing
     half-written is left behind.
     """
-    source, target = Path(source).expanduser(), Path(target).expanduser()
+    source, target = Path(os.path.expanduser(source)), Path(os.path.expanduser(target))
     with contextlib.ExitStack() as stack:
         stages = _open_stages(source, stack)
         parsed = _read_config(source, config, stages)
@@ -119,7 +120,7 @@ def export_checkpoint(source: str | Path, target: str | Path, *, overwrite: bool
 
     Raises CheckpointError, ConfigError or OutputError; nothing half-written is left behind.
     """
-    source, target = Path(source).expanduser(), Path(target).expanduser()
+    source, target = Path(os.path.expanduser(source)), Path(os.path.expanduser(target))
     _, config, tensors = open_model(source)
     if config.stage1.hparams.num_groups != Stage1Hparams.num_groups:
         raise ConfigError(

@@ -9,7 +9,10 @@ _CALLS = {
     "stage1": "model.encode_images(images) is stage1.get_codes, model.decode_codes(codes) is stage1.decode_code",
     "stage2": "model.logits(text_ids, codes) is stage2(codes, texts, pos_images, pos_texts)",
     "forward": "model.logits is the forward pass",
-    "sample": "model.generate(class_id, num_candidates=16) is sample(cls_idx=...)",
+    "sample": "model.generate(prompt) samples",
+    "save": "model.save_pretrained(folder) writes it",
+    "push_to_hub": "model.save_pretrained(folder), then `hf upload`",
+    "device": "model.mesh holds the devices, model.backend their kind",
     **dict.fromkeys(("parameters", "state_dict"), "mindalle convert --to torch writes the weights for PyTorch"),
     "load_state_dict": "mindalle convert reads PyTorch's checkpoints",
 }
@@ -24,6 +27,7 @@ def explain_torch_call(kind: str, name: str) -> str:
     """The message of an AttributeError for `name` of a Dalle or ImageGPT (`kind`)."""
     calls = _CALLS
     if kind == "ImageGPT":
-        calls = calls | {"stage2": "model.logits(codes, labels) is stage2", "sampling": calls["sample"]}
+        sample = "model.generate(class_id, num_candidates=16) is sample(cls_idx=...)"
+        calls = calls | {"stage2": "model.logits(codes, labels) is stage2", "sample": sample, "sampling": sample}
     message = f"{kind!r} object has no attribute {name!r}"
     return f"{message}: {calls[name]}" if name in calls else message

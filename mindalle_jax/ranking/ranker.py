@@ -81,7 +81,7 @@ class ClipRanker:
         """
         prepare_process()
         path = find_clip(path_or_name, revision=revision, local_files_only=local_files_only)
-        model = read_clip(path, None if tokenizer is None else Path(tokenizer).expanduser())
+        model = read_clip(path, None if tokenizer is None else Path(os.path.expanduser(tokenizer)))
         ranker = cls(model, dtype=dtype, mesh=mesh)
         ranker.source = str(path_or_name)
         return ranker
@@ -100,7 +100,7 @@ class ClipRanker:
         if self.dtype != "float32":
             raise UsageError(f"weights held in {self.dtype} are not saved, they are rounded; load with dtype='float32'")
         params = jax.device_get(self._params)
-        write_clip(Path(folder).expanduser(), ClipModel(self.config, params, self.tokenizer), overwrite, dtype)
+        write_clip(Path(os.path.expanduser(folder)), ClipModel(self.config, params, self.tokenizer), overwrite, dtype)
 
     def tokenize(self, prompts: str | Sequence[str]) -> np.ndarray:
         """Ids int32[P, N] of P prompts (one for a bare string), N the context of the text tower, 77 as a rule.

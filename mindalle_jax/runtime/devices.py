@@ -96,8 +96,8 @@ def choose_devices(mesh: Mesh | None, dtype: DType | None, *, small: bool = Fals
     small: whether the network is small; on CPU it takes all devices, see CPU_DEVICES.
     Raises UsageError for a mesh with other axes than "data", for another dtype, and as prepare_process.
     """
-    if mesh is not None and mesh.axis_names != ("data",):
-        raise UsageError(f"mesh must have the one axis 'data', not {mesh.axis_names}")
+    if mesh is not None and (not isinstance(mesh, Mesh) or mesh.axis_names != ("data",)):
+        raise UsageError(f"mesh must have the one axis 'data', not {getattr(mesh, 'axis_names', mesh)}")
     if dtype not in ("float32", "bfloat16", None):
         raise UsageError(f"dtype must be 'bfloat16', 'float32' or None, not {dtype!r}")
     prepare_process()

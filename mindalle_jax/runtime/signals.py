@@ -3,15 +3,35 @@
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
 
 class StopFlag:
-    """Is yielded by `stop_on_signals`."""
+    """Is yielded by the functions below."""
 
     requested = False
     """Whether a signal has come: then finish the step, or the row of codes, save and leave."""
+
+
+@contextlib.contextmanager
+def note_interrupts() -> Iterator[StopFlag]:
+    """Ctrl-C raises KeyboardInterrupt as ever, and sets a flag, since JAX calls Python where an exception gets lost."""
+    flag, before = StopFlag(), signal.getsignal(signal.SIGINT) or signal.SIG_DFL
+
+    def note(number: int, frame: FrameType | None) -> None:
+        flag.requested = True
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+    try:
+        signal.signal(signal.SIGINT, note)
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -75,11 +75,15 @@ class ImageCodec:
         """Codes int32[m] of the first rows of one image, or of its codes; see Dalle.prompt_codes. Raises UsageError."""
         keep_rows = check_keep_rows(keep_rows, self.encoder.config)
         if not isinstance(image, Image.Image):
-            image = as_array(image, f"codes must be [{self.side}, {self.side}] or [{self.side**2}]")
+            image = as_array(image, "the image, or its codes")
         if isinstance(image, Image.Image) or image.ndim == 3:
             codes = self.encode(check_image(image, self.size)[None])
+        elif image.shape not in ((self.side, self.side), (self.side**2,)):
+            raise UsageError(
+                f"the codes of one image are [{self.side}, {self.side}] or [{self.side**2}], not {list(image.shape)}"
+            )
         else:
-            codes = self.check_codes(image[None])
+            codes = self.check_codes(image)
         return codes[0, :keep_rows].reshape(-1)
 
     def decode(self, codes: np.ndarray) -> Iterator[np.ndarray]:
@@ -100,10 +104,14 @@ class ImageCodec:
         return pinned_steps(_fetch(self._decode(codes)), self.decoder.dtype)
 
     def check_codes(self, codes: Any) -> np.ndarray:
-        """Codes int32[n, h, w] from [n, h, w] or [n, h * w]; raises UsageError for anything else."""
+        """Codes int32[n, h, w] from [n, h, w] or [n, h * w], or one image's; raises UsageError for anything else."""
         side = self.side
         shapes = f"codes must be [n, {side}, {side}] or [n, {side * side}]"
         codes = as_array(codes, shapes)
+        if codes.shape == (side * side,):
+            codes = codes[None]  # of one image
+        elif codes.shape == (side, side):
+            codes = codes[None]
         if codes.ndim not in (2, 3) or len(codes) == 0 or codes.shape[1:] not in ((side, side), (side * side,)):
             raise UsageError(f"{shapes}, not {list(codes.shape)}")
         check_ids(codes, self.vocab_size, "codes")

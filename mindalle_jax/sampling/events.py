@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from mindalle_jax.errors import printable
 from mindalle_jax.sampling.codec import ImageCodec
 from mindalle_jax.sampling.filters import Rows
 from mindalle_jax.sampling.options import Callback, Progress, Scorer
@@ -132,7 +133,7 @@ class Bars:
             if event.kind == "images":
                 self._bar = tqdm(total=rows, desc="images", unit="image", disable=not self._show)
             else:
-                name = "codes" if self._request.mixed else self._request.prompts[of_prompt][:30] or "codes"
+                name = "codes" if self._request.mixed else printable(self._request.prompts[of_prompt][:30]) or "codes"
                 rows = rows if self._request.mixed else int((self._request.prompt_of == of_prompt).sum())
                 total = rows * self._codes_per_row
                 self._bar = tqdm(total=total, desc=name, unit="code", disable=not self._show)

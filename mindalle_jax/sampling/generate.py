@@ -241,7 +241,10 @@ def sample(networks: Networks, request: RowRequest, sampled: Sampled) -> Iterato
         if request.ranker == "likelihood":
             yield SamplingEvent("scores", rows, sampled.log_likelihood[rows])
         elif request.ranker is not None and len(rows):
-            yield SamplingEvent("scores", rows, request.ranker.scores(prompt, sampled.images[rows]))
+            scores = np.asarray(request.ranker.scores(prompt, sampled.images[rows]), np.float32)
+            if scores.shape != rows.shape:
+                raise UsageError(f"the ranker gave scores {list(scores.shape)} for {len(rows)} images")
+            yield SamplingEvent("scores", rows, scores)
 
 
 def sample_images(networks: Networks, request: RowRequest, sampled: Sampled) -> Iterator[SamplingEvent]:

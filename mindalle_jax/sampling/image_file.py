@@ -5,6 +5,7 @@ They stand in text chunks: `Description` is the prompt, `Software` this program,
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import mindalle_jax
-from mindalle_jax.errors import UsageError
+from mindalle_jax.errors import UsageError, one_line
 
 KEY = "mindalle-jax"
+MAX_BYTES = 16 << 20
+"""Size limit of a file that is read; images of 256 x 256 pixels have less than 1 MB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,24 +48,28 @@ def write_image(path: Path, image: np.ndarray, record: ImageRecord) -> None:
 def read_image_record(path: Path) -> ImageRecord:
     """The record of an image that Generation.save wrote. Raises UsageError for another file."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            image.load()  # chunks may come after the pixels
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES >> 20} MB")
+        with Image.open(path, formats=["PNG"]) as image:  # reads what stands before the pixels
             text = image.info.get(KEY)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{path}: cannot be read as PNG: {error}") from None
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except Exception as error:  # Pillow raises what its decoders do
+        raise UsageError(f"{path}: cannot be read as PNG: {one_line(error)}") from None
     if not isinstance(text, str):
         raise UsageError(
-            f"{path}: does not say how it was made; only PNG files that mindalle wrote do, as long as no other program "
-            "has written them again (an image of any origin is completed with --image)"
+            f"{path}: does not say how it was made; the images that mindalle wrote do (grid.png, a sheet, does not), "
+            "unless another program has written them again"
         )
     try:
         return _parse(json.loads(text))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise UsageError(f"{path}: its record is damaged: {type(error).__name__}: {str(error)[:100]}") from None
+        raise UsageError(f"{path}: its record is damaged: {type(error).__name__}: {ascii(str(error))[:100]}") from None
 
 
 def _parse(tree: Any) -> ImageRecord:
     """Anybody may have written the file: types are checked, and what they hold is checked where it is used."""
+    json.dumps(tree, ensure_ascii=False).encode()  # a lone surrogate is a ValueError
     record = ImageRecord(**tree | {"codes": np.asarray(tree["codes"])})
     whole = record.codes.ndim == 1 and record.codes.dtype.kind == "i" and record.codes.size > 0
     numbers = type(record.seed) is int and type(record.candidate) is int
@@ -70,6 +77,9 @@ def _parse(tree: Any) -> ImageRecord:
         raise ValueError("prompt, seed, candidate, codes and settings are wanted")
     if not 0 <= record.seed < 2**32 or not 0 <= record.candidate < 2**31:
         raise ValueError("seed or candidate is out of range")
-    if record.score is not None and not isinstance(record.score, (int, float)):
-        raise ValueError("the score must be a number")
-    return dataclasses.replace(record, codes=record.codes.astype(np.int32))
+    if record.codes.min() < 0 or record.codes.max() >= 2**31:
+        raise ValueError("a code is out of range")
+    score = None if record.score is None else float(record.score)
+    if score is not None and not math.isfinite(score):
+        raise ValueError("the score must be finite")
+    return dataclasses.replace(record, codes=record.codes.astype(np.int32), score=score)

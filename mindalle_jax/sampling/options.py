@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the library `tokenizers` takes time to import
     from mindalle_jax.text.tokenizer import TextTokenizer
 
 MAX_CANDIDATES = 1_000
+MAX_BATCH_SIZE = 4_096
 Quantize = Literal["weights", "weights+cache"]
 
 
@@ -57,6 +58,12 @@ class _DefaultTopK(int):
     """The default of top_k, told apart from a 256 that somebody asked for."""
 
 
+_OTHER_NAMES = {
+    **dict.fromkeys(("n", "num_images", "num_images_per_prompt", "num_samples"), "num_candidates"),
+    "generator": "seed",
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance"), "guidance_scale"),
+}
+"""Names in other libraries -> those here."""
 DEFAULT_TOP_K = _DefaultTopK(256)
 """256, or the whole vocabulary where that is smaller."""
 
@@ -67,7 +74,13 @@ def is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+    """Whether value is a number that a float can hold; inf and NaN are not."""
+    if not isinstance(value, numbers.Real) or isinstance(value, (bool, np.bool_)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 def _option(
@@ -89,7 +102,8 @@ class SamplingOptions:
     )  # fmt: skip
     seed: int | None = _option(
         0, "the same seed, candidate number and batch size give the same image; random (None) draws one and reports it",
-        "an integer in [0, 4294967296)", lambda s: s is None or (is_integer(s) and 0 <= s < 2**32), int,
+        "an integer in [0, 4294967296), or random (None);",
+        lambda s: s is None or (is_integer(s) and 0 <= s < 2**32), int,
     )  # fmt: skip
     top_k: int | None = _option(
         DEFAULT_TOP_K, "sample among the k most likely codes and those that tie with the last of them, or off (None)"
@@ -100,17 +114,18 @@ class SamplingOptions:
     )  # fmt: skip
     temperature: float = _option(
         1.0, "below 1 is more careful, above 1 more varied; 0 is greedy: the most likely code, the lowest id on a tie",
-        "a finite number > 0, or 0 for greedy;", lambda t: _is_number(t) and math.isfinite(t) and t >= 0, float,
+        "a finite number > 0, or 0 for greedy;", lambda t: _is_number(t) and t >= 0, float,
     )  # fmt: skip
     guidance_scale: float = _option(
         1.0, "above 1 follows the prompt more closely; works only for models fine-tuned with caption dropout (the "
         "published weights were trained without it), and takes twice the memory and nearly twice the time",
-        "a finite number >= 0, 1 for off;", lambda g: _is_number(g) and math.isfinite(g) and g >= 0, float,
+        "a finite number >= 0, 1 for off;", lambda g: _is_number(g) and g >= 0, float,
     )  # fmt: skip
     batch_size: int | None = _option(
         None, "rows per device per compiled call; memory grows with it, and the last bits of images depend on it "
         "(default: by the device)",
-        "an integer of at least 1", lambda b: b is None or (is_integer(b) and b >= 1), int,
+        f"an integer in [1, {MAX_BATCH_SIZE}]",
+        lambda b: b is None or (is_integer(b) and 1 <= b <= MAX_BATCH_SIZE), int,
     )  # fmt: skip
     mixed_batches: bool = _option(
         False, "fill batches with rows of several prompts: much faster for many prompts with few images each. Images "
@@ -148,8 +163,9 @@ class SamplingOptions:
         fields = [field.name for field in dataclasses.fields(cls)]
         for name in keywords:
             if name not in fields:
-                names = ", ".join(fields)
-                raise TypeError(f"unknown option {name}{did_you_mean(name, fields) or f'; there are {names}'}")
+                near = did_you_mean(_OTHER_NAMES.get(name, name), SamplingKeywords.__annotations__)
+                names = ", ".join(SamplingKeywords.__annotations__)
+                raise TypeError(f"unknown option {name}{near or f'; there are {names}'}")
         return cls(**keywords)
 
     def check(self, config: Config | None = None, tokenizer: "TextTokenizer | None" = None) -> "SamplingOptions":

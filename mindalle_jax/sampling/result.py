@@ -4,7 +4,9 @@ import dataclasses
 import io
 import json
 import math
+import numbers
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from mindalle_jax.sampling.image_file import ImageRecord, write_image
 
 NOT_SAMPLED = (128, 128, 128)
 """Color on a sheet of what is not sampled yet."""
+FILE_NAME = re.compile(r"(prompt\d+_)?(rank\d+_score(-?\d+\.\d+|nan)_)?seed\d+_candidate\d+\.png")
+"""Of an image that `save` writes."""
 SHOWN_PIXELS = 128
 """Smaller images are enlarged to about this width where a notebook shows them."""
 
@@ -66,7 +70,10 @@ class Generation:
         ranked = ""
         if self.scores is not None and np.isfinite(self.scores).any():
             ranked = f", ranked by {self.meta.get('ranker')}, best {_short(float(np.nanmax(self.scores)))}"
-        return f"<Generation of {prompts}: {self.seeds.size} images of {width} x {height}{ranked}>"
+        count, complete = self.seeds.size, int((self.codes >= 0).all(axis=-1).sum())
+        unfinished = "" if complete == count else f", {complete} complete"
+        images = "1 image" if count == 1 else f"{count} images"
+        return f"<Generation of {prompts}: {images} of {width} x {height}{unfinished}{ranked}>"
 
     def _repr_png_(self) -> bytes:
         """The sheet that a notebook shows."""
@@ -89,6 +96,10 @@ class Generation:
 
     def of_prompt(self, p: int) -> "Generation":
         """The images of one of a list of prompts, as a call with that prompt alone gives them."""
+        if self.images.ndim == 4:
+            if p != 0:
+                raise IndexError(f"there is one prompt, number 0, and none of number {p}")
+            return self
         scores = None if self.scores is None else self.scores[p]
         meta = (
             self.meta | {"num_tokens": self.meta["num_tokens"][p : p + 1]} if "num_tokens" in self.meta else self.meta
@@ -130,10 +141,14 @@ class Generation:
         browser shows the best first: rank001_score0.2713_seed0_candidate003.png. For a list of prompts prompt00_ comes
         first. The PNG files say how they were made (image_file.py; `mindalle show` reads it).
         best: at most that many images of each prompt; None: all. Those that are not complete are not written.
-        A folder that exists and is not empty is an OutputError; with overwrite, files of the same names in it are
-        replaced.
+        A folder that exists and is not empty is an OutputError; with overwrite the images that its meta.json names go,
+        and files of the same names are replaced. UsageError if no image is complete.
         """
-        folder = Path(folder).expanduser()
+        folder = Path(os.path.expanduser(folder))
+        if folder.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+            raise UsageError(f"{folder}: save writes a folder; images[0].save({str(folder)!r}) writes one image")
+        if not (self.codes >= 0).all(axis=-1).any():
+            raise UsageError("no image is complete: there is nothing to save")
         blocks = self._ranked(best)
         images = self.images.reshape(len(blocks), -1, *self.images.shape[-3:])
         codes = self.codes.reshape(len(blocks), -1, self.codes.shape[-1])
@@ -143,6 +158,8 @@ class Generation:
                     f"{folder} exists and is not empty; name another place, or overwrite (overwrite=True, --overwrite)"
                 )
             folder.mkdir(parents=True, exist_ok=True)
+            for path in _images_of_before(folder):
+                path.unlink(missing_ok=True)
             paths, entries = [], []
             for p, block in enumerate(blocks):
                 for entry in block:
@@ -176,7 +193,7 @@ class Generation:
     def _ranked(self, best: int | None) -> list[list[dict[str, Any]]]:
         """For each prompt what is said of its images, best first: seed, candidate; if ranked, rank from 1 and score."""
         n = self.seeds.shape[-1]
-        if best is not None and (type(best) is not int or best < 1):
+        if best is not None and (not isinstance(best, numbers.Integral) or isinstance(best, bool) or best < 1):
             raise UsageError(f"best must be an integer of at least 1, not {best!r}")
         blocks = []
         for p, order in enumerate(self.order.reshape(-1, n)):
@@ -211,6 +228,18 @@ def _caption(entry: dict[str, Any]) -> str:
     return f"{entry['rank']}: {_short(entry['score'])} ({entry['candidate']})"
 
 
-def _short(score: float) -> str:
+def _images_of_before(folder: Path) -> list[Path]:
+    """The images in a folder that the meta.json there names: they have scores in their names, and would stay."""
+    try:
+        tree = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        names = [entry["file"] for entry in tree["pictures"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [folder / name for name in names if isinstance(name, str) and FILE_NAME.fullmatch(name)]
+
+
+def _short(score: float | None) -> str:
     """Cosines with four decimals, log-likelihoods of hundreds with one."""
+    if score is None:
+        return "nan"
     return f"{score:.4f}" if abs(score) < 10 else f"{score:.1f}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -86,7 +87,7 @@ def copy_model(
     Raises CheckpointError (also for values that dtype cannot hold), ConfigError, OutputError or UsageError; nothing
     half-written is left behind.
     """
-    source, target = Path(source).expanduser(), Path(target).expanduser()
+    source, target = Path(os.path.expanduser(source)), Path(os.path.expanduser(target))
     manifest, config, tensors = open_model(source)
     if adapters and "stage2" not in tensors:
         raise CheckpointError(f"{source}: a VQGAN alone has no weights that adapters go with")

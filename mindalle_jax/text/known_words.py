@@ -19,6 +19,8 @@ WORDS_FILE = "words.json"
 MAX_WORDS = 20_000
 """Captions with more distinct words are the language at large: no list is written, and nothing is warned of."""
 MAX_BYTES = 4 << 20
+MAX_LENGTH = 40
+"""Of a word that is compared with the known ones, in characters."""
 FUNCTION_WORDS = frozenset("a an and as at by for from in into is of on or s the to with".split())
 """Words that name nothing: a prompt of these and of unknown words alone has no known word."""
 LARGER_MODEL = "for photographs and paintings take the published model, minDALL-E/1.3B (a download of 5 GB)"
@@ -47,7 +49,7 @@ class KnownWords:
             said = f"{model} does not know {named}"
         about = self.about or f"was trained on {len(self.words):,} words"
         example = f', such as "{min(self.examples, key=len)}"' if self.examples else ""
-        return f'{said} (in "{_shortened(prompt)}"). It {about}{example}; {LARGER_MODEL}'
+        return f"{said} (in {_shortened(prompt)!r}). It {about}{example}; {LARGER_MODEL}"
 
     def extended(self, captions: Iterable[str]) -> "KnownWords":
         """The same with the words of captions that the model was trained on besides.
@@ -66,8 +68,11 @@ class KnownWords:
         (folder / WORDS_FILE).write_text(json.dumps(tree, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
     def _with_nearest(self, word: str) -> str:
-        near = difflib.get_close_matches(word, self.words, n=1, cutoff=0.7)
-        return f"{word} (but {near[0]})" if near else word
+        if len(word) > MAX_LENGTH:
+            return f"{word[:20]}..."
+        alike = [known for known in self.words if abs(len(known) - len(word)) <= 2]  # of 20,000 words few are compared
+        near = difflib.get_close_matches(word, alike, n=1, cutoff=0.7)
+        return f"{word} (nearest: {near[0]})" if near else word
 
 
 def read_known_words(folder: Path) -> KnownWords | None:
@@ -79,10 +84,14 @@ def read_known_words(folder: Path) -> KnownWords | None:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES >> 20} MB")
         tree = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(tree["examples"], list) or not isinstance(tree["words"], list):
+            raise TypeError("examples and words must be lists")
         texts = [tree["about"], *tree["examples"], *tree["words"]]
         # It is shown on a terminal, where control characters are commands.
         if not all(isinstance(text, str) and text.isprintable() for text in texts):
             raise ValueError("about, examples and words must be text without control characters")
+        if len(tree["about"]) > 200 or not all(0 < len(text.strip()) <= 200 for text in tree["examples"]):
+            raise ValueError("about and examples have up to 200 characters, and examples at least one")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a list of words: {type(error).__name__}: {str(error)[:100]}") from None
     return KnownWords(frozenset(tree["words"]), tree["about"], tuple(tree["examples"]))

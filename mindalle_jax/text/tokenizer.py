@@ -6,6 +6,7 @@ typed in a prompt stays text, where the original turns it into the special token
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ class TextTokenizer:
         context_length is N, in tokens; vocab_size is the number of rows of the model's text embedding, which every id
         must be below. Raises CheckpointError when a file is missing, damaged or does not fit.
         """
-        folder = Path(folder).expanduser()
+        folder = Path(os.path.expanduser(folder))
         vocab, merges = _read_vocab(folder / VOCAB_FILE), _read_merges(folder / MERGES_FILE)
         if max(vocab.values(), default=-1) >= vocab_size:
             raise CheckpointError(

@@ -3,6 +3,7 @@
 base model -> parameters on the mesh -> the loop -> model folder
 """
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -236,7 +237,7 @@ def finetune(config_file: str | Path, overrides: Sequence[str], out: Path, *, ig
     Returns whether the run is complete.
     """
     config, base = read_finetune(config_file, overrides)
-    out = out.expanduser()
+    out = Path(os.path.expanduser(out))
     return run_training(config, out, lambda: FinetuneRun(config, base, out), ignore_fingerprint=ignore_fingerprint)
 
 

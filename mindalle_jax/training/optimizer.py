@@ -18,7 +18,9 @@ def learning_rate(optimizer: OptimizerConfig, warmup_steps: int, max_steps: int)
     Without warm-up it is the original's: min + (base - min) (1 + cos(pi i / max_steps)) / 2.
     """
     if not 0 <= warmup_steps < max_steps:
-        raise ConfigError(f"training.warmup_steps {warmup_steps} must be below the number of steps, {max_steps}")
+        raise ConfigError(
+            f"training.warmup_steps {warmup_steps} must be below the number of steps, {max_steps}; 0 works"
+        )
     if optimizer.base_lr <= 0:
         raise ConfigError(f"optimizer.base_lr must be over 0, not {optimizer.base_lr}")
     cosine = optax.cosine_decay_schedule(

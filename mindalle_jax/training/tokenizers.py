@@ -7,6 +7,7 @@ are equally frequent.
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,7 +39,7 @@ def train_tokenizer(data: str | Path, out: Path, *, vocab_size: int, kind: Kind)
     """
     if kind not in KINDS:
         raise UsageError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
-    out = out.expanduser()
+    out = Path(os.path.expanduser(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists and is not empty; name another place")
     check_writable(out)

@@ -1,5 +1,6 @@
 """`mindalle sample`: what it writes, ranks, completes and shows."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -12,7 +13,7 @@ import pytest
 from commands import codes, meta, tree
 from PIL import Image
 
-from mindalle_jax import ClipRanker, ImageGPT
+from mindalle_jax import ClipRanker, Dalle, ImageGPT
 from mindalle_jax.cli import sample as sample_module
 from mindalle_jax.hub import resolve
 from mindalle_jax.runtime.devices import CPU_DEVICES
@@ -79,6 +80,20 @@ def test_overwrite_replaces_files_of_the_same_names(sample, out):
     assert sample("the dog", "--seed", 1, "--overwrite")[0] == 0
     assert meta(out)["prompts"] == ["the dog"] and not np.array_equal(codes(out), before)
     assert (out / "mine.txt").read_text() == "mine"
+
+
+def test_overwrite_needs_a_place(mindalle_cli):
+    code, _, err = mindalle_cli("sample", "a cat", "--overwrite")
+    assert code == 2 and "--overwrite goes with --out" in err
+
+
+def test_overwrite_takes_the_images_of_before_away(sample, out):
+    """Their names hold scores, so they would hardly ever be replaced, and stand between the new ones."""
+    assert sample("a cat", "-n", 3, "--ranker", "likelihood")[0] == 0
+    (out / "rank001_mine.png").touch()
+    assert sample("the dog", "-n", 2, "--ranker", "likelihood", "--overwrite")[0] == 0
+    names = sorted(path.name for path in out.glob("*.png"))
+    assert names == sorted(["grid.png", "rank001_mine.png", *(image["file"] for image in meta(out)["pictures"])])
 
 
 def test_an_empty_folder_is_as_good_as_none(sample, out):
@@ -327,7 +342,7 @@ def test_unknown_words_and_the_remedy_are_told(mindalle_cli, out):
     assert code == 0
     told = [line.removeprefix("warning: ") for line in err.splitlines() if line.startswith("warning: ")]
     assert len(told) == 2 and told[1].startswith("--guidance-scale 2 costs twice the time")
-    assert told[0].startswith('demo knows none of these words: gray (but grey), cat (in "a gray cat"). It draws ')
+    assert told[0].startswith("demo knows none of these words: gray (nearest: grey), cat (in 'a gray cat'). It draws ")
     assert "minDALL-E/1.3B" in told[0]
 
 
@@ -357,6 +372,21 @@ def test_ctrl_c_keeps_the_finished_candidates(sample, out, monkeypatch, tiny_dal
     settings = {"num_candidates": finished, "batch_size": 1, "ranker": "likelihood"}
     expected = tiny_dalle.generate("a cat", **settings)
     np.testing.assert_array_equal(codes(out), expected.codes[expected.order])
+
+
+def test_ctrl_c_that_gets_lost_while_the_model_is_loaded_stops_all_the_same(sample, out, monkeypatch):
+    """As JAX loses it when it collects garbage."""
+    load = Dalle.from_pretrained
+
+    def interrupted(*arguments, **options):
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(Dalle, "from_pretrained", interrupted)
+    code, stdout, err = sample("a cat")
+    assert (code, stdout) == (130, "") and err.splitlines()[-1] == "mindalle sample: interrupted"
+    assert not out.exists()
 
 
 def test_ctrl_c_before_a_candidate_is_finished_writes_nothing(sample, out, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mindalle_jax.errors import CheckpointError, DownloadError
+from mindalle_jax.errors import CheckpointError, DownloadError, UsageError
 from mindalle_jax.hub import resolve
 from mindalle_jax.interop.mindalle import import_checkpoint
 from mindalle_jax.interop.torch_archive import TorchArchive, write_torch_archive
@@ -63,6 +63,34 @@ def test_names_of_openai_are_repositories(monkeypatch, tmp_path, name):
     monkeypatch.setattr(resolve, "fetch_repo", fetch)
     assert resolve.find_clip(name) == resolve.find_source(name) == tmp_path
     assert set(asked) == {resolve.CLIP_NAMES[name]} and asked[0].startswith("openai/clip-vit-")
+
+
+def test_an_unfinished_run_is_called_that(tmp_path):
+    """It was said to lack the checkpoints of the original."""
+    (tmp_path / "run.yaml").touch()
+    with pytest.raises(
+        CheckpointError, match="a training run that is not complete; the command that began it resumes it"
+    ):
+        resolve.find_model(tmp_path)
+
+
+def test_a_folder_that_hides_the_model_of_the_package_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    with pytest.raises(CheckpointError, match="this folder hides the model of that name in the package"):
+        resolve.find_model("demo")
+
+
+@pytest.mark.parametrize("name", ["", None, 3])
+def test_what_names_no_model_is_refused(name):
+    with pytest.raises(UsageError, match="a model is named by a path or a name, not"):
+        resolve.find_model(name)
+
+
+def test_a_home_folder_of_nobody_is_a_path(tmp_path, monkeypatch):
+    """pathlib raises RuntimeError for it."""
+    with pytest.raises(CheckpointError, match="~nobodyx/x: no such folder"):
+        resolve.find_model("~nobodyx/x")
 
 
 @pytest.mark.parametrize("name", resolve.RESNETS)

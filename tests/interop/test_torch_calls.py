@@ -67,11 +67,27 @@ def test_arguments_of_its_sampling_do_nothing_but_warn(tiny_dalle):
     assert {w.filename for w in warned} == {__file__}
 
 
+def test_its_arguments_come_in_its_order(tiny_dalle):
+    """sampling(prompt, top_k, top_p, softmax_temperature, num_candidates, device, use_fp16)."""
+    expected = tiny_dalle.sampling("the cat", top_k=9, num_candidates=2)
+    with pytest.warns(UserWarning, match="does nothing"):
+        images = tiny_dalle.sampling("the cat", 9, None, 1.0, 2, "cuda", True)
+    assert (images == expected).all()
+    with pytest.raises(UsageError, match="sampling takes one prompt, as the original does; generate takes a list"):
+        tiny_dalle.sampling(["the cat", "12"])
+
+
 def test_its_from_pretrained_of_two_files_is_from_upstream(tiny_model_folder, tiny_igpt_config, tmp_path):
     with pytest.raises(UsageError, match=r"is from_upstream\(upstream, config\) here"):
         ImageGPT.from_pretrained(tiny_model_folder, "transfer.yaml")
     (tmp_path / "transfer.yaml").write_text(mindalle_jax.config.file.dump_config(tiny_igpt_config), encoding="utf-8")
     model = ImageGPT.from_upstream(tiny_model_folder, tmp_path / "transfer.yaml")
+    # The file of a run has sections of its own, and leaves out what is as in the model to begin from.
+    run = (
+        "stage2: {type: igpt, use_cls_cond: true, hparams: {n_classes: 5}}\ntraining: {init_from: x}\ndata: {train: y}"
+    )
+    (tmp_path / "run.yaml").write_text(run, encoding="utf-8")
+    assert ImageGPT.from_upstream(tiny_model_folder, tmp_path / "run.yaml").num_classes == 5
     assert model.num_classes == 5 and model.generate(3, num_candidates=1).images.shape == (1, 32, 32, 3)
 
 

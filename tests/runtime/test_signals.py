@@ -2,10 +2,11 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mindalle_jax.runtime.signals import stop_on_signals
+from mindalle_jax.runtime.signals import note_interrupts, stop_on_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -25,3 +26,20 @@ def test_the_first_signal_asks_to_stop_and_the_second_acts_as_usual(number, capf
         assert came == [number] * 2 and not stop.requested
     finally:
         signal.signal(number, before)
+
+
+def test_an_interrupt_that_gets_lost_is_noted():
+    """JAX calls Python when it collects garbage, and prints and forgets what is raised there."""
+    before = signal.getsignal(signal.SIGINT)
+    with note_interrupts() as noted:
+        assert not noted.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert noted.requested
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_other_threads_note_nothing():
+    """Handlers are the main thread's."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: note_interrupts().__enter__().requested).result() is False

@@ -44,8 +44,8 @@ def test_pixels_and_codes_do_not_depend_on_how_many_there_are(tiny_dalle, tiny_i
     [
         (np.zeros((1, 63), int), r"codes must be \[n, 8, 8\] or \[n, 64\], not \[1, 63\]"),
         (np.zeros((1, 4, 16), int), r"codes must be \[n, 8, 8\] or \[n, 64\]"),
-        (np.zeros((8, 8), int), r"codes must be \[n, 8, 8\] or \[n, 64\], not \[8, 8\]"),
-        (np.zeros(64, int), r"codes must be"),
+        (np.zeros((8, 7), int), r"codes must be \[n, 8, 8\] or \[n, 64\], not \[8, 7\]"),
+        (np.zeros(63, int), r"codes must be"),
         (np.zeros((0, 64), int), r"codes must be"),
         (np.zeros((1, 64)), r"codes must be integers, not float64"),
         (np.full((1, 64), 80), r"codes must lie in \[0, 80\), not \[80, 80\]"),
@@ -131,6 +131,14 @@ def test_rows_of_an_image_are_the_first_of_its_codes(tiny_dalle, tiny_images, ke
         rows = codec.encode_rows(form, keep_rows)
         assert rows.dtype == np.int32
         np.testing.assert_array_equal(rows, codes[:keep_rows].reshape(-1))
+
+
+def test_codes_of_one_image_are_taken(tiny_dalle):
+    """As images.codes[0] gives them, and as encode_images(image)[0] does."""
+    codes = np.random.default_rng(3).integers(0, 80, 64)
+    expected = tiny_dalle.decode_codes(codes[None])
+    for given in (codes, codes.reshape(8, 8)):
+        np.testing.assert_array_equal(tiny_dalle.decode_codes(given), expected)
 
 
 def test_one_image_and_a_list_of_pil_images_are_taken(tiny_dalle, tiny_images):

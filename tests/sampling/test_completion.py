@@ -93,10 +93,10 @@ def test_keep_rows_out_of_range(tiny_dalle, plain, keep_rows):
         (np.zeros((32, 32, 3), np.int32), "images must be uint8 or floating point, not int32"),
         (np.full((32, 32, 3), 1.5), r"must lie in \[0, 1\], not \[1.5, 1.5\]"),
         (np.full((32, 32, 3), np.nan), r"must lie in \[0, 1\], not \[nan, nan\]"),
-        (np.zeros((32, 32), int), r"codes must be \[n, 8, 8\] or \[n, 64\], not \[1, 32, 32\]"),
+        (np.zeros((32, 32), int), r"the codes of one image are \[8, 8\] or \[64\], not \[32, 32\]"),
         (np.full(64, 80), r"codes must lie in \[0, 80\), not \[80, 80\]"),
         (np.full(64, -1), r"codes must lie in \[0, 80\), not \[-1, -1\]"),
-        ("cat.png", r"codes must be \[8, 8\] or \[64\]: an array of numbers or a PIL image is wanted, not str"),
+        ("cat.png", r"the image, or its codes: an array of numbers or a PIL image is wanted, not str"),
     ],
 )
 def test_images_that_cannot_be_completed(tiny_dalle, image, message):

@@ -1,6 +1,7 @@
 """The host loop: likelihoods, rankers, rows of codes, and memory."""
 
 import gc
+import types
 
 import jax
 import numpy as np
@@ -119,6 +120,14 @@ def test_what_is_no_ranker_is_refused(tiny_dalle, ranker):
 def test_a_misspelt_ranker_gets_the_nearest(tiny_dalle, name, near):
     with pytest.raises(CheckpointError, match=f"{name}: no such file or folder, .*; did you mean {near}?"):
         tiny_dalle.generate("the cat", ranker=name)
+
+
+@pytest.mark.parametrize("scores", [[1.0], [[1.0], [2.0]], 3.0])
+def test_scores_of_another_shape_are_refused(tiny_dalle, scores):
+    """One score for two images was given to both."""
+    ranker = types.SimpleNamespace(scores=lambda prompt, images: np.array(scores))
+    with pytest.raises(UsageError, match="the ranker gave scores .* for 2 images"):
+        tiny_dalle.generate("the cat", num_candidates=2, ranker=ranker)
 
 
 def test_without_a_text_nothing_but_the_likelihood_ranks(igpt):

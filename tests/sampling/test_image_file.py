@@ -88,6 +88,8 @@ def test_files_without_a_record_are_told(tmp_path):
     for name in ("plain.png", "other.png"):
         with pytest.raises(UsageError, match=f"{name}: does not say how it was made"):
             read_image_record(tmp_path / name)
-    for name in ("a.jpg", "page.png", "cut.png", "missing.png", "."):
+    with pytest.raises(UsageError, match="missing.png: no such file"):
+        read_image_record(tmp_path / "missing.png")
+    for name in ("a.jpg", "page.png", "."):
         with pytest.raises(UsageError, match="cannot be read as PNG"):
             read_image_record(tmp_path / name)

@@ -102,10 +102,10 @@ def test_no_jax_is_imported():
     ("name", "value", "said"),
     [
         ("num_candidates", 0, "num_candidates must be an integer in [1, 1000], not 0"),
-        ("seed", -1, "seed must be an integer in [0, 4294967296), not -1"),
+        ("seed", -1, "seed must be an integer in [0, 4294967296), or random (None); not -1"),
         ("top_p", 2, "top_p must be a number in (0, 1], or off (None); not 2"),
         ("temperature", float("inf"), "temperature must be a finite number > 0, or 0 for greedy; not inf"),
-        ("batch_size", 0, "batch_size must be an integer of at least 1, not 0"),
+        ("batch_size", 0, "batch_size must be an integer in [1, 4096], not 0"),
         ("mixed_batches", 1, "mixed_batches must be True or False, not 1"),
         (
             "ranker",
@@ -123,7 +123,12 @@ def test_a_wrong_value_is_told_without_a_model(name, value, said):
 
 @pytest.mark.parametrize(
     ("typed", "said"),
-    [("topk", "did you mean top_k?"), ("temprature", "did you mean temperature?"), ("zzz", "there are prompts,")],
+    [
+        ("topk", "did you mean top_k?"),
+        ("temprature", "did you mean temperature?"),
+        ("zzz", "there are num_candidates, seed,"),
+        ("num_images_per_prompt", "did you mean num_candidates?"),
+    ],
 )
 def test_an_unknown_option_names_the_nearest(typed, said):
     with pytest.raises(TypeError, match=f"unknown option {typed}; ") as raised:

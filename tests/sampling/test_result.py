@@ -64,7 +64,7 @@ def test_prompts_come_one_by_one():
 def test_the_repr_is_one_line():
     assert repr(make([0.1, 0.4])) == "<Generation of 'a cat': 2 images of 16 x 16, ranked by likelihood, best 0.4000>"
     assert repr(make(None)) == "<Generation of 'a cat': 4 images of 16 x 16>"
-    assert repr(make([float("nan")])) == "<Generation of 'a cat': 1 images of 16 x 16>"
+    assert repr(make([float("nan")])) == "<Generation of 'a cat': 1 image of 16 x 16>"
     assert repr(make([[0.1], [0.2]])).startswith("<Generation of 'a cat', 'a dog': 2 images")
 
 
@@ -182,6 +182,32 @@ def test_pictures_that_are_not_complete_are_not_saved(tmp_path):
         "rank001_score0.3000_seed3_candidate002.png", "rank002_score0.1000_seed3_candidate000.png",
     ]  # fmt: skip
     assert "NaN" not in (tmp_path / "out" / "meta.json").read_text()
+
+
+def test_nothing_is_saved_of_nothing(tmp_path):
+    """A folder with a sheet of grey cells would pass for a result."""
+    generation = make(None)
+    nothing = dataclasses.replace(generation, codes=np.full_like(generation.codes, -1))
+    with pytest.raises(UsageError, match="no image is complete"):
+        nothing.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists() and "4 images of 16 x 16, 0 complete" in repr(nothing)
+
+
+def test_a_single_image_is_no_folder(tmp_path):
+    with pytest.raises(UsageError, match=r"save writes a folder; images\[0\].save"):
+        make(None).save(tmp_path / "cat.png")
+
+
+def test_a_generation_of_one_prompt_has_one_prompt():
+    generation = make([0.1, 0.4])
+    assert generation.of_prompt(0) is generation
+    with pytest.raises(IndexError, match="there is one prompt"):
+        generation.of_prompt(1)
+
+
+def test_images_that_a_ranker_did_not_score_are_saved(tmp_path):
+    paths = make([0.5, float("nan")]).save(tmp_path / "out")
+    assert [path.name[:16] for path in paths] == ["rank001_score0.5", "rank002_scorenan"]
 
 
 def test_the_sheet_of_a_stopped_run_has_what_is_saved(tmp_path):

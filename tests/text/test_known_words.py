@@ -1,6 +1,7 @@
 """Known words: what a model does not know is named, with the nearest; models without a list never warn."""
 
 import json
+import time
 
 import pytest
 
@@ -16,10 +17,10 @@ WORDS = KnownWords(
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
-        ("a cat", 'demo knows none of these words: cat (in "a cat"). It draws circles, such as "a circle"; for '),
+        ("a cat", "demo knows none of these words: cat (in 'a cat'). It draws circles, such as \"a circle\"; for "),
         ("cats on the mats", "demo knows none of these words: cats, mats ("),
-        ("a gray circle", "demo does not know gray (but grey) (in "),
-        ("A Large, RED cirlce!", "demo does not know cirlce (but circle) (in "),
+        ("a gray circle", "demo does not know gray (nearest: grey) (in "),
+        ("A Large, RED cirlce!", "demo does not know cirlce (nearest: circle) (in "),
         ("a cat, a cat and a dog", "demo knows none of these words: cat, dog ("),
         ("red " + " ".join("abcdefghij"), "demo does not know b, c, d, e, f, g, h, i, ... (in "),
         ("東京", "demo knows none of these words: 東京 ("),
@@ -30,6 +31,20 @@ def test_unknown_words_are_named_with_the_nearest(prompt, said):
     warning = WORDS.warning(prompt, "demo")
     assert warning is not None and warning.startswith(said)
     assert warning.endswith("take the published model, minDALL-E/1.3B (a download of 5 GB)")
+
+
+def test_a_prompt_reaches_a_terminal_escaped():
+    warning = WORDS.warning("\x1b[2J zork \u202e", "demo")
+    assert warning is not None and warning.isprintable()
+
+
+def test_long_words_and_lists_take_no_time():
+    """Every unknown word is compared with the known ones: 20,000 of them, or few of thousands of characters."""
+    words = frozenset(f"{i:x}word{i}" for i in range(MAX_WORDS))
+    start = time.perf_counter()
+    KnownWords(words).warning(" ".join(f"unword{i}" for i in range(150)), "it")
+    KnownWords(frozenset(chr(0x4E00 + i) * 1990 for i in range(300))).warning("東" * 1990, "it")
+    assert time.perf_counter() - start < 5  # half a second on an idle machine
 
 
 @pytest.mark.parametrize("prompt", ["a red circle", "the large, grey circle?", "RED", "", "of the", "!?"])
@@ -74,8 +89,12 @@ def test_the_language_at_large_has_no_list(tmp_path):
         json.dumps({"about": "\x1b[2J", "examples": [], "words": []}),
         json.dumps({"about": "", "examples": [], "words": ["a\nb"]}),
         "[" * 100_000,
+        '{"about": "", "examples": [""], "words": ["a"]}',
+        '{"about": "", "examples": "abc", "words": ["a"]}',
+        '{"about": "", "examples": [], "words": "abc"}',
+        json.dumps({"about": "x" * 1000, "examples": [], "words": []}),
     ],
-    ids=["cut", "list", "fields", "number", "nested", "terminal", "line", "deep"],
+    ids=["cut", "list", "fields", "number", "nested", "terminal", "line", "deep", "blank", "text", "words", "long"],
 )
 def test_a_damaged_list_is_told(tmp_path, text):
     (tmp_path / WORDS_FILE).write_text(text, encoding="utf-8")

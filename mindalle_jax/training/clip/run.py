@@ -163,7 +163,7 @@ def train_clip(
 
     Returns whether the run is complete.
     """
-    out, config = out.expanduser(), load_config(config_file, overrides, ClipTrainConfig)
+    out, config = Path(os.path.expanduser(out)), load_config(config_file, overrides, ClipTrainConfig)
     return run_training(config, out, lambda: ClipRun(config, out), ignore_fingerprint=ignore_fingerprint)
 
 

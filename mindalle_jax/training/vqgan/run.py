@@ -4,6 +4,7 @@ images -> parameters on the mesh -> the loop -> model folder with a VQGAN alone
 """
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -187,7 +188,7 @@ def train_vqgan(
     Fields of stage1 that the file leaves out are as in the model of training.init_from. Returns whether the run is
     complete.
     """
-    out, file = out.expanduser(), ConfigFile(config_file, overrides)
+    out, file = Path(os.path.expanduser(out)), ConfigFile(config_file, overrides)
     init_from = file.section("training", VqganTrainingConfig).init_from
     base = None if init_from == SCRATCH else find_model(init_from)
     config = file.config(VqganTrainConfig, None if base is None else load_config(base / "config.yaml"))
