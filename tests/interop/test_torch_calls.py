@@ -83,9 +83,7 @@ def test_its_from_pretrained_of_two_files_is_from_upstream(tiny_model_folder, ti
     (tmp_path / "transfer.yaml").write_text(mindalle_jax.config.file.dump_config(tiny_igpt_config), encoding="utf-8")
     model = ImageGPT.from_upstream(tiny_model_folder, tmp_path / "transfer.yaml")
     # The file of a run has sections of its own, and leaves out what is as in the model to begin from.
-    run = (
-        "stage2: {type: igpt, use_cls_cond: true, hparams: {n_classes: 5}}\ntraining: {init_from: x}\ndata: {train: y}"
-    )
+    run = "stage2: {type: igpt, use_cls_cond: true, hparams: {n_classes: 5}}\ntraining: {init_from: x}\ndata: {}"
     (tmp_path / "run.yaml").write_text(run, encoding="utf-8")
     assert ImageGPT.from_upstream(tiny_model_folder, tmp_path / "run.yaml").num_classes == 5
     assert model.num_classes == 5 and model.generate(3, num_candidates=1).images.shape == (1, 32, 32, 3)
