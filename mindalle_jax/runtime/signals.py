@@ -3,9 +3,11 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 
 class StopFlag:
@@ -18,20 +20,26 @@ class StopFlag:
 @contextlib.contextmanager
 def note_interrupts() -> Iterator[StopFlag]:
     """Ctrl-C raises KeyboardInterrupt as ever, and sets a flag, since JAX calls Python where an exception gets lost."""
-    flag, before = StopFlag(), signal.getsignal(signal.SIGINT) or signal.SIG_DFL
+    flag, before, hook = StopFlag(), signal.getsignal(signal.SIGINT) or signal.SIG_DFL, sys.unraisablehook
 
     def note(number: int, frame: FrameType | None) -> None:
         flag.requested = True
         raise KeyboardInterrupt
+
+    def unraisable(lost: Any) -> None:
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            hook(lost)
 
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
     try:
         signal.signal(signal.SIGINT, note)
+        sys.unraisablehook = unraisable
         yield flag
     finally:
         signal.signal(signal.SIGINT, before)
+        sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

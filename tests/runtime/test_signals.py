@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -30,13 +31,19 @@ def test_the_first_signal_asks_to_stop_and_the_second_acts_as_usual(number, capf
 
 def test_an_interrupt_that_gets_lost_is_noted():
     """JAX calls Python when it collects garbage, and prints and forgets what is raised there."""
-    before = signal.getsignal(signal.SIGINT)
+    before, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
     with note_interrupts() as noted:
         assert not noted.requested
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         assert noted.requested
-    assert signal.getsignal(signal.SIGINT) is before
+
+        class Lost:
+            def __del__(self):
+                raise KeyboardInterrupt
+
+        Lost()  # as in a callback: Python would print a traceback, and pytest call that an error
+    assert signal.getsignal(signal.SIGINT) is before and sys.unraisablehook is hook
 
 
 def test_other_threads_note_nothing():
