@@ -76,7 +76,7 @@ VERBS = {
     ),
 }
 OTHER_WORDS = {"train": "finetune", "generate": "sample", "draw": "sample", "export": "convert", "info": "show"}
-"""What people type -> the verb."""
+"""Other words that people type -> the verb."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

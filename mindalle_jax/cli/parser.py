@@ -20,7 +20,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class Parser(argparse.ArgumentParser):
-    """Of one verb. Options are not abbreviated; arguments and options come in any order."""
+    """The parser of one verb. Options are not abbreviated; arguments and options come in any order."""
 
     def __init__(self, prog: str, description: str, example: str = ""):
         """example: commands, one per line, for the end of the help; "" if they stand in the description."""

@@ -87,7 +87,7 @@ def _add_option(group: Any, name: str, *short: str, after: str = "", **settings:
 
 
 def run_sample(arguments: argparse.Namespace) -> None:
-    """What `mindalle sample` does: checks, cheapest first; then the model; then prompt by prompt."""
+    """Runs `mindalle sample`: checks, cheapest first; then the model; then prompt by prompt."""
     from mindalle_jax.sampling.image_file import read_image_record
 
     given = [name for name in ("image", "vary") if getattr(arguments, name) is not None]

@@ -69,10 +69,10 @@ def remake_command(record: "ImageRecord", file: Path) -> str:
         if dtype not in ("float32", "bfloat16") or not isinstance(model, str) or not isinstance(revision, str | None):
             raise UsageError("dtype, model or revision is out of range")
         check_prompt(record.prompt)
-        if "class_id" not in settings and not record.prompt.strip():
-            raise UsageError("the prompt is blank, which no command takes")
     except (KeyError, TypeError, UsageError) as error:
         raise UsageError(f"{file}: its settings are damaged: {error}") from None
+    if "class_id" not in settings and not record.prompt.strip():
+        return "# no command: a blank prompt is sampled from Python alone, with allow_empty=True"
     words: list[Any] = ["mindalle", "sample"]
     if class_id is not None:
         words += ["--class-id", class_id]

@@ -23,7 +23,7 @@ MAX_BYTES = 16 << 20
 
 @dataclasses.dataclass(frozen=True)
 class ImageRecord:
-    """What a PNG file says of its image."""
+    """The record of an image in its PNG file."""
 
     prompt: str
     seed: int

@@ -20,7 +20,7 @@ from mindalle_jax.sampling.image_file import ImageRecord, write_image
 NOT_SAMPLED = (128, 128, 128)
 """Color on a sheet of what is not sampled yet."""
 FILE_NAME = re.compile(r"(prompt\d+_)?(rank\d+_score(-?\d+\.\d+|nan)_)?seed\d+_candidate\d+\.png")
-"""Of an image that `save` writes."""
+"""Names of the images that `save` writes."""
 SHOWN_PIXELS = 128
 """Smaller images are enlarged to about this width where a notebook shows them."""
 

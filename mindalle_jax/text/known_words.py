@@ -20,7 +20,7 @@ MAX_WORDS = 20_000
 """Captions with more distinct words are the language at large: no list is written, and nothing is warned of."""
 MAX_BYTES = 4 << 20
 MAX_LENGTH = 40
-"""Of a word that is compared with the known ones, in characters."""
+"""Longest word that is compared with the known ones, in characters."""
 FUNCTION_WORDS = frozenset("a an and as at by for from in into is of on or s the to with".split())
 """Words that name nothing: a prompt of these and of unknown words alone has no known word."""
 LARGER_MODEL = "for photographs and paintings take the published model, minDALL-E/1.3B (a download of 5 GB)"
