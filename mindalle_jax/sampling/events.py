@@ -88,7 +88,7 @@ class Sampled:
     def generation(
         self, request: RowRequest, shape: tuple[int, ...], meta: dict[str, Any], *, final: bool = True
     ) -> Generation:
-        """The images so far, rows in this shape: (candidates,) or (prompts, candidates). final: with scores, no copy."""
+        """The images so far, in rows of (candidates,) or (prompts, candidates). final: with scores, no copy."""
 
         def shaped(array: np.ndarray) -> np.ndarray:
             array = array.reshape(*shape, *array.shape[1:])
