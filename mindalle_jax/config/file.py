@@ -65,7 +65,7 @@ class ConfigFile:
 
     def config(self, kind: type[AnyConfig] = Config, defaults: Config | None = None) -> AnyConfig:
         """The configuration; arguments and errors as load_config."""
-        with _naming(self.path):
+        with _naming(self.path, self.overrides):
             return _build_config(self._tree, self.overrides, kind, defaults)
 
     def model_config(self, defaults: Config) -> Config:
@@ -77,7 +77,7 @@ class ConfigFile:
 
     def section(self, name: str, kind: type[Section]) -> Section:
         """One section; errors as load_config."""
-        with _naming(self.path):
+        with _naming(self.path, self.overrides):
             tree = _overridden(self._tree, self.overrides)
             _check_mapping(tree, "the file")
             section = tree.get(name)
@@ -122,12 +122,14 @@ def _read(path: str | os.PathLike[str]) -> str:
 
 
 @contextlib.contextmanager
-def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Puts the file before the message of a ConfigError."""
+def _naming(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Iterator[None]:
+    """Puts the file before the message of a ConfigError, or the override whose field it names."""
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        keys = {override: override.partition("=")[0].strip() for override in overrides}
+        named = next((override for override, key in keys.items() if key and key in str(error)), path)
+        raise ConfigError(f"{named}: {error}") from None
 
 
 class _Loader(yaml.SafeLoader):

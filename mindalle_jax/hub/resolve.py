@@ -97,7 +97,7 @@ def find_clip(
     if not is_repo_id(name):
         raise CheckpointError(
             f"{name}: no such file or folder, no CLIP model of OpenAI ({', '.join(CLIP_NAMES)}), and no OWNER/NAME of "
-            f"the hub{did_you_mean(name, known)}"
+            f"the hub{did_you_mean('off' if name == 'none' else name, [*known, 'off'])}"
         )
     with _naming_the_nearest(name, known):
         for file in WEIGHT_FILES:

@@ -1,6 +1,7 @@
 """config.yaml: its defaults, and what is said about a file or an override that is wrong."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -217,7 +218,8 @@ def test_a_section_that_is_left_out_has_its_defaults(tmp_path, text):
 def test_what_is_wrong_with_a_section_is_named_with_the_file(tmp_path, text, overrides, message):
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=f"run.yaml: .*{message}"):
+    places = "|".join(map(re.escape, [str(path), *overrides]))
+    with pytest.raises(ConfigError, match=f"^({places}): .*{message}"):
         load_section(path, overrides, "optimizer", OptimizerConfig)
 
 
@@ -328,3 +330,18 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, text):
 def test_a_tilde_inside_stays():
     assert parse_config("dataset: {dataset: a~b}").dataset.dataset == "a~b"
     assert parse_config("dataset: {dataset: ~}").dataset.dataset is None  # YAML's null
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.trian=x", "data.trian=x: unknown field data.trian; did you mean train"),
+        ("optimizer.max_steps=two", "optimizer.max_steps=two: optimizer.max_steps must be of type int, not 'two'"),
+        ("stage3.x=1", "run.yaml: unknown field stage3"),
+    ],
+)
+def test_an_override_is_not_blamed_on_the_file(tmp_path, override, message):
+    (tmp_path / "run.yaml").write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError) as raised:
+        load_config(tmp_path / "run.yaml", ["data.valid=y", override], FinetuneConfig)
+    assert message in str(raised.value) and str(raised.value).startswith((override, str(tmp_path)))

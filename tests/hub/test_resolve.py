@@ -104,6 +104,7 @@ def test_resnets_are_refused_by_name(name):
     [
         (resolve.find_clip, "likelyhood", "likelihood"),
         (resolve.find_clip, "ViT-B32", "ViT-B/32"),
+        (resolve.find_clip, "none", "off"),
         (resolve.find_clip, "vit-l/14", "ViT-L/14"),
         (resolve.find_clip, "openai/clip-vit-base-patch23", "openai/clip-vit-base-patch32"),
         (resolve.find_model, "dmeo", "demo"),
