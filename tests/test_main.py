@@ -47,9 +47,14 @@ def test_closed_streams_are_no_error(tmp_path):
     assert (done.returncode, done.stdout) == (0, f"1 image, {out}/grid.png and {out}/meta.json\n")
 
 
-def test_a_reader_that_leaves_is_no_error():
-    command = (
-        f"{sys.executable} -m mindalle_jax --help | head -1; exec {sys.executable} -m mindalle_jax sample --help | true"
-    )
-    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert "Traceback" not in done.stderr
+def test_a_reader_that_leaves_is_no_error(tmp_path, tiny_dalle):
+    """As `head -1` does. Python complains at its end of what it could not write."""
+    files = tiny_dalle.generate("the cat", num_candidates=2).save(tmp_path / "out")
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "mindalle_jax", "show", *map(str, files)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    options = {"cwd": ROOT, "env": environment, "stdout": write, "stderr": subprocess.PIPE, "timeout": 60}
+    done = subprocess.run(command, text=True, **options)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")

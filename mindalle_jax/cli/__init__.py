@@ -128,6 +128,7 @@ def run_reporting(command: str, run: Callable[[], None], as_typed: Callable[[str
         warnings.showwarning = show_warning
         try:
             run()
+            sys.stdout.flush()  # here, where a reader that has left is no error
             return 0
         except MindalleError as error:
             return report(as_typed(str(error)), error.exit_code)

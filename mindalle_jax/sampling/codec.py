@@ -108,9 +108,7 @@ class ImageCodec:
         side = self.side
         shapes = f"codes must be [n, {side}, {side}] or [n, {side * side}]"
         codes = as_array(codes, shapes)
-        if codes.shape == (side * side,):
-            codes = codes[None]  # of one image
-        elif codes.shape == (side, side):
+        if codes.shape in ((side, side), (side * side,)):  # of one image
             codes = codes[None]
         if codes.ndim not in (2, 3) or len(codes) == 0 or codes.shape[1:] not in ((side, side), (side * side,)):
             raise UsageError(f"{shapes}, not {list(codes.shape)}")
