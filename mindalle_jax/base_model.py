@@ -33,7 +33,7 @@ from mindalle_jax.sampling.options import (
     default_batch_size,
 )
 from mindalle_jax.sampling.result import Generation
-from mindalle_jax.storage.files import DEMO, RANKER
+from mindalle_jax.storage.files import IN_PACKAGE, RANKER
 from mindalle_jax.storage.model_folder import copy_model
 from mindalle_jax.storage.params import describe_params, place_params, write_params
 from mindalle_jax.storage.weights import DiskDType, count_parameters, fingerprint, load_params, read_manifest
@@ -273,7 +273,9 @@ class Model:
                 if key not in self._rankers:
                     self._rankers[key] = ClipRanker.from_pretrained(ranker)
                     if ranker == own:  # a name that loads it again
-                        self._rankers[key].source = self.name if own == DEMO / RANKER else f"{self.name}/{RANKER}"
+                        self._rankers[key].source = (
+                            self.name if self.folder in IN_PACKAGE.values() else f"{self.name}/{RANKER}"
+                        )
                 ranker = self._rankers[key]
         return dataclasses.replace(options, ranker=ranker)
 

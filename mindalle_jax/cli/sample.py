@@ -14,7 +14,7 @@ from typing import Any
 from mindalle_jax.cli.parser import add_path
 from mindalle_jax.errors import OutputError, UsageError, one_line, warn
 from mindalle_jax.sampling.options import SamplingOptions, check_every, check_keep_rows, check_quantize
-from mindalle_jax.storage.files import DEMO, check_writable, disk_errors
+from mindalle_jax.storage.files import DEMO, IN_PACKAGE, check_writable, disk_errors
 
 EXAMPLE = """
 mindalle sample "a large red circle above a small blue ring"
@@ -48,7 +48,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "-m",
         "--model",
-        default=DEMO.name,
+        default=DEMO,
         help="demo (small, in the package: coloured shapes), a converted folder, a folder in the original's format, "
         "minDALL-E/1.3B, or OWNER/NAME on the Hugging Face hub (its cache alone with HF_HUB_OFFLINE=1 in the "
         "environment)",
@@ -328,7 +328,7 @@ def _say_device(model: Any, load_s: float) -> None:
     numbers = model.dtype + (f", int8 {model.quantize}" if model.quantize else "")
     print(f"{model.folder.name}, loaded in {load_s:.1f} s; {device.device_kind} ({model.backend}), {numbers}",
           file=sys.stderr)  # fmt: skip
-    if model.backend == "cpu" and model.name != DEMO.name:
+    if model.backend == "cpu" and model.name not in IN_PACKAGE:
         print('No GPU or TPU is in use; for an NVIDIA GPU: pip install -U "jax[cuda13]"', file=sys.stderr)
 
 

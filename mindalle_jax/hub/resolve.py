@@ -16,7 +16,7 @@ from mindalle_jax.interop.clip import WEIGHT_FILES, is_clip
 from mindalle_jax.interop.mindalle import import_checkpoint
 from mindalle_jax.runtime.cache import cache_dir
 from mindalle_jax.storage import weights
-from mindalle_jax.storage.files import DEMO, RANKER
+from mindalle_jax.storage.files import IN_PACKAGE, RANKER
 from mindalle_jax.storage.model_folder import MODEL_FILES
 
 CLIP_NAMES = {
@@ -40,11 +40,11 @@ def find_model(
     if not isinstance(path_or_name, (str, os.PathLike)) or not str(path_or_name):
         raise UsageError(f"a model is named by a path or a name, not {path_or_name!r}")
     path, name = Path(os.path.expanduser(path_or_name)), str(path_or_name)
-    if revision is not None and (path.exists() or name in (DEMO.name, *RELEASES)):
+    if revision is not None and (path.exists() or name in (*IN_PACKAGE, *RELEASES)):
         raise UsageError(f"{name} is {'a path' if path.exists() else 'a known name'} and has no revision {revision!r}")
     if not path.exists():
-        if name == DEMO.name:
-            return DEMO
+        if name in IN_PACKAGE:
+            return IN_PACKAGE[name]
         if name in RELEASES:
             if local_files_only and not (cache_dir() / name).exists():
                 raise DownloadError(
@@ -55,7 +55,7 @@ def find_model(
             with _naming_the_nearest(name, RELEASES):
                 path = fetch_repo(name, MODEL_FILES, revision=revision, local_files_only=local_files_only)
         else:
-            known = [DEMO.name, *RELEASES]
+            known = [*IN_PACKAGE, *RELEASES]
             raise CheckpointError(
                 f"{name}: no such folder, and no known name ({', '.join(known)}) or OWNER/NAME of the hub"
                 f"{did_you_mean(name, known)}"
@@ -67,14 +67,14 @@ def find_model(
     try:
         return _converted(path)
     except CheckpointError as error:
-        hidden = "; this folder hides the model of that name in the package" if name == DEMO.name else ""
+        hidden = "; this folder hides the model of that name in the package" if name in IN_PACKAGE else ""
         raise CheckpointError(f"{error}{hidden}") from error
 
 
 def find_clip(
     path_or_name: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
 ) -> Path:
-    """The folder or file of a CLIP model: of a path, else for "demo" the ranker in the package, else of the hub.
+    """The folder or file of a CLIP model: of a path, else of a model in the package its ranker, else of the hub.
 
     Names of OpenAI (CLIP_NAMES) stand for their repositories. Of a repository one weights file is fetched, the first
     there is of WEIGHT_FILES.
@@ -88,11 +88,11 @@ def find_clip(
         if revision is not None:
             raise UsageError(f"{name} is a path and has no revision {revision!r}")
         return path
-    if name == DEMO.name:
-        return DEMO / RANKER
+    if name in IN_PACKAGE:
+        return IN_PACKAGE[name] / RANKER
     if name in RESNETS:
         raise CheckpointError(f"{name} is a ResNet, which is not supported; take one of {', '.join(CLIP_NAMES)}")
-    known = [*CLIP_NAMES, *CLIP_NAMES.values(), DEMO.name, "likelihood"]
+    known = [*CLIP_NAMES, *CLIP_NAMES.values(), *IN_PACKAGE, "likelihood"]
     name = CLIP_NAMES.get(name, name)
     if not is_repo_id(name):
         raise CheckpointError(
@@ -115,8 +115,8 @@ def find_source(path_or_name: str, download_from: str | None = None) -> Path:
     with something else.
     """
     path = Path(os.path.expanduser(path_or_name))
-    if path_or_name == DEMO.name and not path.exists():
-        return DEMO
+    if path_or_name in IN_PACKAGE and not path.exists():
+        return IN_PACKAGE[path_or_name]
     if path_or_name in CLIP_NAMES and not path.exists():
         return find_clip(path_or_name)
     if path_or_name in RELEASES and not path.exists():

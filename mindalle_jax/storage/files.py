@@ -12,8 +12,10 @@ from typing import IO
 
 from mindalle_jax.errors import MindalleError, OutputError
 
-DEMO = Path(__file__).parent.parent / "demo"
-"""The small model that ships in the package, by the name `demo`."""
+DEMO = "demo"
+"""Name of the model in the package that is taken where none is named."""
+IN_PACKAGE = {name: Path(__file__).parent.parent / "demo-scenes" for name in (DEMO, "demo-scenes")}
+"""Name -> folder of the small models that ship in the package, each with its ranker."""
 RANKER = "ranker"
 """Folder in a model folder with a CLIP model that goes with it."""
 SYNC_BYTES = 128 << 20

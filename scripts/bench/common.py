@@ -32,20 +32,21 @@ from mindalle_jax.runtime.devices import first_devices
 from mindalle_jax.sampling import decode
 from mindalle_jax.sampling.filters import Rows
 from mindalle_jax.sampling.options import default_batch_size
-from mindalle_jax.storage.files import DEMO, RANKER
+from mindalle_jax.storage.files import IN_PACKAGE, RANKER
 from mindalle_jax.storage.weights import leaf_shapes, nest
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
-PRESETS = {"1.3b": CONFIGS / "mindalle-1.3b.yaml", "demo": DEMO / "config.yaml", "tiny": CONFIGS / "tiny.yaml"}
+SCENES = IN_PACKAGE["demo-scenes"]
+PRESETS = {"1.3b": CONFIGS / "mindalle-1.3b.yaml", SCENES.name: SCENES / "config.yaml", "tiny": CONFIGS / "tiny.yaml"}
 TRAINING_PRESETS = {
     "1.3b": CONFIGS / "finetune-captions.yaml",
-    "demo": CONFIGS / "scenes" / "captions.yaml",
+    SCENES.name: CONFIGS / "scenes" / "captions.yaml",
     "tiny": CONFIGS / "finetune-captions.yaml",
 }
 CLIPS: dict[str, Callable[[], ClipConfig]] = {
     "1.3b": ClipConfig,  # ViT-B/32
-    "demo": lambda: read_clip(DEMO / RANKER).config,
+    SCENES.name: lambda: read_clip(SCENES / RANKER).config,
     "tiny": lambda: ClipConfig(
         ClipTextConfig(64, 32, 64, 2, 2, 16), ClipVisionConfig(32, 64, 2, 2, 32, 8), projection_dim=16
     ),

@@ -31,7 +31,7 @@ TRAINING: tuple[tuple[str, ...], ...] = (
 )
 LIMITS_S = {"golden": 120.0, "peer": 150.0, "images": 120.0, "training": 150.0}
 """Longest time of a stage, by its kind; 180 of others."""
-LEAST_S = {"1.3b": 20.0, "demo": 5.0, "tiny": 1.0}
+LEAST_S = {"1.3b": 20.0, "demo-scenes": 5.0, "tiny": 1.0}
 """With less of the budget left no stage is started, by preset."""
 
 

@@ -1,7 +1,7 @@
 """Times what follows the codes: the VQGAN that decodes them into images, and CLIP that ranks the images.
 
     python -m scripts.bench.images --preset 1.3b --images 96
-    python -m scripts.bench.images --preset demo --device cpu --images 8
+    python -m scripts.bench.images --preset demo-scenes --device cpu --images 8
 
 Random weights, and random codes. As many images per call as mindalle sample decodes and ranks at once. CLIP's part
 includes its preprocessing on the device, and leaves out the text. Compilation is timed apart. Prints a table, then one

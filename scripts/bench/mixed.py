@@ -62,7 +62,7 @@ def compare(model: Any, prompts: list[str], batch_sizes: list[int | None], round
 def main() -> None:
     """Parses the command line, runs, prints."""
     parser = common.make_parser(__doc__)
-    parser.add_argument("--model", default="demo", help="as of mindalle sample (default: %(default)s)")
+    parser.add_argument("--model", default="demo-scenes", help="as of mindalle sample (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=64, help="captions, one image each (default: %(default)s)")
     text = "rows per device of a mixed batch, 0 for the default of the model (default: 16 0)"
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 0], metavar="N", help=text)

@@ -47,7 +47,7 @@ def logits_of_rows(model: Transformer, steps: int, params: Any, text_ids: jax.Ar
 def main() -> None:
     """Parses the command line, runs, prints."""
     parser = common.make_parser(__doc__)
-    parser.add_argument("--model", default="demo", help="as of mindalle sample (default: %(default)s)")
+    parser.add_argument("--model", default="demo-scenes", help="as of mindalle sample (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=100, help="captions, one image each (default: %(default)s)")
     parser.add_argument("--dtype", choices=common.DTYPES, help="default: float32 on CPU, else bfloat16")
     parser.add_argument("--accuracy", action="store_true", help="sample with the quantized model too, and judge")

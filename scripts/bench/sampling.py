@@ -2,12 +2,12 @@
 
     python -m scripts.bench.sampling --preset 1.3b --candidates 96            # one GPU: the headline figure
     python -m scripts.bench.sampling --preset 1.3b --candidates 1 --device cpu --rows 1
-    python -m scripts.bench.sampling --preset demo --candidates 1 --jacobi
+    python -m scripts.bench.sampling --preset demo-scenes --candidates 1 --jacobi
     python -m scripts.bench.sampling --attention pallas --quantize weights+cache
     python -m scripts.bench.sampling --peer ~/minDALL-E                       # and the original's loop, in this run
 
-The weights of "demo" are those of the model in the package, others random. A step is one code of each candidate; with
---jacobi one pass of the network gives several.
+The weights of "demo-scenes" are those of that model in the package, others random. A step is one code of each
+candidate; with --jacobi one pass of the network gives several.
 
 Prints a table, then one JSON line. Compilation is timed apart, and takes less where the compilation cache has the
 programs. GB_per_pass is what one pass has to move as this code does it. That is the weights once, the keys and values
@@ -34,7 +34,6 @@ from mindalle_jax.config.schema import Config
 from mindalle_jax.models.attention import DECODE_ATTENTION, PRIVATE_PREFIX, default_backend
 from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.runtime.devices import choose_devices, pinned
-from mindalle_jax.storage.files import DEMO
 from mindalle_jax.storage.weights import leaf_shapes, load_params
 from mindalle_jax.text.tokenizer import TextTokenizer
 from scripts.bench import common
@@ -77,11 +76,11 @@ def bytes_per_pass(
 
 
 def load(preset: str, config: Config, dtype: Any, mesh: Any, int8: bool) -> tuple[dict[str, Any], np.ndarray]:
-    """Parameters of the transformer, and a prompt int32[p]: those of the model in the package, or random and zeros."""
+    """Parameters of the transformer, and a prompt int32[p]: those of demo-scenes, or random and zeros."""
     length = config.stage2.hparams.ctx_len_txt
-    if preset == "demo":
-        tokenizer = TextTokenizer(DEMO / "tokenizer", length, config.stage2.vocab_size_txt)
-        return load_params(DEMO, "stage2", config, dtype, mesh, int8=int8), tokenizer([common.PROMPT]).ids[0]
+    if preset == common.SCENES.name:
+        tokenizer = TextTokenizer(common.SCENES / "tokenizer", length, config.stage2.vocab_size_txt)
+        return load_params(common.SCENES, "stage2", config, dtype, mesh, int8=int8), tokenizer([common.PROMPT]).ids[0]
     prompt = np.zeros(1 if config.image_only else length, np.int32)
     return common.random_params(common.sampling_shapes(config), dtype, mesh, int8), prompt
 

@@ -2,10 +2,10 @@
 
     python -m scripts.bench.training --preset 1.3b                                    # one GPU: the headline figure
     python -m scripts.bench.training --preset 1.3b experiment.local_batch_size=16 training.remat=full
-    python -m scripts.bench.training --preset demo --steps 5
+    python -m scripts.bench.training --preset demo-scenes --steps 5
 
-The configuration is configs/finetune-captions.yaml (configs/scenes/captions.yaml for demo) with the given changes, over
-all devices of the machine. Prints a table, then one JSON line. Compilation is timed apart.
+The configuration is configs/finetune-captions.yaml (configs/scenes/captions.yaml for demo-scenes) with the given
+changes, over all devices of the machine. Prints a table, then one JSON line. Compilation is timed apart.
 
 FLOPs are those of the network alone, and none that are computed again: 6 per matrix weight and token, and 12 per layer,
 width and pair of positions, of which half are masked (Chowdhery et al., "PaLM", 2022, arXiv:2204.02311, appendix B).

@@ -1,7 +1,7 @@
 """Times one decoding step on CPU against PyTorch: random weights, the same network, two processes taking turns.
 
     python -m scripts.bench.vs_torch --preset 1.3b --candidates 1 8 --rounds 3
-    python -m scripts.bench.vs_torch --preset demo --candidates 1 8 16
+    python -m scripts.bench.vs_torch --preset demo-scenes --candidates 1 8 16
 
 Compares three loops. Each step is the network and the choice of a code (top-k 256).
 

@@ -226,7 +226,7 @@ def test_a_place_that_cannot_be_written_is_told(mindalle_cli, not_loaded, tmp_pa
 @pytest.mark.parametrize(
     ("change", "code", "text"),
     [
-        (lambda m: shutil.rmtree(m), 4, r"no such folder, and no known name \(demo, minDALL-E/1.3B\)"),
+        (lambda m: shutil.rmtree(m), 4, r"no such folder, and no known name \(demo, demo-scenes, minDALL-E/1.3B\)"),
         (lambda m: (m / "manifest.json").unlink(), 4, "not a checkpoint folder of the original"),
         (lambda m: (m / "manifest.json").write_text("{"), 4, "manifest.json: not a manifest"),
         (lambda m: (m / "config.yaml").unlink(), 3, "config.yaml: cannot be read"),

@@ -10,7 +10,7 @@ import yaml
 from mindalle_jax.config.file import dump_config, load_config, load_section, parse_config
 from mindalle_jax.config.schema import Config, ExperimentConfig, OptimizerConfig, Stage2Config, Stage2Hparams
 from mindalle_jax.errors import ConfigError
-from mindalle_jax.storage.files import DEMO
+from mindalle_jax.storage.files import IN_PACKAGE
 from mindalle_jax.training.clip.run import ClipTrainConfig
 from mindalle_jax.training.config import FinetuneConfig, TrainingConfig, load_finetune_config
 from mindalle_jax.training.vqgan.config import VqganTrainConfig
@@ -290,8 +290,8 @@ def test_every_file_of_configs_loads(path):
     }
     if path.parent == CONFIGS or path.stem in KINDS:
         load_config(path, files.get(path.stem, []), kind)
-    elif is_recipe and read["training"]["init_from"] == "demo":  # what it leaves out is as in the model in the package
-        load_config(path, (), kind, load_config(DEMO / "config.yaml"))
+    elif is_recipe and read["training"]["init_from"] == "demo-scenes":  # leaves out what is as there
+        load_config(path, (), kind, load_config(IN_PACKAGE["demo-scenes"] / "config.yaml"))
     else:  # what it leaves out of stage1 is as in the VQGAN beside it
         vqgan = load_config(path.with_name("vqgan.yaml"), (), VqganTrainConfig)
         load_config(path, ["training.vqgan=x"], kind, vqgan_model_config(vqgan.stage1))

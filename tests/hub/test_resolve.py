@@ -108,6 +108,7 @@ def test_resnets_are_refused_by_name(name):
         (resolve.find_clip, "vit-l/14", "ViT-L/14"),
         (resolve.find_clip, "openai/clip-vit-base-patch23", "openai/clip-vit-base-patch32"),
         (resolve.find_model, "dmeo", "demo"),
+        (resolve.find_model, "demo_scenes", "demo-scenes"),
         (resolve.find_model, "mindall-e/1.3b", "minDALL-E/1.3B"),
     ],
 )

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from mindalle_jax.errors import CheckpointError
-from mindalle_jax.storage.files import DEMO
+from mindalle_jax.storage.files import IN_PACKAGE
 from mindalle_jax.text.known_words import MAX_WORDS, WORDS_FILE, KnownWords, count_words, read_known_words, split_words
 
 WORDS = KnownWords(
@@ -108,8 +108,8 @@ def test_a_list_of_megabytes_is_not_read(tmp_path):
         read_known_words(tmp_path)
 
 
-def test_the_model_in_the_package_knows_its_examples():
-    known_words = read_known_words(DEMO / "tokenizer")
+def test_the_models_in_the_package_know_their_examples():
+    known_words = read_known_words(IN_PACKAGE["demo-scenes"] / "tokenizer")
     assert known_words is not None and 30 < len(known_words.words) < 60
     assert known_words.about == "draws one or two coloured shapes on a plain background"
     assert len(known_words.examples) == 3

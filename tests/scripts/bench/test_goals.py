@@ -103,11 +103,11 @@ def test_every_stage_is_there_once_in_the_order_of_worth(tmp_path):
 
 
 def test_dry_run_lists_what_would_run(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["goals", "--dry-run", "--preset", "demo", "--only", "jacobi", "golden"])
+    monkeypatch.setattr(sys, "argv", ["goals", "--dry-run", "--preset", "demo-scenes", "--only", "jacobi", "golden"])
     goals.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("python -m scripts.bench.golden    # golden parity, 120 s")
-    assert len(lines) == 3 and all("--preset demo" in line and "--jacobi" in line for line in lines[1:])
+    assert len(lines) == 3 and all("--preset demo-scenes" in line and "--jacobi" in line for line in lines[1:])
 
 
 @pytest.mark.parametrize(
