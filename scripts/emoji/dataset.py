@@ -168,7 +168,7 @@ def write_emoji(folder: Path, things: Things, split: Split, count: int, *, contr
     """Writes the images 0 to count - 1 of a split as a data set that data/folders.py reads.
 
     metadata.jsonl has the captions. contrasts: of train, beside each image 000123-contrast.png with make_contrast(123),
-    and of all the caption that says everything beside the others.
+    and for all a caption more that says everything.
     Nothing is done if the folder holds just this already. Raises OutputError if it holds anything else, or UsageError.
     """
     if contrasts and split != "train":
@@ -189,7 +189,7 @@ def write_emoji(folder: Path, things: Things, split: Split, count: int, *, contr
                 Image.fromarray(draw(things, one)).save(new / name)
                 texts = captions(things.things, split, index, one)
                 if contrasts:
-                    texts = [full_caption(things.things, one), *texts[:1]]
+                    texts = [full_caption(things.things, one), *texts]
                 rows.append({"file_name": name, "text": texts, "thing": things.things[one.thing].names[0]})
         (new / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         (new / MANIFEST).write_text(json.dumps(wanted), encoding="utf-8")

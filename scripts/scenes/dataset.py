@@ -12,11 +12,10 @@ import hashlib
 import itertools
 import json
 import math
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -24,8 +23,7 @@ from tqdm import tqdm
 
 from mindalle_jax.errors import OutputError, UsageError
 from mindalle_jax.storage.files import new_folder
-
-_T = TypeVar("_T")
+from scripts.chance import Chance
 
 Split = Literal["train", "valid", "heldout"]
 SPLITS = ("train", "valid", "heldout")
@@ -127,7 +125,7 @@ def make_scene(split: Split, index: int) -> Scene:
     """Scene `index` of a split, which has no end. Raises UsageError."""
     if split not in SPLITS or index < 0:
         raise UsageError(f"split must be one of {', '.join(SPLITS)} and index at least 0, not {split!r} and {index}")
-    chance = _Chance(f"{split} {index}")
+    chance = Chance(f"{split} {index}")
     num_things = 1 if chance.share(ONE_THING) else 2
     while True:  # one draw in 4 is of heldout, one in 20 of valid
         scene = _any_scene(chance, num_things)
@@ -141,7 +139,7 @@ def make_contrast(index: int) -> Scene:
     One attribute of a thing is another, or two things have exchanged one, or all. CLIP learns from such pairs in one
     batch what captions say beside which words are in them.
     """
-    scene, chance = make_scene("train", index), _Chance(f"contrast {index}")
+    scene, chance = make_scene("train", index), Chance(f"contrast {index}")
     while True:
         things, field = list(scene.things), chance.of(tuple(_VALUES))
         if len(things) == 2 and chance.share(0.25):
@@ -175,7 +173,7 @@ def captions(scene: Scene, count: int = 2) -> list[str]:
     """
     if not 1 <= count <= 8:  # of a single thing little more can be said
         raise UsageError(f"count must be from 1 to 8, not {count}")
-    chance = _Chance(f"captions {scene}")
+    chance = Chance(f"captions {scene}")
     found: list[str] = []
     while len(found) < count:
         named = not found or chance.share(0.6)
@@ -287,19 +285,6 @@ def _read_manifest(path: Path) -> Any:
         raise OutputError(f"{path}: cannot be read; name another folder, or remove it") from None
 
 
-class _Chance:
-    """Random choices that a name determines. Of Python's generator only random() is promised to stay the same."""
-
-    def __init__(self, name: str) -> None:
-        self._random = random.Random(name).random
-
-    def share(self, probability: float) -> bool:
-        return self._random() < probability
-
-    def of(self, options: Sequence[_T]) -> _T:
-        return options[int(self._random() * len(options))]
-
-
 _VALUES: dict[str, tuple[Any, ...]] = {
     "shape": SHAPES,
     "colour": tuple(COLOURS),
@@ -309,7 +294,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
 """Attribute of a thing -> what it can be."""
 
 
-def _any_scene(chance: _Chance, num_things: int) -> Scene:
+def _any_scene(chance: Chance, num_things: int) -> Scene:
     """A scene of whatever split."""
     things = [_any_thing(chance) for _ in range(num_things)]
     while num_things == 2 and (things[0].shape, things[0].colour) == (things[1].shape, things[1].colour):
@@ -320,7 +305,7 @@ def _any_scene(chance: _Chance, num_things: int) -> Scene:
     return Scene(tuple(things), relation, background, centres)
 
 
-def _any_thing(chance: _Chance) -> Thing:
+def _any_thing(chance: Chance) -> Thing:
     return Thing(chance.of(SHAPES), chance.of(tuple(COLOURS)), chance.of(tuple(SIZES)), chance.share(STRIPED))
 
 
@@ -350,7 +335,7 @@ def _centres(sizes: tuple[str, ...], relation: str | None) -> list[tuple[tuple[i
     ]
 
 
-def _caption(scene: Scene, chance: _Chance, background: bool) -> str:
+def _caption(scene: Scene, chance: Chance, background: bool) -> str:
     """A caption in one of the orders of words."""
     phrases = [_phrase(thing, chance) for thing in scene.things]
     if scene.relation is None:
@@ -374,7 +359,7 @@ _WORDS = {
 """Relation -> for each thing that can be mentioned first: words between the two, words after the second."""
 
 
-def _phrase(thing: Thing, chance: _Chance) -> str:
+def _phrase(thing: Thing, chance: Chance) -> str:
     size = chance.of(("small", "small", "little") if thing.size == "small" else ("large", "large", "big"))
     if thing.striped and chance.share(0.2):
         return f"a {size} {thing.colour} {thing.shape} with stripes"

@@ -9,10 +9,9 @@ DIR/after.png what it draws. Every part goes on where it was interrupted when th
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from mindalle_jax import Dalle, ImageGPT
 from mindalle_jax.cli import main as mindalle
@@ -20,10 +19,10 @@ from mindalle_jax.cli import run_reporting
 from mindalle_jax.cli.parser import HelpFormatter, path
 from mindalle_jax.errors import MindalleError
 from mindalle_jax.training.finetune import read_finetune
+from scripts.recipe import CONFIGS, write_sheet
 from scripts.scenes.accuracy import accuracy, draw_scenes
 from scripts.scenes.dataset import SHAPES, Style, write_scenes
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "scenes"
 NUM_PICTURES = 2000
 COLUMNS, ROWS = 10, len(SHAPES)
 
@@ -46,7 +45,7 @@ KINDS = {
 def main(arguments: argparse.Namespace) -> None:
     """Pictures, before, the run, after."""
     kind, out = KINDS[arguments.kind], arguments.out
-    config = CONFIGS / kind.config
+    config = CONFIGS / "scenes" / kind.config
     write_scenes(out / "pictures", "train", 0, NUM_PICTURES, style=kind.style, classes=kind.classes)
 
     if not (out / "before.png").exists():
@@ -71,20 +70,14 @@ def draw_captions(model: Dalle, style: Style, path: Path) -> None:
     drawn = draw_scenes(model, "valid", COLUMNS * ROWS, style=style)
     right = accuracy(one.first_verdict for one in drawn)
     print(f"{path.name}: of {len(drawn)} pictures {right['all']:.0%} right in everything, {right}")
-    write_sheet([one.first for one in drawn], path)
+    write_sheet([one.first for one in drawn], path, COLUMNS)
 
 
 def draw_images(model: ImageGPT, path: Path) -> None:
     """A row for each class, or as many pictures of none."""
     classes: range | list[None] = range(model.num_classes) if model.num_classes else [None] * ROWS
     rows = [model.generate(label, num_candidates=COLUMNS, seed=i).images for i, label in enumerate(classes)]
-    write_sheet(np.concatenate(rows), path)
-
-
-def write_sheet(pictures: Any, path: Path) -> None:
-    """Rows of COLUMNS pictures uint8[n, S, S, 3]."""
-    rows = [np.concatenate(list(pictures[i : i + COLUMNS]), axis=1) for i in range(0, len(pictures), COLUMNS)]
-    Image.fromarray(np.concatenate(rows)).save(path)
+    write_sheet(np.concatenate(rows), path, COLUMNS)
 
 
 def parser() -> argparse.ArgumentParser:

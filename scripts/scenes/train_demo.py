@@ -8,11 +8,8 @@ DIR/demo/metrics.json what was measured of it.
 """
 
 import argparse
-import dataclasses
 import json
-import shutil
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,25 +17,17 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 from tqdm import tqdm
 
-from mindalle_jax.cli import main as mindalle
 from mindalle_jax.cli import run_reporting
-from mindalle_jax.cli.parser import HelpFormatter, path
-from mindalle_jax.config.file import load_section
-from mindalle_jax.config.schema import ExperimentConfig
-from mindalle_jax.errors import MindalleError
 from mindalle_jax.pipeline import Dalle
 from mindalle_jax.ranking.ranker import ClipRanker
-from mindalle_jax.runtime.devices import training_devices
-from mindalle_jax.storage.model_folder import copy_model
-from mindalle_jax.text.known_words import read_known_words
+from scripts import recipe
+from scripts.scenes import dataset as scenes
 from scripts.scenes.accuracy import accuracy, draw_scenes, nearest
 from scripts.scenes.dataset import captions, draw, make_scene, write_scenes
 from scripts.scenes.judge import judge
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_TRAIN, NUM_VALID = 40_000, 500
 BEST_OF = 16
 # What a size changes in the configurations of configs/scenes. That of a GPU was chosen by arithmetic, and never run.
@@ -56,6 +45,7 @@ CHANGES: dict[str, dict[str, list[str]]] = {
         "clip": ["experiment.total_batch_size=512", "optimizer.max_steps=1500", "training.warmup_steps=100"],
     },
 }  # fmt: skip
+STAGES = ("scenes", "tokenizers", "vqgan", "codes", "transformer", "clip", "pack", "measure")
 ABOUT = "draws one or two coloured shapes on a plain background"
 EXAMPLES = (
     "a large striped green circle to the left of a small red heart on a grey background",
@@ -89,9 +79,8 @@ def main(arguments: argparse.Namespace) -> None:
     work, changes = arguments.work, CHANGES[arguments.size]
 
     def train(verb: str, name: str, *overrides: str) -> None:
-        file, changed = ROOT / "configs" / "scenes" / f"{name}.yaml", changes.get(name, [])
-        share = local_batch_size(file, changed)
-        run("mindalle", verb, "--config", file, "--out", work / name, *overrides, share, *changed)
+        config = recipe.CONFIGS / "scenes" / f"{name}.yaml"
+        recipe.run_training(verb, config, work / name, *overrides, *changes.get(name, []))
 
     stages: dict[str, Callable[[], None]] = {
         "scenes": lambda: make_scenes(work),
@@ -111,25 +100,7 @@ def main(arguments: argparse.Namespace) -> None:
         "pack": lambda: pack(work),
         "measure": lambda: measure(work / "demo", arguments.prompts),
     }  # fmt: skip
-    for name, stage in stages.items():
-        if arguments.stage in ("all", name):
-            start = time.perf_counter()
-            print(f"== {name}", file=sys.stderr)
-            stage()
-            print(f"== {name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-
-
-def local_batch_size(file: Path, overrides: list[str]) -> str:
-    """The override that gives each device its share of a batch at once: CLIP's cannot be split into micro-batches."""
-    total = load_section(file, overrides, "experiment", ExperimentConfig).total_batch_size
-    return f"experiment.local_batch_size={max(1, total // len(training_devices()))}"
-
-
-def run(program: str, *arguments: Any) -> None:
-    """A command of the package, in this process; raises MindalleError if it does not succeed."""
-    print(f"$ {program} {' '.join(map(str, arguments))}", file=sys.stderr)
-    if mindalle([str(argument) for argument in arguments]):
-        raise MindalleError(f"{program} {arguments[0]} did not come to its end; the same command goes on")
+    recipe.run_stages(stages, arguments.stage)
 
 
 def make_scenes(work: Path) -> None:
@@ -144,38 +115,25 @@ def make_tokenizers(work: Path) -> None:
     for kind, name, size in (("mindalle", "tokenizer", 256), ("clip", "clip-tokenizer", 1024)):
         if not (work / name).exists():
             options = ["--out", work / name, "--vocab-size", size, "--kind", kind]
-            run("mindalle", "train-tokenizer", work / "scenes", *options)
+            recipe.run("train-tokenizer", work / "scenes", *options)
 
 
 def make_codes(work: Path) -> None:
     """The codes of all pictures."""
     for name in ("scenes", "scenes-valid"):
         options = ["--model", work / "vqgan", "--data", work / name, "--out", work / name.replace("scenes", "codes")]
-        run("mindalle", "prepare-codes", *options, "--batch-size", 32)
+        recipe.run("prepare-codes", *options, "--batch-size", 32)
 
 
 def pack(work: Path) -> None:
-    """The model and its ranker in float16, with a licence and a card, which is written last."""
-    from scripts.scenes import dataset as scenes
-
-    demo = work / "demo"
-    if (demo / "README.md").exists():
-        return
-    if demo.exists():
-        shutil.rmtree(demo)
-    copy_model(work / "transformer", demo, dtype="float16")
-    ClipRanker.from_pretrained(work / "clip", dtype="float32").save_pretrained(demo / "ranker", dtype="float16")
-    shutil.copyfile(ROOT / "LICENSE", demo / "LICENSE")
-    known_words = read_known_words(demo / "tokenizer")
-    assert known_words is not None  # train-tokenizer wrote them
-    dataclasses.replace(known_words, about=ABOUT, examples=EXAMPLES).save(demo / "tokenizer")
+    """The folder that ships."""
     card = CARD.format(
         caption=captions(make_scene("valid", 1))[0],
         shapes=", ".join(scenes.SHAPES),
         colours=", ".join(scenes.COLOURS),
         backgrounds=", ".join(scenes.BACKGROUNDS),
     )
-    (demo / "README.md").write_text(card, encoding="utf-8")
+    recipe.pack_model(work / "transformer", work / "clip", work / "demo", card=card, about=ABOUT, examples=EXAMPLES)
 
 
 def measure(demo: Path, count: int) -> None:
@@ -204,24 +162,13 @@ def measure(demo: Path, count: int) -> None:
                 figures[f"distance to the nearest training picture: {name}"] = {
                     "median": round(float(np.median(distances)), 4), "least": round(float(distances.min()), 4)
                 }  # fmt: skip
-        columns = min(10, count)
-        rows = [drawn[first : first + columns] for first in range(0, min(50, count) // columns * columns, columns)]
-        sheet = [np.concatenate([one.first for one in row], 1) for row in rows]
-        Image.fromarray(np.concatenate(sheet)).save(demo.parent / f"{split}.png")
-    text = json.dumps(figures, indent=1)
-    file.write_text(text + "\n", encoding="utf-8")
-    print(text)
+        recipe.write_sheet([one.first for one in drawn[:50]], demo.parent / f"{split}.png", 10)
+    recipe.write_figures(file, figures)
 
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--work", required=True, type=path, metavar="DIR", help="where everything goes")
-    parser.add_argument("--size", choices=list(CHANGES), default="cpu", help="by where it is trained")
-    names = ["all", "scenes", "tokenizers", "vqgan", "codes", "transformer", "clip", "pack", "measure"]
-    parser.add_argument("--stage", choices=names, default="all", help="only this stage; those before it must be done")
-    parser.add_argument("--prompts", type=int, default=500, metavar="N", help="drawn to measure, of each split")
-    return parser
+    return recipe.make_parser(__doc__, STAGES, tuple(CHANGES))
 
 
 if __name__ == "__main__":

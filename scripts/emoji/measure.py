@@ -1,0 +1,108 @@
+"""How good a model of emoji is: what the judge reads in what it samples, and sheets for a person to look at."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from mindalle_jax.pipeline import Dalle
+from mindalle_jax.ranking.ranker import ClipRanker
+from scripts import recipe
+from scripts.emoji.dataset import Example, captions, draw, make_example, pairs
+from scripts.emoji.judge import Judge, accuracy
+from scripts.emoji.things import Things
+
+BEST_OF = 16
+SHEET, COLUMNS = 64, 8
+VISITOR_PROMPTS = Path(__file__).with_name("visitor_prompts.txt")
+
+
+def measure_reconstructions(model: Dalle, things: Things) -> dict[str, Any]:
+    """Signal to noise, and what the judge reads, of held-out images from their codes, and of as many of training."""
+    figures: dict[str, Any] = {}
+    count = 7 * len(pairs(things.things, True))
+    for split in ("heldout", "train"):
+        examples = [make_example(things.things, split, index) for index in range(count)]
+        images = np.stack([draw(things, example) for example in examples])
+        again = to_uint8(model.decode_codes(model.encode_images(images)))
+        figures[f"{split}: images as drawn"] = accuracy(Judge(things).read(images), examples)
+        figures[f"{split}: reconstructions"] = {"dB": psnr(images, again)} | accuracy(
+            Judge(things).read(again), examples
+        )
+    return figures
+
+
+def psnr(images: np.ndarray, others: np.ndarray) -> float:
+    """Decibels, the mean over images: 10 log10(255² / mean squared difference), of uint8[n, S, S, 3]."""
+    squares = ((images.astype(np.float64) - others) ** 2).mean((1, 2, 3))
+    return round(float((10 * np.log10(255**2 / np.maximum(squares, 1e-9))).mean()), 2)
+
+
+def to_uint8(images: Any) -> np.ndarray:
+    """uint8 of f32 in [0, 1]."""
+    return (np.asarray(images) * 255 + 0.5).astype(np.uint8)
+
+
+def measure_samples(
+    model: Dalle, ranker: ClipRanker, things: Things, count: int, folder: Path, best_of: int = BEST_OF
+) -> dict[str, Any]:
+    """What the judge reads in samples of prompts in wordings that are not in training, one each and the ranker's best.
+
+    Writes three sheets into the folder: samples of each split, and samples above the nearest images of training.
+    """
+    judge, figures = Judge(things), {}
+    for split in ("valid", "heldout"):
+        examples = [make_example(things.things, split, index) for index in range(count)]
+        prompts = [captions(things.things, split, index, one)[0] for index, one in enumerate(examples)]
+        first, best = sample(model, ranker, prompts, best_of)
+        figures[f"{split}: one image a prompt"] = accuracy(judge.read(first), examples)
+        figures[f"{split}: best of {best_of}"] = accuracy(judge.read(best), examples)
+        recipe.write_sheet(first[:SHEET], folder / f"{split}.png", COLUMNS)
+        if split == "valid":
+            figures |= write_nearest(things, first[:SHEET], examples[:SHEET], folder / "nearest.png")
+    return figures
+
+
+def sample(model: Dalle, ranker: ClipRanker, prompts: list[str], best_of: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8[n, S, S, 3] twice: candidate 0 of each prompt, and the ranker's best of all."""
+    share = max(1, best_of // model.mesh.size)  # of candidates, to each device
+    first, best = [], []
+    for prompt in tqdm(prompts, desc=f"best of {best_of}", unit="prompt", disable=None):
+        made = model.generate(prompt, num_candidates=best_of, ranker=ranker, batch_size=share)
+        first.append(made.images[0])
+        best.append(made.images[made.order[0]])
+    return np.stack(first), np.stack(best)
+
+
+def write_nearest(things: Things, images: np.ndarray, examples: list[Example], file: Path) -> dict[str, Any]:
+    """A sheet with rows of samples, below each the nearest image of training, and how near these are."""
+    train = np.stack([draw(things, make_example(things.things, "train", index))
+                      for index in range(7 * len(pairs(things.things, False)))])  # fmt: skip
+    flat = train.reshape(len(train), -1).astype(np.int16)
+    near, distances = [], []
+    for image in tqdm(images, desc="nearest", disable=None):
+        errors = np.abs(flat - image.reshape(-1).astype(np.int16)).mean(1, dtype=np.float32)
+        near.append(train[errors.argmin()])
+        distances.append(float(errors.min()) / 255)
+    rows = [
+        both[first : first + COLUMNS] for first in range(0, len(images), COLUMNS) for both in (images, np.stack(near))
+    ]
+    recipe.write_sheet(np.concatenate(rows), file, COLUMNS)
+    return {"distance to the nearest training image": {
+        "median": round(float(np.median(distances)), 4), "least": round(min(distances), 4)}}  # fmt: skip
+
+
+def write_visitors(model: Dalle, ranker: ClipRanker, file: Path) -> None:
+    """A sheet of what visitors type, the ranker's best of 16 each, in the order of visitor_prompts.txt.
+
+    Beside it a text with what the unknown-word warning says to each.
+    """
+    prompts = VISITOR_PROMPTS.read_text(encoding="utf-8").splitlines()
+    known_words = model.tokenizer.known_words
+    if ranker is not None:
+        recipe.write_sheet(sample(model, ranker, prompts, BEST_OF)[1], file, COLUMNS)
+    lines = [
+        f"{prompt}: {known_words.warning(prompt, 'demo') or 'all words known'}" for prompt in prompts if known_words
+    ]
+    file.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,179 @@
+"""Makes the model in the package, from nothing: images, tokenizers, VQGAN, transformer, CLIP.
+
+    python -m scripts.emoji.train_demo --work DIR
+
+The packages that the emoji are taken from are fetched by npm into DIR/packages. Every stage goes on where it was
+interrupted when the same command is given again, and what is complete is not done again: remove DIR/demo to have it
+packed and measured anew. DIR/demo is then the model with its ranker and card, DIR/demo/metrics.json what was measured
+of it, and the sheets beside it are what it samples.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mindalle_jax.cli import run_reporting
+from mindalle_jax.pipeline import Dalle
+from mindalle_jax.ranking.ranker import ClipRanker
+from scripts import recipe
+from scripts.emoji import measure
+from scripts.emoji.dataset import GROUNDS, ROUND, pairs, write_emoji
+from scripts.emoji.packages import PACKAGES, fetch_packages
+from scripts.emoji.things import STYLES, Things, read_things
+
+STAGES = ("emoji", "tokenizers", "vqgan", "codes", "transformer", "clip", "pack", "measure")
+NUM_VALID = 500
+VOCAB_SIZE = 3072
+# What a size changes in the configurations of configs/emoji. That of a GPU was chosen by arithmetic, and never run.
+CHANGES: dict[str, dict[str, list[str]]] = {
+    "cpu": {},
+    "gpu": {
+        "vqgan": [
+            "experiment.total_batch_size=64", "optimizer.max_steps=4000", "training.quantise_from_step=1000",
+            "stage1.hparams.ch=32", "stage1.hparams.num_res_blocks=2",
+        ],
+        "transformer": [
+            "experiment.total_batch_size=128", "experiment.use_amp=true", "optimizer.max_steps=6000",
+            "stage2.hparams={embed_dim: 384, n_layers: 8, n_heads: 6, ctx_len_img: 256, ctx_len_txt: 16}",
+        ],
+        "clip": ["experiment.total_batch_size=512", "optimizer.max_steps=1500", "training.warmup_steps=100"],
+    },
+}  # fmt: skip
+ABOUT = "draws one emoji at a time, such as animals, food, vehicles and faces, in three styles"
+EXAMPLES = ("a parrot, 3d style", "a red apple", "flat rocket on sky")
+CARD = """\
+---
+library_name: mindalle-jax
+pipeline_tag: text-to-image
+license: apache-2.0
+---
+
+# Emoji
+
+A small text-to-image model, with its ranker in `ranker/`: one of {things} things in one of three styles on a plain
+ground, 64 x 64 pixels. Made from nothing by `scripts/emoji/train_demo.py`; no published weights and no photographs went
+into it.
+
+    mindalle sample "a parrot, 3d style" --model FOLDER --out DIR
+
+- Things: animals, plants, food, vehicles, buildings, tools, clothes, faces, ...; `tokenizer/words.json` has the words.
+  It was trained to draw each of them as the sets below do, and hardly draws anything else.
+- Styles: {styles}. A prompt without one gets any.
+- Grounds: {grounds}. A prompt without one gets white.
+- {heldout} pairs of a thing and a style were held out of training.
+- metrics.json: how often its images are right.
+
+The images that it was trained on, and their licences:
+
+{credits}
+
+The weights are under Apache-2.0, as the code. What it samples resembles these images: whoever publishes samples gives
+their authors credit, as CC-BY 4.0 asks.
+"""
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Runs all stages, or one."""
+    work, changes = arguments.work, CHANGES[arguments.size]
+
+    def train(verb: str, name: str, *overrides: str) -> None:
+        config = recipe.CONFIGS / "emoji" / f"{name}.yaml"
+        recipe.run_training(verb, config, work / name, *overrides, *changes.get(name, []))
+
+    stages: dict[str, Callable[[], None]] = {
+        "emoji": lambda: make_emoji(work),
+        "tokenizers": lambda: make_tokenizers(work),
+        "vqgan": lambda: train(
+            "train-vqgan", "vqgan", f"data.train={work}/emoji", f"data.valid={work}/emoji-heldout"
+        ),
+        "codes": lambda: make_codes(work),
+        "transformer": lambda: train(
+            "finetune", "transformer", f"data.train={work}/codes", f"data.valid={work}/codes-valid",
+            f"training.vqgan={work}/vqgan", f"training.tokenizer={work}/tokenizer",
+        ),
+        "clip": lambda: train(
+            "train-clip", "clip", f"data.train={work}/emoji-clip", f"data.valid={work}/emoji-valid",
+            f"training.tokenizer={work}/clip-tokenizer",
+        ),
+        "pack": lambda: pack(work),
+        "measure": lambda: measure_model(work, arguments.prompts),
+    }  # fmt: skip
+    recipe.run_stages(stages, arguments.stage)
+
+
+def all_things(work: Path) -> Things:
+    """The things, from packages that are fetched if need be."""
+    fetch_packages(work / "packages")
+    return read_things(work / "packages")
+
+
+def make_emoji(work: Path) -> None:
+    """Images with captions, to train on, CLIP on pairs that differ in one thing, and to validate by."""
+    things = all_things(work)
+    for split, count in (
+        ("train", len(ROUND) * len(pairs(things.things, False))),
+        ("valid", NUM_VALID),
+        ("heldout", len(ROUND) * len(pairs(things.things, True))),
+    ):
+        write_emoji(work / ("emoji" if split == "train" else f"emoji-{split}"), things, split, count)
+    write_emoji(work / "emoji-clip", things, "train", 4 * len(pairs(things.things, False)), contrasts=True)
+
+
+def make_tokenizers(work: Path) -> None:
+    """The transformer's and CLIP's, from the captions to train on."""
+    for kind, name in (("mindalle", "tokenizer"), ("clip", "clip-tokenizer")):
+        if not (work / name).exists():
+            options = ["--out", work / name, "--vocab-size", VOCAB_SIZE, "--kind", kind]
+            recipe.run("train-tokenizer", work / "emoji", *options)
+
+
+def make_codes(work: Path) -> None:
+    """The codes of all images."""
+    for name in ("emoji", "emoji-valid"):
+        options = ["--model", work / "vqgan", "--data", work / name, "--out", work / name.replace("emoji", "codes")]
+        recipe.run("prepare-codes", *options, "--batch-size", 32)
+
+
+def pack(work: Path) -> None:
+    """The folder that ships."""
+    things = all_things(work).things
+    card = CARD.format(
+        things=len(things),
+        styles=", ".join(STYLES),
+        grounds=", ".join(GROUNDS),
+        heldout=len(pairs(things, True)),
+        credits="\n".join(f"- {package.credit}" for package in PACKAGES),
+    )
+    recipe.pack_model(work / "transformer", work / "clip", work / "demo", card=card, about=ABOUT, examples=EXAMPLES)
+
+
+def measure_model(work: Path, count: int) -> None:
+    """Writes metrics.json and the sheets."""
+    demo = work / "demo"
+    file = demo / "metrics.json"
+    if file.exists() and json.loads(file.read_text(encoding="utf-8"))["prompts"] == count:
+        return
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    model, ranker = Dalle.from_pretrained(demo, mesh=mesh), ClipRanker.from_pretrained(demo / "ranker", mesh=mesh)
+    things = all_things(work)
+    figures: dict[str, Any] = {"prompts": count, "defaults": "top_k 256, temperature 1, seed 0"}
+    figures |= measure.measure_reconstructions(model, things)
+    figures |= measure.measure_samples(model, ranker, things, count, work)
+    measure.write_visitors(model, ranker, work / "visitors.png")
+    recipe.write_figures(file, figures)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    return recipe.make_parser(__doc__, STAGES, tuple(CHANGES))
+
+
+if __name__ == "__main__":
+    sys.exit(run_reporting("train_demo.py", lambda: main(parser().parse_args())))

@@ -1,0 +1,102 @@
+"""What the recipes of the models in the package share: stages that are commands, and a folder that ships."""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mindalle_jax.cli import main as mindalle
+from mindalle_jax.cli.parser import HelpFormatter, path
+from mindalle_jax.config.file import load_section
+from mindalle_jax.config.schema import ExperimentConfig
+from mindalle_jax.errors import MindalleError
+from mindalle_jax.ranking.ranker import ClipRanker
+from mindalle_jax.runtime.devices import training_devices
+from mindalle_jax.storage.files import RANKER
+from mindalle_jax.storage.model_folder import copy_model
+from mindalle_jax.text.known_words import read_known_words
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def run_stages(stages: Mapping[str, Callable[[], None]], wanted: str) -> None:
+    """Runs all stages one after another, or the one that is wanted, and says how long each took."""
+    for name, stage in stages.items():
+        if wanted in ("all", name):
+            start = time.perf_counter()
+            print(f"== {name}", file=sys.stderr)
+            stage()
+            print(f"== {name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+
+
+def run(*arguments: Any) -> None:
+    """A command of the package, in this process; raises MindalleError if it does not succeed."""
+    print(f"$ mindalle {' '.join(map(str, arguments))}", file=sys.stderr)
+    if mindalle([str(argument) for argument in arguments]):
+        raise MindalleError(f"mindalle {arguments[0]} did not come to its end; the same command goes on")
+
+
+def run_training(verb: str, config: Path, out: Path, *overrides: str) -> None:
+    """A training of the package; each device gets its share of a batch at once.
+
+    CLIP's batch cannot be split into micro-batches.
+    """
+    total = load_section(config, overrides, "experiment", ExperimentConfig).total_batch_size
+    share = max(1, total // len(training_devices()))
+    run(verb, "--config", config, "--out", out, f"experiment.local_batch_size={share}", *overrides)
+
+
+def pack_model(
+    transformer: Path, clip: Path, folder: Path, *, card: str, about: str, examples: tuple[str, ...]
+) -> None:
+    """The model and its ranker in float16, with what it knows, a licence, and a card, which is written last.
+
+    Nothing is done where the card lies already. about, examples: as of KnownWords.
+    """
+    if (folder / "README.md").exists():
+        return
+    if folder.exists():
+        shutil.rmtree(folder)
+    copy_model(transformer, folder, dtype="float16")
+    ClipRanker.from_pretrained(clip, dtype="float32").save_pretrained(folder / RANKER, dtype="float16")
+    shutil.copyfile(CONFIGS.parent / "LICENSE", folder / "LICENSE")
+    known_words = read_known_words(folder / "tokenizer")
+    assert known_words is not None  # train-tokenizer wrote them
+    dataclasses.replace(known_words, about=about, examples=examples).save(folder / "tokenizer")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_figures(file: Path, figures: Mapping[str, Any]) -> None:
+    """Writes metrics.json, and prints it."""
+    text = json.dumps(figures, indent=1)
+    file.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def write_sheet(images: Any, file: Path, columns: int) -> None:
+    """Rows of `columns` images uint8[n, S, S, 3] in one PNG; the last row is filled up with white."""
+    images = np.asarray(images)
+    blank = np.full((-len(images) % columns, *images.shape[1:]), 255, np.uint8)
+    all_images = np.concatenate([images, blank])
+    rows = [np.concatenate(list(all_images[i : i + columns]), axis=1) for i in range(0, len(all_images), columns)]
+    Image.fromarray(np.concatenate(rows)).save(file)
+
+
+def make_parser(description: str | None, stages: tuple[str, ...], sizes: tuple[str, ...]) -> argparse.ArgumentParser:
+    """The options of a recipe."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser.add_argument("--work", required=True, type=path, metavar="DIR", help="where everything goes")
+    parser.add_argument("--size", choices=sizes, default="cpu", help="by where it is trained")
+    parser.add_argument(
+        "--stage", choices=["all", *stages], default="all", help="only this stage; those before it must be done"
+    )
+    parser.add_argument("--prompts", type=int, default=500, metavar="N", help="sampled to measure, of each split")
+    return parser
