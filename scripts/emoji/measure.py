@@ -86,7 +86,7 @@ def write_nearest(things: Things, images: np.ndarray, examples: list[Example], f
         near.append(train[errors.argmin()])
         distances.append(float(errors.min()) / 255)
     rows = [
-        both[first : first + COLUMNS] for first in range(0, len(images), COLUMNS) for both in (images, np.stack(near))
+        some[first : first + COLUMNS] for first in range(0, len(images), COLUMNS) for some in (images, np.stack(near))
     ]
     recipe.write_sheet(np.concatenate(rows), file, COLUMNS)
     return {"distance to the nearest training image": {
@@ -99,10 +99,8 @@ def write_visitors(model: Dalle, ranker: ClipRanker, file: Path) -> None:
     Beside it a text with what the unknown-word warning says to each.
     """
     prompts = VISITOR_PROMPTS.read_text(encoding="utf-8").splitlines()
+    recipe.write_sheet(sample(model, ranker, prompts, BEST_OF)[1], file, COLUMNS)
     known_words = model.tokenizer.known_words
-    if ranker is not None:
-        recipe.write_sheet(sample(model, ranker, prompts, BEST_OF)[1], file, COLUMNS)
-    lines = [
-        f"{prompt}: {known_words.warning(prompt, 'demo') or 'all words known'}" for prompt in prompts if known_words
-    ]
-    file.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert known_words is not None
+    lines = [f"{prompt}: {known_words.warning(prompt, 'demo') or 'all words known'}\n" for prompt in prompts]
+    file.with_suffix(".txt").write_text("".join(lines), encoding="utf-8")

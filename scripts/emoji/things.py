@@ -23,7 +23,9 @@ CLOCK_FACES = range(0x1F550, 0x1F568)
 """Code points of 24 times of day, which are left out."""
 NEAR = 24.0
 """Decibels: a thing that is this near to one before it, in any style, is left out."""
-MAX_KEYWORD_WORDS = 2
+MAX_WORDS = 2
+"""Of the usual name of a thing that is drawn, and of keywords: few people type more, and training has time for so many
+images."""
 NO_KEYWORDS = frozenset("and no not of off on or the to with 3d flat noto style emoji above beside below".split())
 
 
@@ -70,7 +72,8 @@ def read_things(packages: Path) -> Things:
     pixels = np.stack([np.stack(images) for images in styles], axis=1)
     texts = [_texts(row, labels, words) for row in rows]
     near = _near_ones(pixels, [len(names[0].split()) for _, names, _ in texts])
-    kept = [number for number in range(len(rows)) if number not in near]
+    short = [number for number, (_, names, _) in enumerate(texts) if len(names[0].split()) <= MAX_WORDS]
+    kept = [number for number in short if number not in near]
     return Things(_name_all([texts[number] for number in kept]), pixels[kept])
 
 
@@ -130,7 +133,7 @@ def _name_all(texts: list[tuple[str, list[str], list[str]]]) -> tuple[Thing, ...
         own = [name for name in names[1:] if name not in usual and further.count(name) == 1]
         words = [
             word for word in keywords
-            if word not in names and len(word) > 2 and len(word.split()) <= MAX_KEYWORD_WORDS
+            if word not in names and len(word) > 2 and len(word.split()) <= MAX_WORDS
             and not NO_KEYWORDS & set(word.split())
         ]  # fmt: skip
         things.append(Thing(emoji, (names[0], *own), tuple(words)))
