@@ -20,10 +20,11 @@ EMOJI = {
     "1F680": ("rocket", ["rocket"], ["space"], "Travel & Places"),
     "2744-FE0F": ("snowflake", ["snowflake"], ["cold"], "Travel & Places"),
     "1FA85": ("piñata", ["pinata"], ["party"], "Activities"),
-    "1F3B1": ("pool 8 ball", ["8ball"], ["game"], "Activities"),
+    "1F947": ("1st medal", ["first_place_medal"], ["gold"], "Activities"),
 }
 """Code points -> name, short names, keywords, category."""
 LEFT_OUT = {
+    "1F3B1": ("pool 8 ball", ["8ball"], ["game"], "Activities"),  # more words than people type
     "1F550": ("one o’clock", ["clock1"], ["time"], "Travel & Places"),
     "1F468": ("man", ["man"], ["person"], "People & Body"),
     "1F1EB-1F1F7": ("flag: France", ["fr"], ["flag"], "Flags"),

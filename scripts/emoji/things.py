@@ -66,7 +66,7 @@ def read_things(packages: Path) -> Things:
             rows.append(entry)
             files.append((f"img/google/64/{entry['image']}", f"img/twitter/64/{entry['image']}", asset))
     styles = [
-        [_image(data) for data in read_members(packages / package.archive, [row[style] for row in files])]
+        [read_image(data) for data in read_members(packages / package.archive, [row[style] for row in files])]
         for style, package in enumerate((NOTO, TWEMOJI, FLUENT))
     ]
     pixels = np.stack([np.stack(images) for images in styles], axis=1)
@@ -77,7 +77,7 @@ def read_things(packages: Path) -> Things:
     return Things(_name_all([texts[number] for number in kept]), pixels[kept])
 
 
-def _image(data: bytes) -> np.ndarray:
+def read_image(data: bytes) -> np.ndarray:
     """uint8[s, s, 4], premultiplied, so that what is transparent has no colour that scaling could mix in."""
     inner = SIDE - 2 * MARGIN
     image = Image.open(io.BytesIO(data)).convert("RGBA").convert("RGBa")

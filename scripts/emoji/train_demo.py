@@ -117,12 +117,10 @@ def all_things(work: Path) -> Things:
 def make_emoji(work: Path) -> None:
     """Images with captions, to train on, CLIP on pairs that differ in one thing, and to validate by."""
     things = all_things(work)
-    for split, count in (
-        ("train", len(ROUND) * len(pairs(things.things, False))),
-        ("valid", NUM_VALID),
-        ("heldout", len(ROUND) * len(pairs(things.things, True))),
-    ):
-        write_emoji(work / ("emoji" if split == "train" else f"emoji-{split}"), things, split, count)
+    learned, heldout = (len(ROUND) * len(pairs(things.things, held)) for held in (False, True))
+    write_emoji(work / "emoji", things, "train", learned)
+    write_emoji(work / "emoji-valid", things, "valid", NUM_VALID)
+    write_emoji(work / "emoji-heldout", things, "heldout", heldout)
     write_emoji(work / "emoji-clip", things, "train", 4 * len(pairs(things.things, False)), contrasts=True)
 
 

@@ -27,7 +27,20 @@ from scripts.emoji.dataset import (
 )
 from scripts.emoji.things import MARGIN, STYLES
 
-EXPECTED = ""
+EXPECTED = [
+    (
+        Example(8, "noto", "sand"),
+        ["1st medal, noto on sand", "a gold in noto on a sand ground", "first place medal in noto style on sand",
+         "draw a 1st medal on a sand ground"],
+    ),
+    (
+        Example(8, "noto", "sand"),
+        ["draw a 1st medal in google on sand", "a photo of a 1st medal, noto style on a sand ground",
+         "a noto style emoji of a 1st medal on a sand background",
+         "1st medal emoji, noto style on a sand background"],
+    ),
+    (Example(1, "flat", "white"), ["draw a cat in flat", "one cat", "draw a cat in flat", "the cat in twemoji"]),
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +56,7 @@ def test_an_example_is_a_function_of_split_and_index(things):
     """A literal, so that another machine or version cannot make others unnoticed: images are found by their index."""
     known = things.things
     assert make_example(known, "train", 7) == make_example(known, "train", 7)
-    found = repr([(one := make_example(known, split, 5), captions(known, split, 5, one)) for split in dataset.SPLITS])
+    found = [(one := make_example(known, split, 5), captions(known, split, 5, one)) for split in dataset.SPLITS]
     assert found == EXPECTED
 
 
@@ -107,8 +120,11 @@ def test_wordings_to_measure_by_are_not_in_training(things):
     assert not forms["train"] & forms["valid"]
     known = set(itertools.chain(*(words(form) for form in forms["train"]))) | {"one"}
     assert set(itertools.chain(*(words(form) for form in forms["valid"]))) <= known
-    trained = {text for index in range(600)
-               for text in captions(things.things, "train", index, make_example(things.things, "train", index))}
+    trained = {
+        text
+        for index in range(600)
+        for text in captions(things.things, "train", index, make_example(things.things, "train", index))
+    }
     for index in range(100):
         assert not trained & set(captions(things.things, "valid", index, make_example(things.things, "valid", index)))
 

@@ -23,33 +23,8 @@ from mindalle_jax.training.finetune import FinetuneRun
 from mindalle_jax.training.vqgan.config import VqganTrainConfig
 from mindalle_jax.training.vqgan.run import VqganRun, vqgan_model_config
 from scripts.scenes.dataset import captions, make_scene
+from tests.tiny_recipe import tiny_changes, weights
 
-# One picture for each of the eight devices of these tests.
-LOOP = [
-    "experiment.total_batch_size=8", "experiment.valid_batch_size=8", "optimizer.max_steps=2",
-    "training.warmup_steps=1", "training.checkpoint_every_steps=1", "training.validate_every_steps=2",
-    "data.threads=1",
-]  # fmt: skip
-TINY = {
-    "vqgan": [
-        *LOOP, "experiment.local_batch_size=1", "training.sample_every_steps=0", "training.quantise_from_step=1",
-        "training.restart_after_steps=1", "optimizer.max_steps=9",
-        "stage1.embed_dim=4", "stage1.n_embed=64",
-        "stage1.hparams={z_channels: 8, resolution: 64, ch: 8, ch_mult: [1, 1, 1, 2], num_res_blocks: 1, "
-        "attn_resolutions: [], num_groups: 4}",
-    ],
-    "transformer": [
-        *LOOP,
-        "stage2.hparams={embed_dim: 16, n_layers: 1, n_heads: 2, ctx_len_img: 64, ctx_len_txt: 24}",
-    ],
-    "clip": [
-        *LOOP, "clip.projection_dim=8",
-        "clip.text={hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2, "
-        "max_position_embeddings: 32}",
-        "clip.vision={image_size: 64, patch_size: 16, hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, "
-        "num_attention_heads: 2}",
-    ],
-}  # fmt: skip
 PROMPTS = 2
 
 
@@ -62,7 +37,7 @@ def script(request) -> Any:
         patch.setattr(make_demo_model, "NUM_TRAIN", 48)
         patch.setattr(make_demo_model, "NUM_VALID", 8)
         patch.setattr(make_demo_model, "BEST_OF", 2)
-        patch.setitem(make_demo_model.CHANGES, "cpu", TINY)
+        patch.setitem(make_demo_model.CHANGES, "cpu", tiny_changes(24))
         yield make_demo_model
 
 
@@ -76,12 +51,6 @@ def made(tmp_path_factory, script) -> Path:
     work = tmp_path_factory.mktemp("demo") / "work"
     make(script, work)
     return work
-
-
-def weights(work: Path) -> dict[str, bytes]:
-    """Every file of weights but checkpoints."""
-    files = sorted(path for path in work.rglob("*.safetensors") if "checkpoints" not in path.parts)
-    return {str(path.relative_to(work)): path.read_bytes() for path in files}
 
 
 @pytest.mark.slow
@@ -162,17 +131,6 @@ def test_a_recipe_that_is_stopped_at_every_turn_ends_the_same(made, script, tmp_
     assert {"demo/stage2.safetensors", "demo/ranker/model.safetensors"} < expected.keys()
     assert found.keys() == expected.keys() and [name for name in found if found[name] != expected[name]] == []
     assert (tmp_path / "demo" / "metrics.json").read_bytes() == (made / "demo" / "metrics.json").read_bytes()
-
-
-def test_each_device_has_its_share_of_a_batch(script):
-    """Of the eight here, of the sizes in the files; what CHANGES says of a batch counts, and 0 is no size."""
-    configs = script.ROOT / "configs" / "scenes"
-    for name, share in (("vqgan", 1), ("transformer", 1), ("clip", 16)):
-        assert script.local_batch_size(configs / f"{name}.yaml", []) == f"experiment.local_batch_size={share}"
-    changed = ["experiment.total_batch_size=512"]
-    assert script.local_batch_size(configs / "clip.yaml", changed) == "experiment.local_batch_size=64"
-    few = ["experiment.total_batch_size=4"]
-    assert script.local_batch_size(configs / "clip.yaml", few) == "experiment.local_batch_size=1"
 
 
 def test_both_sizes_fit_in_the_package(request):
