@@ -37,11 +37,10 @@ CHANGES: dict[str, dict[str, list[str]]] = {
     "gpu": {
         "vqgan": [
             "experiment.total_batch_size=64", "optimizer.max_steps=4000", "training.quantise_from_step=1000",
-            "stage1.hparams.ch=32", "stage1.hparams.num_res_blocks=2",
         ],
         "transformer": [
             "experiment.total_batch_size=128", "experiment.use_amp=true", "optimizer.max_steps=6000",
-            "stage2.hparams={embed_dim: 384, n_layers: 8, n_heads: 6, ctx_len_img: 256, ctx_len_txt: 16}",
+            "stage2.hparams={embed_dim: 256, n_layers: 8, n_heads: 4, ctx_len_img: 256, ctx_len_txt: 16}",
         ],
         "clip": ["experiment.total_batch_size=512", "optimizer.max_steps=1500", "training.warmup_steps=100"],
     },

@@ -87,7 +87,7 @@ def test_there_are_forty_prompts_of_visitors():
 
 
 def test_both_sizes_fit_in_the_package():
-    """Beside the model of scenes under 30 MB for the smaller, in float16, tokenizers and papers aside."""
+    """In float16, tokenizers and papers aside: the smaller one beside the model of scenes, the larger one alone."""
     configs, sizes = recipe.CONFIGS / "emoji", []
     for changes in ({}, train_demo.CHANGES["gpu"]):
         vqgan = load_config(configs / "vqgan.yaml", changes.get("vqgan", []), VqganTrainConfig)
@@ -101,4 +101,4 @@ def test_both_sizes_fit_in_the_package():
         count = count_parameters(model, "stage1") + count_parameters(model, "stage2")
         count += sum(math.prod(shape) for shape in clip_leaf_shapes(dataclasses.replace(clip.clip, text=text)).values())
         sizes.append(2 * count)
-    assert sizes[0] < 15e6 and sizes[0] < sizes[1] < 45e6
+    assert sizes[0] < 15e6 and sizes[0] < sizes[1] < 28e6
