@@ -20,16 +20,18 @@ EMOJI = {
     "1F680": ("rocket", ["rocket"], ["space"], "Travel & Places"),
     "2744-FE0F": ("snowflake", ["snowflake"], ["cold"], "Travel & Places"),
     "1FA85": ("piñata", ["pinata"], ["party"], "Activities"),
-    "1F947": ("1st medal", ["first_place_medal"], ["gold"], "Activities"),
+    "1F43B-200D-2744-FE0F": ("polar bear", ["polar_bear"], ["arctic"], "Animals & Nature"),
+    "1F947": ("1st medal", ["medal"], ["gold"], "Activities"),
 }
 """Code points -> name, short names, keywords, category."""
 LEFT_OUT = {
-    "1F3B1": ("pool 8 ball", ["8ball"], ["game"], "Activities"),  # more words than people type
+    "1F3B1": ("pool 8 ball", ["8ball"], ["game"], "Activities"),
     "1F550": ("one o’clock", ["clock1"], ["time"], "Travel & Places"),
     "1F468": ("man", ["man"], ["person"], "People & Body"),
     "1F1EB-1F1F7": ("flag: France", ["fr"], ["flag"], "Flags"),
     "1F4AF": ("hundred points", ["100"], ["score"], "Symbols"),
     "1F63A": ("grinning cat face", ["smiley_cat"], ["cat"], "Animals & Nature"),  # looks like the cat
+    "1F389": ("party popper", ["party_popper"], ["celebrate"], "Activities"),  # more than people type
     "1F9F6": ("yarn", ["yarn"], ["wool"], "Activities"),  # is not in all packages
 }
 

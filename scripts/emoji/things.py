@@ -24,8 +24,10 @@ CLOCK_FACES = range(0x1F550, 0x1F568)
 NEAR = 24.0
 """Decibels: a thing that is this near to one before it, in any style, is left out."""
 MAX_WORDS = 2
-"""Of the usual name of a thing that is drawn, and of keywords: few people type more, and training has time for so many
-images."""
+"""Of the usual name of a thing that is drawn, and of keywords."""
+ALL_OF = "Animals & Nature"
+"""Of other categories only what can be called by one word: training has time for so many images, and people type that.
+"""
 NO_KEYWORDS = frozenset("and no not of off on or the to with 3d flat noto style emoji above beside below".split())
 
 
@@ -72,8 +74,7 @@ def read_things(packages: Path) -> Things:
     pixels = np.stack([np.stack(images) for images in styles], axis=1)
     texts = [_texts(row, labels, words) for row in rows]
     near = _near_ones(pixels, [len(names[0].split()) for _, names, _ in texts])
-    short = [number for number, (_, names, _) in enumerate(texts) if len(names[0].split()) <= MAX_WORDS]
-    kept = [number for number in short if number not in near]
+    kept = [number for number, row in enumerate(rows) if number not in near and _is_short(row, texts[number][1])]
     return Things(_name_all([texts[number] for number in kept]), pixels[kept])
 
 
@@ -103,6 +104,11 @@ def _near_ones(pixels: np.ndarray, num_words: list[int]) -> frozenset[int]:
         if not near[number, kept].any():
             kept.append(number)
     return frozenset(range(len(pixels))) - frozenset(kept)
+
+
+def _is_short(entry: dict[str, Any], names: list[str]) -> bool:
+    one_word = any(len(name.split()) == 1 for name in names)
+    return len(names[0].split()) <= MAX_WORDS and (one_word or entry["category"] == ALL_OF)
 
 
 def _texts(

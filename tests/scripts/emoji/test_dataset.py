@@ -29,18 +29,28 @@ from scripts.emoji.things import MARGIN, STYLES
 
 EXPECTED = [
     (
-        Example(8, "noto", "sand"),
-        ["1st medal, noto on sand", "a gold in noto on a sand ground", "first place medal in noto style on sand",
-         "draw a 1st medal on a sand ground"],
+        Example(2, "flat", "sand"),
+        [
+            "a flat picture of a dog on a sand background",
+            "a cute twemoji puppy on a sand background",
+            "a dog emoji on a sand ground",
+            "a dog in twemoji on a sand ground",
+        ],
     ),
     (
-        Example(8, "noto", "sand"),
-        ["draw a 1st medal in google on sand", "a photo of a 1st medal, noto style on a sand ground",
-         "a noto style emoji of a 1st medal on a sand background",
-         "1st medal emoji, noto style on a sand background"],
+        Example(2, "flat", "sand"),
+        [
+            "an icon of a dog, twemoji on a sand ground",
+            "a photo of a dog, flat style on sand",
+            "one dog on sand",
+            "a drawing of a dog in flat style on a sand background",
+        ],
     ),
-    (Example(1, "flat", "white"), ["draw a cat in flat", "one cat", "draw a cat in flat", "the cat in twemoji"]),
-]  # fmt: skip
+    (
+        Example(1, "flat", "white"),
+        ["draw a cat in flat", "one cat", "draw a cat in flat", "the cat in twemoji"],
+    ),
+]
 
 
 @pytest.fixture(autouse=True)

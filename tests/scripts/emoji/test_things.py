@@ -13,7 +13,7 @@ from tests.emoji_packages import EMOJI, picture
 def test_things_of_all_three_packages(things):
     """In the order of Unicode; people, flags, symbols, clock faces, what looks like another and long names are not."""
     assert [thing.names[0] for thing in things.things] == [
-        "grinning face", "cat", "dog", "red apple", "pizza", "rocket", "snowflake", "pinata", "1st medal",
+        "grinning face", "cat", "dog", "red apple", "pizza", "rocket", "snowflake", "pinata", "polar bear", "1st medal",
     ]  # fmt: skip
     assert things.pixels.shape == (len(EMOJI), len(STYLES), SIDE - 2 * MARGIN, SIDE - 2 * MARGIN, 4)
 
