@@ -45,7 +45,7 @@ CHANGES: dict[str, dict[str, list[str]]] = {
         "clip": ["experiment.total_batch_size=512", "optimizer.max_steps=1500", "training.warmup_steps=100"],
     },
 }  # fmt: skip
-ABOUT = "draws one emoji at a time, such as animals, food, vehicles and faces, in three styles"
+ABOUT = "draws emoji of animals, plants, food, vehicles and other things in three styles: 3d, flat and noto"
 EXAMPLES = ("a parrot, 3d style", "a red apple", "flat rocket on sky")
 CARD = """\
 ---
