@@ -70,7 +70,8 @@ class KnownWords:
     def _with_nearest(self, word: str) -> str:
         if len(word) > MAX_LENGTH:
             return f"{word[:20]}..."
-        alike = [known for known in self.words if abs(len(known) - len(word)) <= 2]  # of 20,000 words few are compared
+        # Of 20,000 words few are compared; a slip is seldom in the first letter.
+        alike = [known for known in self.words if known[:1] == word[:1] and abs(len(known) - len(word)) <= 2]
         near = difflib.get_close_matches(word, alike, n=1, cutoff=0.7)
         return f"{word} (nearest: {near[0]})" if near else word
 
