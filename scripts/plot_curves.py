@@ -3,8 +3,8 @@
     python -m scripts.plot_curves --out docs/emoji/curves.svg --run "VQGAN" DIR/vqgan psnr "dB, held-out images" \\
         --run "Transformer" DIR/transformer image_loss "nats a code"
 
-One panel a run: what metrics.jsonl has of a field, validation as points, training as a line of means over one hundredth
-of the run.
+Each run gets a panel with one field of its metrics.jsonl. Points are validation. The line is training: means over
+hundredths of the run.
 """
 
 import argparse
@@ -32,7 +32,7 @@ text { font: 12px system-ui, sans-serif; fill: #333 } .title { font-weight: 600 
 
 
 class Curve(NamedTuple):
-    """What a run wrote of one field: (step, value) of training, thinned, and of validation."""
+    """One field of a run: (step, value) of training, thinned, and of validation."""
 
     train: list[tuple[float, float]]
     valid: list[tuple[float, float]]

@@ -1,4 +1,4 @@
-"""What the recipes of the models in the package share: stages that are commands, and a folder that ships."""
+"""Shared by the recipes of the models in the package: stages that run commands, and the folder that ships."""
 
 import argparse
 import dataclasses
@@ -74,9 +74,9 @@ def pack_model(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def write_figures(file: Path, figures: Mapping[str, Any]) -> None:
+def write_metrics(file: Path, metrics: Mapping[str, Any]) -> None:
     """Writes metrics.json, and prints it."""
-    text = json.dumps(figures, indent=1)
+    text = json.dumps(metrics, indent=1)
     file.write_text(text + "\n", encoding="utf-8")
     print(text)
 

@@ -1,4 +1,4 @@
-"""Archives as npm packs them, with a dozen emoji of our own in place of the published images."""
+"""Archives as npm packs them, with a few emoji of our own."""
 
 import hashlib
 import io
@@ -36,7 +36,7 @@ LEFT_OUT = {
 }
 
 
-def picture(code: str, style: str, side: int) -> Image.Image:
+def image_of(code: str, style: str, side: int) -> Image.Image:
     """RGBA: a disc with a bar, of colours and places of their own for each emoji and style."""
     seed = hashlib.sha256(("1F408" if code == "1F63A" else code).encode()).digest() + style.encode()
     random = np.random.default_rng(list(seed))
@@ -64,10 +64,10 @@ def write_packages(folder: Path) -> tuple[Package, ...]:
     members[EMOJIBASE.name]["en/data.json"] = json.dumps(labels).encode()
     members[EMOJILIB.name]["dist/emoji-en-US.json"] = json.dumps(words).encode()
     for code in everything:
-        members[NOTO.name][f"img/google/64/{code.lower()}.png"] = _encoded(picture(code, "noto", 64), "PNG")
-        members[TWEMOJI.name][f"img/twitter/64/{code.lower()}.png"] = _encoded(picture(code, "flat", 64), "PNG")
+        members[NOTO.name][f"img/google/64/{code.lower()}.png"] = _encoded(image_of(code, "noto", 64), "PNG")
+        members[TWEMOJI.name][f"img/twitter/64/{code.lower()}.png"] = _encoded(image_of(code, "flat", 64), "PNG")
         asset = f"assets/{code.lower().replace('-fe0f', '')}.webp"
-        members[FLUENT.name][asset] = _encoded(picture(code, "3d", 256), "WEBP")
+        members[FLUENT.name][asset] = _encoded(image_of(code, "3d", 256), "WEBP")
     return tuple(write_package(folder, package, members[package.name]) for package in PACKAGES)
 
 

@@ -1,10 +1,10 @@
 """The data set of the model in the package: emoji in three styles on plain grounds, with captions in many wordings.
 
-Image n of a split is always the same, and so are its captions. A pair is a thing in a style. The splits:
+Image n of a split is always the same, and so are its captions. A pair is a thing in a style. There are three splits.
 
-    train     pairs to learn, in captions of TRAIN_FORMS, and a part of them in keywords
-    valid     the same pairs, in wordings that training has not: UNSEEN_FORMS
-    heldout   pairs that training has not; their things are in train in the other two styles
+    train     pairs to learn, with captions of TRAIN_FORMS; some captions have a keyword for the name
+    valid     the same pairs, with captions of UNSEEN_FORMS, a wording that train does not have
+    heldout   pairs that train does not have; train has their things in the other two styles
 """
 
 import functools
@@ -29,12 +29,12 @@ GROUNDS = {"white": (255, 255, 255), "sky": (178, 216, 242), "sand": (243, 226, 
 ROUND = ("white", "white", "white", "white", "sky", "sand", "grey")
 """The grounds of the images of a pair, one after another."""
 HELDOUT_SHARE = 32
-"""One thing in so many is held out in one of its styles."""
+"""One thing in this many is held out in one of its styles."""
 STYLE_WORDS = {"noto": ("noto", "noto", "google"), "flat": ("flat", "flat", "twemoji"), "3d": ("3d", "3d", "fluent")}
 STYLED = 0.65
 """Share of the captions that name the style."""
 KEYWORDS = 0.25
-"""Share of the captions of train that have a keyword, or a keyword and the name, in place of the name."""
+"""Share of the captions of train that have a keyword where the name would be."""
 CAPTIONS = 4
 FORMAT_VERSION = 1
 MANIFEST = "emoji.json"
@@ -63,7 +63,7 @@ GROUND_FORMS = ("{} on {g}", "{} on a {g} background", "{} on a {g} ground")
 
 
 class Example(NamedTuple):
-    """What an image shows."""
+    """The content of an image."""
 
     thing: int
     """Position among all things."""
@@ -153,7 +153,7 @@ def with_article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def draw(things: Things, example: Example) -> np.ndarray:
+def render(things: Things, example: Example) -> np.ndarray:
     """uint8[SIDE, SIDE, 3]"""
     image = np.empty((SIDE, SIDE, 3), np.float32)
     image[:] = GROUNDS[example.ground]
@@ -186,7 +186,7 @@ def write_emoji(folder: Path, things: Things, split: Split, count: int, *, contr
             if contrasts:
                 shown[f"{index:06}-contrast.png"] = make_contrast(things.things, index)
             for name, one in shown.items():
-                Image.fromarray(draw(things, one)).save(new / name)
+                Image.fromarray(render(things, one)).save(new / name)
                 texts = captions(things.things, split, index, one)
                 if contrasts:
                     texts = [full_caption(things.things, one), *texts]

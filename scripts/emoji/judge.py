@@ -10,18 +10,18 @@ from typing import NamedTuple
 import numpy as np
 
 from mindalle_jax.errors import UsageError
-from scripts.emoji.dataset import GROUNDS, Example, draw
+from scripts.emoji.dataset import GROUNDS, Example, render
 from scripts.emoji.things import MARGIN, SIDE, STYLES, Things
 
 MAX_GROUND_ERROR = 40.0
 """Distance in RGB of the margin from a ground, its median."""
 MAX_ERROR = 0.5
-"""Squared difference from the nearest thing as it is drawn, over that of its ground alone: a blank image has 1."""
+"""Largest accepted error: the squared difference from the nearest thing, divided by that of a blank image."""
 BATCH = 256
 
 
 class Seen(NamedTuple):
-    """What is in an image. None is what is like nothing that is drawn."""
+    """The content of an image, as the judge reads it. None: it is like no thing, style or ground."""
 
     thing: int | None
     style: str | None
@@ -37,14 +37,14 @@ class Judge:
         self._things = things
 
     def read(self, images: np.ndarray) -> list[Seen]:
-        """What is in each of uint8[n, SIDE, SIDE, 3]. Raises UsageError for other arrays."""
+        """Reads each of the images uint8[n, SIDE, SIDE, 3]. Raises UsageError for other arrays."""
         if images.ndim != 4 or images.shape[1:] != (SIDE, SIDE, 3) or images.dtype != np.uint8:
             raise UsageError(f"images must be uint8[n, {SIDE}, {SIDE}, 3], not {images.dtype}{list(images.shape)}")
-        grounds, colours = list(GROUNDS), np.array(list(GROUNDS.values()), np.float32)
+        grounds, colors = list(GROUNDS), np.array(list(GROUNDS.values()), np.float32)
         margin = np.ones((SIDE, SIDE), bool)
         margin[MARGIN:-MARGIN, MARGIN:-MARGIN] = False
         around = np.median(images[:, margin].astype(np.float32), axis=1)  # [n, 3]
-        distances = np.linalg.norm(around[:, None] - colours, axis=2)
+        distances = np.linalg.norm(around[:, None] - colors, axis=2)
         found: list[Seen | None] = [None] * len(images)
         for number, ground in enumerate(grounds):
             mine = np.flatnonzero(distances.argmin(1) == number)
@@ -68,7 +68,7 @@ class Judge:
     def _templates(self, ground: str) -> np.ndarray:
         """f32[things * styles, pixels]: what differs from the ground."""
         shown = (
-            draw(self._things, Example(thing, style, ground))
+            render(self._things, Example(thing, style, ground))
             for thing in range(len(self._things.things))
             for style in STYLES
         )

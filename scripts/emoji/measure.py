@@ -9,7 +9,7 @@ from tqdm import tqdm
 from mindalle_jax.pipeline import Dalle
 from mindalle_jax.ranking.ranker import ClipRanker
 from scripts import recipe
-from scripts.emoji.dataset import Example, captions, draw, make_example, pairs
+from scripts.emoji.dataset import Example, captions, make_example, pairs, render
 from scripts.emoji.judge import Judge, accuracy
 from scripts.emoji.things import Things
 
@@ -19,18 +19,18 @@ VISITOR_PROMPTS = Path(__file__).with_name("visitor_prompts.txt")
 
 
 def measure_reconstructions(model: Dalle, things: Things) -> dict[str, Any]:
-    """Signal to noise, and what the judge reads, of held-out images from their codes, and of as many of training."""
-    figures: dict[str, Any] = {}
+    """Reconstructs held-out images and as many of training from their codes: PSNR, and what the judge reads."""
+    metrics: dict[str, Any] = {}
     count = 7 * len(pairs(things.things, True))
     for split in ("heldout", "train"):
         examples = [make_example(things.things, split, index) for index in range(count)]
-        images = np.stack([draw(things, example) for example in examples])
+        images = np.stack([render(things, example) for example in examples])
         again = to_uint8(model.decode_codes(model.encode_images(images)))
-        figures[f"{split}: images as drawn"] = accuracy(Judge(things).read(images), examples)
-        figures[f"{split}: reconstructions"] = {"dB": psnr(images, again)} | accuracy(
+        metrics[f"{split}: images as rendered"] = accuracy(Judge(things).read(images), examples)
+        metrics[f"{split}: reconstructions"] = {"dB": psnr(images, again)} | accuracy(
             Judge(things).read(again), examples
         )
-    return figures
+    return metrics
 
 
 def psnr(images: np.ndarray, others: np.ndarray) -> float:
@@ -47,21 +47,21 @@ def to_uint8(images: Any) -> np.ndarray:
 def measure_samples(
     model: Dalle, ranker: ClipRanker, things: Things, count: int, folder: Path, best_of: int = BEST_OF
 ) -> dict[str, Any]:
-    """What the judge reads in samples of prompts in wordings that are not in training, one each and the ranker's best.
+    """Samples prompts in wordings that training does not have, and judges one image per prompt and the ranker's best.
 
     Writes three sheets into the folder: samples of each split, and samples above the nearest images of training.
     """
-    judge, figures = Judge(things), {}
+    judge, metrics = Judge(things), {}
     for split in ("valid", "heldout"):
         examples = [make_example(things.things, split, index) for index in range(count)]
         prompts = [captions(things.things, split, index, one)[0] for index, one in enumerate(examples)]
         first, best = sample(model, ranker, prompts, best_of)
-        figures[f"{split}: one image a prompt"] = accuracy(judge.read(first), examples)
-        figures[f"{split}: best of {best_of}"] = accuracy(judge.read(best), examples)
+        metrics[f"{split}: one image a prompt"] = accuracy(judge.read(first), examples)
+        metrics[f"{split}: best of {best_of}"] = accuracy(judge.read(best), examples)
         recipe.write_sheet(first[:SHEET], folder / f"{split}.png", COLUMNS)
         if split == "valid":
-            figures |= write_nearest(things, first[:SHEET], examples[:SHEET], folder / "nearest.png")
-    return figures
+            metrics |= write_nearest(things, first[:SHEET], examples[:SHEET], folder / "nearest.png")
+    return metrics
 
 
 def sample(model: Dalle, ranker: ClipRanker, prompts: list[str], best_of: int) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +77,7 @@ def sample(model: Dalle, ranker: ClipRanker, prompts: list[str], best_of: int) -
 
 def write_nearest(things: Things, images: np.ndarray, examples: list[Example], file: Path) -> dict[str, Any]:
     """A sheet with rows of samples, below each the nearest image of training, and how near these are."""
-    train = np.stack([draw(things, make_example(things.things, "train", index))
+    train = np.stack([render(things, make_example(things.things, "train", index))
                       for index in range(7 * len(pairs(things.things, False)))])  # fmt: skip
     flat = train.reshape(len(train), -1).astype(np.int16)
     near, distances = [], []

@@ -23,7 +23,7 @@ class Package(NamedTuple):
     licence_file: str
     """Where the licence of what is taken stands."""
     licence_words: str
-    """What that file says."""
+    """Text that this file has."""
     credit: str
     """Who made what is taken, and its licence."""
 

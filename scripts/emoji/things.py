@@ -24,15 +24,15 @@ CLOCK_FACES = range(0x1F550, 0x1F568)
 NEAR = 24.0
 """Decibels: a thing that is this near to one before it, in any style, is left out."""
 MAX_WORDS = 2
-"""Of the usual name of a thing that is drawn, and of keywords."""
+"""The usual name of a thing has at most this many words, and so has a keyword."""
 ALL_OF = "Animals & Nature"
-"""Of other categories only what can be called by one word: training has time for so many images, and people type that.
-"""
+"""Category of which all things are taken. Things of other categories need a name of one word: that is what people type,
+and training has no time for more images."""
 NO_KEYWORDS = frozenset("and no not of off on or the to with 3d flat noto style emoji above beside below".split())
 
 
 class Thing(NamedTuple):
-    """What an emoji shows."""
+    """The object that an emoji shows."""
 
     emoji: str
     names: tuple[str, ...]
@@ -42,11 +42,11 @@ class Thing(NamedTuple):
 
 
 class Things(NamedTuple):
-    """All things that are drawn."""
+    """All things of the data set."""
 
     things: tuple[Thing, ...]
     pixels: np.ndarray
-    """uint8[things, STYLES, s, s, 4], s = SIDE - 2 MARGIN: red, green, blue, alpha, the colours times alpha."""
+    """uint8[things, STYLES, s, s, 4], s = SIDE - 2 MARGIN: red, green, blue, alpha, the colors times alpha."""
 
 
 @functools.lru_cache(maxsize=2)
@@ -79,7 +79,7 @@ def read_things(packages: Path) -> Things:
 
 
 def read_image(data: bytes) -> np.ndarray:
-    """uint8[s, s, 4], premultiplied, so that what is transparent has no colour that scaling could mix in."""
+    """uint8[s, s, 4], premultiplied, so that what is transparent has no color that scaling could mix in."""
     inner = SIDE - 2 * MARGIN
     image = Image.open(io.BytesIO(data)).convert("RGBA").convert("RGBa")
     return np.asarray(image.resize((inner, inner), Image.Resampling.LANCZOS, reducing_gap=None))

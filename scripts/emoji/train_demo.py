@@ -62,19 +62,19 @@ into it.
 
     mindalle sample "a parrot, 3d style" --model FOLDER --out DIR
 
-- Things: animals, plants, food, vehicles, buildings, tools, clothes, faces, ...; `tokenizer/words.json` has the words.
-  It was trained to draw each of them as the sets below do, and hardly draws anything else.
-- Styles: {styles}. A prompt without one gets any.
-- Grounds: {grounds}. A prompt without one gets white.
+- Things: animals, plants, food, vehicles, buildings, tools, clothes, faces and others. `tokenizer/words.json` lists the
+  words. The model learned one image of each thing in each style, and samples little else.
+- Styles: {styles}. Without a style in the prompt, the candidates vary.
+- Grounds: {grounds}. Without a ground in the prompt, the ground is white.
 - {heldout} pairs of a thing and a style were held out of training.
-- metrics.json: how often its images are right.
+- `metrics.json` says how often its images are right.
 
 The images that it was trained on, and their licences:
 
 {credits}
 
-The weights are under Apache-2.0, as the code. What it samples resembles these images: whoever publishes samples gives
-their authors credit, as CC-BY 4.0 asks.
+The weights are under Apache-2.0, like the code. Samples resemble these images. If you publish samples, give credit to
+the authors of the images, as CC-BY 4.0 asks.
 """
 
 
@@ -160,11 +160,11 @@ def measure_model(work: Path, count: int) -> None:
     mesh = Mesh(np.array(jax.devices()), ("data",))
     model, ranker = Dalle.from_pretrained(demo, mesh=mesh), ClipRanker.from_pretrained(demo / "ranker", mesh=mesh)
     things = all_things(work)
-    figures: dict[str, Any] = {"prompts": count, "defaults": "top_k 256, temperature 1, seed 0"}
-    figures |= measure.measure_reconstructions(model, things)
-    figures |= measure.measure_samples(model, ranker, things, count, work)
+    metrics: dict[str, Any] = {"prompts": count, "defaults": "top_k 256, temperature 1, seed 0"}
+    metrics |= measure.measure_reconstructions(model, things)
+    metrics |= measure.measure_samples(model, ranker, things, count, work)
     measure.write_visitors(model, ranker, work / "visitors.png")
-    recipe.write_figures(file, figures)
+    recipe.write_metrics(file, metrics)
 
 
 def parser() -> argparse.ArgumentParser:

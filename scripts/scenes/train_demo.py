@@ -163,7 +163,7 @@ def measure(demo: Path, count: int) -> None:
                     "median": round(float(np.median(distances)), 4), "least": round(float(distances.min()), 4)
                 }  # fmt: skip
         recipe.write_sheet([one.first for one in drawn[:50]], demo.parent / f"{split}.png", 10)
-    recipe.write_figures(file, figures)
+    recipe.write_metrics(file, figures)
 
 
 def parser() -> argparse.ArgumentParser:

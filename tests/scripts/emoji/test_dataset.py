@@ -16,12 +16,12 @@ from scripts.emoji.dataset import (
     STYLE_WORDS,
     Example,
     captions,
-    draw,
     full_caption,
     heldout_style,
     make_contrast,
     make_example,
     pairs,
+    render,
     with_article,
     write_emoji,
 )
@@ -55,7 +55,7 @@ EXPECTED = [
 
 @pytest.fixture(autouse=True)
 def held_out(monkeypatch):
-    """Of nine things a third, where there are hundreds one in 32."""
+    """Holds out one of three things: of ten, one in 32 would be none."""
     monkeypatch.setattr(dataset, "HELDOUT_SHARE", 3)
     pairs.cache_clear()
     yield
@@ -148,11 +148,11 @@ def test_articles(name, expected):
     assert with_article(name) == expected
 
 
-def test_a_thing_is_drawn_over_its_ground(things):
-    for ground, colour in GROUNDS.items():
-        image = draw(things, Example(1, "flat", ground))
+def test_a_thing_is_rendered_over_its_ground(things):
+    for ground, color in GROUNDS.items():
+        image = render(things, Example(1, "flat", ground))
         assert image.shape == (64, 64, 3) and image.dtype == np.uint8
-        assert (image[:MARGIN] == colour).all() and (image[:, -MARGIN:] == colour).all()
+        assert (image[:MARGIN] == color).all() and (image[:, -MARGIN:] == color).all()
         opaque = things.pixels[1, STYLES.index("flat"), :, :, 3] == 255
         np.testing.assert_array_equal(
             image[MARGIN:-MARGIN, MARGIN:-MARGIN][opaque], things.pixels[1, STYLES.index("flat")][opaque][:, :3]
@@ -164,7 +164,7 @@ def test_a_folder_is_a_data_set(tmp_path, things):
     source = open_source(tmp_path / "d", "text")
     assert len(source.samples) == 12 and all(len(sample.captions) == 4 for sample in source.samples)
     example = make_example(things.things, "train", 3)
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "d" / "000003.png")), draw(things, example))
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "d" / "000003.png")), render(things, example))
     rows = [json.loads(line) for line in (tmp_path / "d" / "metadata.jsonl").read_text().splitlines()]
     assert rows[3]["text"] == captions(things.things, "train", 3, example)
 

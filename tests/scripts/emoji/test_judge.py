@@ -1,18 +1,18 @@
-"""scripts/emoji/judge.py: it reads what was drawn, also blurred, shifted and noisy, and nothing where nothing is."""
+"""scripts/emoji/judge.py: it reads every image of the data set, also blurred, shifted or noisy, and none in others."""
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
 from mindalle_jax.errors import UsageError
-from scripts.emoji.dataset import GROUNDS, Example, draw
+from scripts.emoji.dataset import GROUNDS, Example, render
 from scripts.emoji.judge import MAX_ERROR, Judge, accuracy
 from scripts.emoji.things import STYLES
 
 
 @pytest.fixture(scope="module")
 def examples(things) -> list[Example]:
-    """Everything that can be drawn."""
+    """Every thing in every style on every ground."""
     return [
         Example(thing, style, ground) for thing in range(len(things.things)) for style in STYLES for ground in GROUNDS
     ]
@@ -20,7 +20,7 @@ def examples(things) -> list[Example]:
 
 @pytest.fixture(scope="module")
 def images(things, examples) -> np.ndarray:
-    return np.stack([draw(things, example) for example in examples])
+    return np.stack([render(things, example) for example in examples])
 
 
 def blurred(images: np.ndarray) -> np.ndarray:
@@ -34,9 +34,9 @@ def noisy(images: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     "change",
     [lambda x: x, blurred, noisy, lambda x: np.roll(x, 1, 1), lambda x: np.roll(x, -1, 2)],
-    ids=["as drawn", "blurred", "noisy", "shifted down", "shifted left"],
+    ids=["as rendered", "blurred", "noisy", "shifted down", "shifted left"],
 )
-def test_it_reads_what_was_drawn(things, examples, images, change):
+def test_it_reads_every_image(things, examples, images, change):
     assert set(accuracy(Judge(things).read(change(images)), examples).values()) == {1.0}
 
 
@@ -44,7 +44,7 @@ def test_what_is_like_nothing_is_nothing(things):
     """A blank image of each ground, a flat disc, and noise."""
     y, x = np.mgrid[:64, :64] - 32
     disc = np.where((x**2 + y**2 < 200)[..., None], (3, 250, 120), 255).astype(np.uint8)
-    blank = [np.full((64, 64, 3), colour, np.uint8) for colour in GROUNDS.values()]
+    blank = [np.full((64, 64, 3), color, np.uint8) for color in GROUNDS.values()]
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     seen = Judge(things).read(np.stack([*blank, disc, noise]))
     assert [one.thing for one in seen] == [None] * 6 and all(one.error > MAX_ERROR for one in seen)
@@ -62,9 +62,9 @@ def test_shares_of_what_is_right(things, examples, images):
         (asked._replace(style=style), {"style", "thing and style"}),
         (asked._replace(ground=ground), {"ground"}),
     ):
-        figures = accuracy(seen * 2, [asked, other])
-        assert {name for name, share in figures.items() if share == 0.5} == wrong
-        assert all(share == 1.0 for name, share in figures.items() if name not in wrong)
+        metrics = accuracy(seen * 2, [asked, other])
+        assert {name for name, share in metrics.items() if share == 0.5} == wrong
+        assert all(share == 1.0 for name, share in metrics.items() if name not in wrong)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""scripts/emoji/things.py: which emoji are drawn, and what they are called."""
+"""scripts/emoji/things.py: which emoji are taken, and what they are called."""
 
 import io
 
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from scripts.emoji.things import MARGIN, SIDE, STYLES, on_white, read_image
-from tests.emoji_packages import EMOJI, picture
+from tests.emoji_packages import EMOJI, image_of
 
 
 def test_things_of_all_three_packages(things):
@@ -28,7 +28,7 @@ def test_names_and_keywords(things):
     assert len(names) == len(set(names))
 
 
-def test_what_is_transparent_has_no_colour(things):
+def test_what_is_transparent_has_no_color(things):
     """A red disc, around it green that nobody sees: scaled, on white its edge is between red and white."""
     y, x = np.mgrid[:256, :256] - 128
     image = np.full((256, 256, 4), (0, 255, 0, 0), np.uint8)
@@ -48,6 +48,6 @@ def test_images_are_those_of_the_packages(things, style):
     name, size = (("noto", 64), ("flat", 64), ("3d", 256))[style]
     for number, code in enumerate(EMOJI):
         white = Image.new("RGBA", (size, size), "white")
-        white.alpha_composite(picture(code, name, size))
+        white.alpha_composite(image_of(code, name, size))
         expected = np.asarray(white.convert("RGB").resize((SIDE - 2 * MARGIN,) * 2, Image.Resampling.LANCZOS)) / 255
         assert np.abs(on_white(things.pixels[number, style]) - expected).mean() <= 2 / 255

@@ -61,14 +61,15 @@ def test_the_folder_is_a_model_with_its_ranker(made):
     assert images.images.shape == (2, 64, 64, 3) and images.scores is not None
     assert model.tokenizer.known_words.about == train_demo.ABOUT
 
-    figures = json.loads((demo / "metrics.json").read_text(encoding="utf-8"))
-    assert figures["prompts"] == PROMPTS
+    metrics = json.loads((demo / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["prompts"] == PROMPTS
     for split in ("valid", "heldout"):
         for way in ("one image a prompt", "best of 2"):
-            assert figures[f"{split}: {way}"].keys() == {"thing", "style", "thing and style", "ground"}
+            assert metrics[f"{split}: {way}"].keys() == {"thing", "style", "thing and style", "ground"}
     for split in ("train", "heldout"):
         assert (
-            figures[f"{split}: images as drawn"]["thing and style"] == 1 and figures[f"{split}: reconstructions"]["dB"]
+            metrics[f"{split}: images as rendered"]["thing and style"] == 1
+            and metrics[f"{split}: reconstructions"]["dB"]
         )
 
 
