@@ -1,5 +1,6 @@
 """How good a model of emoji is: what the judge reads in what it samples, and sheets for a person to look at."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +10,35 @@ from tqdm import tqdm
 from mindalle_jax.pipeline import Dalle
 from mindalle_jax.ranking.ranker import ClipRanker
 from scripts import recipe
-from scripts.emoji.dataset import Example, captions, make_example, pairs, render
+from scripts.emoji.dataset import GROUNDS, ROUND, Example, Split, captions, make_example, pairs, render
 from scripts.emoji.judge import Judge, accuracy
-from scripts.emoji.things import Things
+from scripts.emoji.things import STYLES, Things
 
 BEST_OF = 16
+AT_ONCE = 20
 SHEET, COLUMNS = 64, 8
 VISITOR_PROMPTS = Path(__file__).with_name("visitor_prompts.txt")
+
+
+def measure_judge(things: Things) -> dict[str, Any]:
+    """Judges every thing in every style on every ground, as rendered."""
+    known = range(len(things.things))
+    examples = [Example(*parts) for parts in itertools.product(known, STYLES, GROUNDS)]
+    images = np.stack([render(things, example) for example in examples])
+    return {"judge: all images as rendered": {"images": len(examples)} | accuracy(Judge(things).read(images), examples)}
 
 
 def measure_reconstructions(model: Dalle, things: Things) -> dict[str, Any]:
     """Reconstructs held-out images and as many of training from their codes: PSNR, and what the judge reads."""
     metrics: dict[str, Any] = {}
-    count = 7 * len(pairs(things.things, True))
-    for split in ("heldout", "train"):
+    count = len(ROUND) * len(pairs(things.things, True))
+    splits: tuple[Split, ...] = ("heldout", "train")
+    for split in splits:
         examples = [make_example(things.things, split, index) for index in range(count)]
         images = np.stack([render(things, example) for example in examples])
         again = to_uint8(model.decode_codes(model.encode_images(images)))
-        metrics[f"{split}: images as rendered"] = accuracy(Judge(things).read(images), examples)
-        metrics[f"{split}: reconstructions"] = {"dB": psnr(images, again)} | accuracy(
-            Judge(things).read(again), examples
-        )
+        read = accuracy(Judge(things).read(again), examples)
+        metrics[f"{split}: reconstructions"] = {"images": count, "dB": psnr(images, again)} | read
     return metrics
 
 
@@ -44,41 +53,41 @@ def to_uint8(images: Any) -> np.ndarray:
     return (np.asarray(images) * 255 + 0.5).astype(np.uint8)
 
 
-def measure_samples(
-    model: Dalle, ranker: ClipRanker, things: Things, count: int, folder: Path, best_of: int = BEST_OF
-) -> dict[str, Any]:
+def measure_samples(model: Dalle, ranker: ClipRanker, things: Things, count: int, folder: Path) -> dict[str, Any]:
     """Samples prompts in wordings that training does not have, and judges one image per prompt and the ranker's best.
 
     Writes three sheets into the folder: samples of each split, and samples above the nearest images of training.
     """
-    judge, metrics = Judge(things), {}
-    for split in ("valid", "heldout"):
-        examples = [make_example(things.things, split, index) for index in range(count)]
+    judge, metrics = Judge(things), dict[str, Any]()
+    heldout = len(ROUND) * len(pairs(things.things, True))
+    sizes: tuple[tuple[Split, int], ...] = (("valid", count), ("heldout", min(count, heldout)))
+    for split, size in sizes:
+        examples = [make_example(things.things, split, index) for index in range(size)]
         prompts = [captions(things.things, split, index, one)[0] for index, one in enumerate(examples)]
-        first, best = sample(model, ranker, prompts, best_of)
-        metrics[f"{split}: one image a prompt"] = accuracy(judge.read(first), examples)
-        metrics[f"{split}: best of {best_of}"] = accuracy(judge.read(best), examples)
+        first, best = sample(model, ranker, prompts)
+        metrics[f"{split}: one image per prompt"] = {"prompts": size} | accuracy(judge.read(first), examples)
+        metrics[f"{split}: best of {BEST_OF}"] = {"prompts": size} | accuracy(judge.read(best), examples)
         recipe.write_sheet(first[:SHEET], folder / f"{split}.png", COLUMNS)
         if split == "valid":
-            metrics |= write_nearest(things, first[:SHEET], examples[:SHEET], folder / "nearest.png")
+            metrics |= write_nearest(things, first[:SHEET], folder / "nearest.png")
     return metrics
 
 
-def sample(model: Dalle, ranker: ClipRanker, prompts: list[str], best_of: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8[n, S, S, 3] twice: candidate 0 of each prompt, and the ranker's best of all."""
-    share = max(1, best_of // model.mesh.size)  # of candidates, to each device
+def sample(model: Dalle, ranker: ClipRanker, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """uint8[n, S, S, 3] twice: the first candidate of each prompt, and the one that the ranker likes best."""
     first, best = [], []
-    for prompt in tqdm(prompts, desc=f"best of {best_of}", unit="prompt", disable=None):
-        made = model.generate(prompt, num_candidates=best_of, ranker=ranker, batch_size=share)
-        first.append(made.images[0])
-        best.append(made.images[made.order[0]])
+    for at in tqdm(range(0, len(prompts), AT_ONCE), desc=f"{AT_ONCE} prompts, {BEST_OF} images each", disable=None):
+        some = prompts[at : at + AT_ONCE]
+        images = model.generate(some, num_candidates=BEST_OF, ranker=None, mixed_batches=True).images
+        first.extend(images[:, 0])
+        best.extend(own[ranker.rank(prompt, own)[0]] for prompt, own in zip(some, images, strict=True))
     return np.stack(first), np.stack(best)
 
 
-def write_nearest(things: Things, images: np.ndarray, examples: list[Example], file: Path) -> dict[str, Any]:
+def write_nearest(things: Things, images: np.ndarray, file: Path) -> dict[str, Any]:
     """A sheet with rows of samples, below each the nearest image of training, and how near these are."""
-    train = np.stack([render(things, make_example(things.things, "train", index))
-                      for index in range(7 * len(pairs(things.things, False)))])  # fmt: skip
+    count = len(ROUND) * len(pairs(things.things, False))
+    train = np.stack([render(things, make_example(things.things, "train", index)) for index in range(count)])
     flat = train.reshape(len(train), -1).astype(np.int16)
     near, distances = [], []
     for image in tqdm(images, desc="nearest", disable=None):
@@ -99,7 +108,7 @@ def write_visitors(model: Dalle, ranker: ClipRanker, file: Path) -> None:
     Beside it a text with what the unknown-word warning says to each.
     """
     prompts = VISITOR_PROMPTS.read_text(encoding="utf-8").splitlines()
-    recipe.write_sheet(sample(model, ranker, prompts, BEST_OF)[1], file, COLUMNS)
+    recipe.write_sheet(sample(model, ranker, prompts)[1], file, COLUMNS)
     known_words = model.tokenizer.known_words
     assert known_words is not None
     lines = [f"{prompt}: {known_words.warning(prompt, 'demo') or 'all words known'}\n" for prompt in prompts]

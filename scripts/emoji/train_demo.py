@@ -161,6 +161,7 @@ def measure_model(work: Path, count: int) -> None:
     model, ranker = Dalle.from_pretrained(demo, mesh=mesh), ClipRanker.from_pretrained(demo / "ranker", mesh=mesh)
     things = all_things(work)
     metrics: dict[str, Any] = {"prompts": count, "defaults": "top_k 256, temperature 1, seed 0"}
+    metrics |= measure.measure_judge(things)
     metrics |= measure.measure_reconstructions(model, things)
     metrics |= measure.measure_samples(model, ranker, things, count, work)
     measure.write_visitors(model, ranker, work / "visitors.png")
