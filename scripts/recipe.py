@@ -1,4 +1,4 @@
-"""Shared by the recipes of the models in the package: stages that run commands, and the folder that ships."""
+"""Shared by the recipes of the models in the package: the stages, which run commands, and the folder that ships."""
 
 import argparse
 import dataclasses
@@ -6,9 +6,9 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -25,6 +25,55 @@ from mindalle_jax.storage.model_folder import copy_model
 from mindalle_jax.text.known_words import read_known_words
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+STAGES = ("data", "tokenizers", "vqgan", "codes", "transformer", "clip", "pack", "measure")
+
+
+class Recipe(NamedTuple):
+    """A model that is trained from nothing, with its ranker."""
+
+    name: str
+    """Folder in configs/, and of the data set in the work folder; NAME-valid and NAME-clip lie beside it."""
+    vqgan_valid: str
+    """Folder of the data set that the VQGAN is validated with."""
+    vocab_sizes: tuple[int, int]
+    """Tokens of the transformer's tokenizer and of CLIP's."""
+    changes: Mapping[str, list[str]]
+    """Name of a configuration -> changes to it."""
+    make_data: Callable[[Path], None]
+    """Writes the data sets into the work folder."""
+    pack: Callable[[Path], None]
+    """Writes the folder that ships, WORK/demo."""
+    measure: Callable[[Path, int], None]
+    """Measures WORK/demo with this many prompts."""
+
+
+def run_recipe(recipe: Recipe, arguments: argparse.Namespace) -> None:
+    """Runs all stages, or the one that --stage names."""
+    work, data = arguments.work, arguments.work / recipe.name
+
+    def train(verb: str, name: str, *overrides: str) -> None:
+        config = CONFIGS / recipe.name / f"{name}.yaml"
+        run_training(verb, config, work / name, *overrides, *recipe.changes.get(name, []))
+
+    stages: dict[str, Callable[[], None]] = {
+        "data": lambda: recipe.make_data(work),
+        "tokenizers": lambda: make_tokenizers(data, recipe.vocab_sizes),
+        "vqgan": lambda: train("train-vqgan", "vqgan", f"data.train={data}", f"data.valid={work}/{recipe.vqgan_valid}"),
+        "codes": lambda: make_codes(data),
+        "transformer": lambda: train(
+            "finetune", "transformer", f"data.train={work}/codes", f"data.valid={work}/codes-valid",
+            f"training.vqgan={work}/vqgan", f"training.tokenizer={work}/tokenizer",
+        ),
+        "clip": lambda: train(
+            "train-clip", "clip", f"data.train={data}-clip", f"data.valid={data}-valid",
+            f"training.tokenizer={work}/clip-tokenizer",
+        ),
+        "pack": lambda: recipe.pack(work),
+        "measure": lambda: recipe.measure(work, arguments.prompts),
+    }  # fmt: skip
+    run_stages(stages, arguments.stage)
 
 
 def run_stages(stages: Mapping[str, Callable[[], None]], wanted: str) -> None:
@@ -52,6 +101,21 @@ def run_training(verb: str, config: Path, out: Path, *overrides: str) -> None:
     total = load_section(config, overrides, "experiment", ExperimentConfig).total_batch_size
     share = max(1, total // len(training_devices()))
     run(verb, "--config", config, "--out", out, f"experiment.local_batch_size={share}", *overrides)
+
+
+def make_tokenizers(data: Path, vocab_sizes: tuple[int, int]) -> None:
+    """The transformer's and CLIP's, from the captions to train on, beside the data set."""
+    for kind, name, size in zip(("mindalle", "clip"), ("tokenizer", "clip-tokenizer"), vocab_sizes, strict=True):
+        out = data.with_name(name)
+        if not out.exists():
+            run("train-tokenizer", data, "--out", out, "--vocab-size", size, "--kind", kind)
+
+
+def make_codes(data: Path) -> None:
+    """The codes of all images to train on and to validate with, beside the data set."""
+    for end in ("", "-valid"):
+        source, out = data.with_name(data.name + end), data.with_name("codes" + end)
+        run("prepare-codes", "--model", data.with_name("vqgan"), "--data", source, "--out", out, "--batch-size", 32)
 
 
 def pack_model(
@@ -90,13 +154,13 @@ def write_sheet(images: Any, file: Path, columns: int) -> None:
     Image.fromarray(np.concatenate(rows)).save(file)
 
 
-def make_parser(description: str | None, stages: tuple[str, ...], sizes: tuple[str, ...]) -> argparse.ArgumentParser:
+def make_parser(description: str | None, sizes: Collection[str]) -> argparse.ArgumentParser:
     """The options of a recipe."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     parser.add_argument("--work", required=True, type=path, metavar="DIR", help="where everything goes")
-    parser.add_argument("--size", choices=sizes, default="cpu", help="by where it is trained")
+    parser.add_argument("--size", choices=list(sizes), default="cpu", help="by where it is trained")
     parser.add_argument(
-        "--stage", choices=["all", *stages], default="all", help="only this stage; those before it must be done"
+        "--stage", choices=["all", *STAGES], default="all", help="only this stage; those before it must be done"
     )
     parser.add_argument("--prompts", type=int, default=500, metavar="N", help="sampled to measure, of each split")
     return parser

@@ -24,7 +24,7 @@ def main() -> None:
     parser = common.make_parser(__doc__)
     parser.add_argument("--model", default="demo", help="as of mindalle sample (default: %(default)s)")
     parser.add_argument("--num-candidates", default="16", help="default: %(default)s")
-    parser.add_argument("--prompt", default=common.PROMPT, help="default: %(default)s")
+    parser.add_argument("--prompt", default="a parrot, 3d style", help="default: %(default)s")
     parser.add_argument("--warm", type=int, default=2, help="runs after the cold one (default: %(default)s)")
     parser.add_argument("options", nargs="*", help="more options of mindalle sample, after --")
     arguments = parser.parse_args()

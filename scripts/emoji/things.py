@@ -22,7 +22,7 @@ LEFT_OUT = frozenset(("People & Body", "Flags", "Symbols", "Component"))
 CLOCK_FACES = range(0x1F550, 0x1F568)
 """Code points of 24 times of day, which are left out."""
 NEAR = 24.0
-"""Decibels: a thing that is this near to one before it, in any style, is left out."""
+"""Decibels: of two things that are this near to each other in any style, one is left out."""
 MAX_WORDS = 2
 """The usual name of a thing has at most this many words, and so has a keyword."""
 ALL_OF = "Animals & Nature"

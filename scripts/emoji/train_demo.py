@@ -11,7 +11,6 @@ of it, and the sheets beside it are what it samples.
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from scripts.emoji.dataset import GROUNDS, ROUND, pairs, write_emoji
 from scripts.emoji.packages import PACKAGES, fetch_packages
 from scripts.emoji.things import STYLES, Things, read_things
 
-STAGES = ("emoji", "tokenizers", "vqgan", "codes", "transformer", "clip", "pack", "measure")
 NUM_VALID = 500
 VOCAB_SIZE = 3072
 # What a size changes in the configurations of configs/emoji. That of a GPU was chosen by arithmetic, and never run.
@@ -80,31 +78,10 @@ the authors of the images, as CC-BY 4.0 asks.
 
 def main(arguments: argparse.Namespace) -> None:
     """Runs all stages, or one."""
-    work, changes = arguments.work, CHANGES[arguments.size]
-
-    def train(verb: str, name: str, *overrides: str) -> None:
-        config = recipe.CONFIGS / "emoji" / f"{name}.yaml"
-        recipe.run_training(verb, config, work / name, *overrides, *changes.get(name, []))
-
-    stages: dict[str, Callable[[], None]] = {
-        "emoji": lambda: make_emoji(work),
-        "tokenizers": lambda: make_tokenizers(work),
-        "vqgan": lambda: train(
-            "train-vqgan", "vqgan", f"data.train={work}/emoji", f"data.valid={work}/emoji-heldout"
-        ),
-        "codes": lambda: make_codes(work),
-        "transformer": lambda: train(
-            "finetune", "transformer", f"data.train={work}/codes", f"data.valid={work}/codes-valid",
-            f"training.vqgan={work}/vqgan", f"training.tokenizer={work}/tokenizer",
-        ),
-        "clip": lambda: train(
-            "train-clip", "clip", f"data.train={work}/emoji-clip", f"data.valid={work}/emoji-valid",
-            f"training.tokenizer={work}/clip-tokenizer",
-        ),
-        "pack": lambda: pack(work),
-        "measure": lambda: measure_model(work, arguments.prompts),
-    }  # fmt: skip
-    recipe.run_stages(stages, arguments.stage)
+    made = recipe.Recipe(
+        "emoji", "emoji-heldout", (VOCAB_SIZE, VOCAB_SIZE), CHANGES[arguments.size], make_emoji, pack, measure_model
+    )
+    recipe.run_recipe(made, arguments)
 
 
 def all_things(work: Path) -> Things:
@@ -121,21 +98,6 @@ def make_emoji(work: Path) -> None:
     write_emoji(work / "emoji-valid", things, "valid", NUM_VALID)
     write_emoji(work / "emoji-heldout", things, "heldout", heldout)
     write_emoji(work / "emoji-clip", things, "train", 4 * len(pairs(things.things, False)), contrasts=True)
-
-
-def make_tokenizers(work: Path) -> None:
-    """The transformer's and CLIP's, from the captions to train on."""
-    for kind, name in (("mindalle", "tokenizer"), ("clip", "clip-tokenizer")):
-        if not (work / name).exists():
-            options = ["--out", work / name, "--vocab-size", VOCAB_SIZE, "--kind", kind]
-            recipe.run("train-tokenizer", work / "emoji", *options)
-
-
-def make_codes(work: Path) -> None:
-    """The codes of all images."""
-    for name in ("emoji", "emoji-valid"):
-        options = ["--model", work / "vqgan", "--data", work / name, "--out", work / name.replace("emoji", "codes")]
-        recipe.run("prepare-codes", *options, "--batch-size", 32)
 
 
 def pack(work: Path) -> None:
@@ -170,7 +132,7 @@ def measure_model(work: Path, count: int) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    return recipe.make_parser(__doc__, STAGES, tuple(CHANGES))
+    return recipe.make_parser(__doc__, CHANGES)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ DIR/demo/metrics.json what was measured of it.
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,6 @@ CHANGES: dict[str, dict[str, list[str]]] = {
         "clip": ["experiment.total_batch_size=512", "optimizer.max_steps=1500", "training.warmup_steps=100"],
     },
 }  # fmt: skip
-STAGES = ("scenes", "tokenizers", "vqgan", "codes", "transformer", "clip", "pack", "measure")
 ABOUT = "draws one or two coloured shapes on a plain background"
 EXAMPLES = (
     "a large striped green circle to the left of a small red heart on a grey background",
@@ -76,31 +74,8 @@ pixels. Made from nothing by `scripts/scenes/train_demo.py`; no published weight
 
 def main(arguments: argparse.Namespace) -> None:
     """Runs all stages, or one."""
-    work, changes = arguments.work, CHANGES[arguments.size]
-
-    def train(verb: str, name: str, *overrides: str) -> None:
-        config = recipe.CONFIGS / "scenes" / f"{name}.yaml"
-        recipe.run_training(verb, config, work / name, *overrides, *changes.get(name, []))
-
-    stages: dict[str, Callable[[], None]] = {
-        "scenes": lambda: make_scenes(work),
-        "tokenizers": lambda: make_tokenizers(work),
-        "vqgan": lambda: train(
-            "train-vqgan", "vqgan", f"data.train={work}/scenes", f"data.valid={work}/scenes-valid"
-        ),
-        "codes": lambda: make_codes(work),
-        "transformer": lambda: train(
-            "finetune", "transformer", f"data.train={work}/codes", f"data.valid={work}/codes-valid",
-            f"training.vqgan={work}/vqgan", f"training.tokenizer={work}/tokenizer",
-        ),
-        "clip": lambda: train(
-            "train-clip", "clip", f"data.train={work}/scenes-clip", f"data.valid={work}/scenes-valid",
-            f"training.tokenizer={work}/clip-tokenizer",
-        ),
-        "pack": lambda: pack(work),
-        "measure": lambda: measure(work / "demo", arguments.prompts),
-    }  # fmt: skip
-    recipe.run_stages(stages, arguments.stage)
+    made = recipe.Recipe("scenes", "scenes-valid", (256, 1024), CHANGES[arguments.size], make_scenes, pack, measure)
+    recipe.run_recipe(made, arguments)
 
 
 def make_scenes(work: Path) -> None:
@@ -108,21 +83,6 @@ def make_scenes(work: Path) -> None:
     write_scenes(work / "scenes", "train", 0, NUM_TRAIN)
     write_scenes(work / "scenes-clip", "train", 0, NUM_TRAIN // 2, contrasts=True)
     write_scenes(work / "scenes-valid", "valid", 0, NUM_VALID)
-
-
-def make_tokenizers(work: Path) -> None:
-    """The transformer's and CLIP's, from the captions to train on."""
-    for kind, name, size in (("mindalle", "tokenizer", 256), ("clip", "clip-tokenizer", 1024)):
-        if not (work / name).exists():
-            options = ["--out", work / name, "--vocab-size", size, "--kind", kind]
-            recipe.run("train-tokenizer", work / "scenes", *options)
-
-
-def make_codes(work: Path) -> None:
-    """The codes of all pictures."""
-    for name in ("scenes", "scenes-valid"):
-        options = ["--model", work / "vqgan", "--data", work / name, "--out", work / name.replace("scenes", "codes")]
-        recipe.run("prepare-codes", *options, "--batch-size", 32)
 
 
 def pack(work: Path) -> None:
@@ -136,8 +96,9 @@ def pack(work: Path) -> None:
     recipe.pack_model(work / "transformer", work / "clip", work / "demo", card=card, about=ABOUT, examples=EXAMPLES)
 
 
-def measure(demo: Path, count: int) -> None:
+def measure(work: Path, count: int) -> None:
     """Writes metrics.json: what the judge finds in what the model draws, and how near that is to training pictures."""
+    demo = work / "demo"
     file = demo / "metrics.json"
     if file.exists() and json.loads(file.read_text(encoding="utf-8"))["prompts"] == count:
         return
@@ -162,13 +123,13 @@ def measure(demo: Path, count: int) -> None:
                 figures[f"distance to the nearest training picture: {name}"] = {
                     "median": round(float(np.median(distances)), 4), "least": round(float(distances.min()), 4)
                 }  # fmt: skip
-        recipe.write_sheet([one.first for one in drawn[:50]], demo.parent / f"{split}.png", 10)
+        recipe.write_sheet([one.first for one in drawn[:50]], work / f"{split}.png", 10)
     recipe.write_metrics(file, figures)
 
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    return recipe.make_parser(__doc__, STAGES, tuple(CHANGES))
+    return recipe.make_parser(__doc__, CHANGES)
 
 
 if __name__ == "__main__":
