@@ -5,13 +5,14 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import OutputError, UsageError
 from scripts.emoji import dataset
 from scripts.emoji.dataset import (
     GROUNDS,
+    OUTLINE,
     ROUND,
     STYLE_WORDS,
     Example,
@@ -32,8 +33,8 @@ EXPECTED = [
         Example(2, "flat", "sand"),
         [
             "a flat picture of a dog on a sand background",
-            "a cute twemoji puppy on a sand background",
-            "a dog emoji on a sand ground",
+            "a flat emoji of a dog on a sand ground",
+            "dog in flat style on a sand ground",
             "a dog in twemoji on a sand ground",
         ],
     ),
@@ -42,7 +43,7 @@ EXPECTED = [
         [
             "an icon of a dog, twemoji on a sand ground",
             "a photo of a dog, flat style on sand",
-            "one dog on sand",
+            "an icon of a dog, flat on sand",
             "a drawing of a dog in flat style on a sand background",
         ],
     ),
@@ -149,14 +150,20 @@ def test_articles(name, expected):
 
 
 def test_a_thing_is_rendered_over_its_ground(things):
+    """With a white outline on other grounds, so that nothing of a thing and of its edge depends on the ground."""
+    on_white, free = render(things, Example(1, "flat", "white")), MARGIN - OUTLINE
+    pixels = np.pad(things.pixels[1, STYLES.index("flat")], ((MARGIN,), (MARGIN,), (0,)))
+    opaque, touched = pixels[..., 3] == 255, pixels[..., 3] > 0
+    np.testing.assert_array_equal(on_white[opaque], pixels[opaque][:, :3])
     for ground, color in GROUNDS.items():
         image = render(things, Example(1, "flat", ground))
         assert image.shape == (64, 64, 3) and image.dtype == np.uint8
-        assert (image[:MARGIN] == color).all() and (image[:, -MARGIN:] == color).all()
-        opaque = things.pixels[1, STYLES.index("flat"), :, :, 3] == 255
-        np.testing.assert_array_equal(
-            image[MARGIN:-MARGIN, MARGIN:-MARGIN][opaque], things.pixels[1, STYLES.index("flat")][opaque][:, :3]
-        )
+        assert (image[:free] == color).all() and (image[:, -free:] == color).all()
+        np.testing.assert_array_equal(image[opaque], on_white[opaque])
+        near = np.asarray(Image.fromarray(opaque).filter(ImageFilter.MaxFilter(2 * OUTLINE + 1)))
+        np.testing.assert_array_equal(image[near], on_white[near])
+        far = ~np.asarray(Image.fromarray(touched).filter(ImageFilter.MaxFilter(2 * OUTLINE + 1)))
+        assert far.any() and (image[far] == color).all()
 
 
 def test_a_folder_is_a_data_set(tmp_path, things):
