@@ -68,7 +68,7 @@ class ClipRanker:
     ) -> Self:
         """Loads CLIP.
 
-        path_or_name: a Hugging Face folder; a .pt file of OpenAI; "demo", the ranker of the model in the package; a
+        path_or_name: a Hugging Face folder; a .pt file of OpenAI; "demo" or "demo-scenes", the ranker of that model in the package; a
             name of OpenAI such as "ViT-B/32", or "OWNER/NAME", a repository of the Hugging Face hub (both downloaded
             into the cache of the hub).
         tokenizer: the path of one, where the model has none beside it (see interop.clip.read_clip).

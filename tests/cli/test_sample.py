@@ -338,11 +338,13 @@ def test_the_hint_about_gpus_is_not_for_demo(mindalle_cli, out):
 
 @pytest.mark.filterwarnings("always")
 def test_unknown_words_and_the_remedy_are_told(mindalle_cli, out):
-    code, _, err = mindalle_cli("sample", "a gray cat", "-n", 1, "-o", out, "--guidance-scale", 2)
+    code, _, err = mindalle_cli("sample", "a gray cat", "-n", 1, "-o", out, "-m", "demo-scenes", "--guidance-scale", 2)
     assert code == 0
     told = [line.removeprefix("warning: ") for line in err.splitlines() if line.startswith("warning: ")]
     assert len(told) == 2 and told[1].startswith("--guidance-scale 2 costs twice the time")
-    assert told[0].startswith("demo knows none of these words: gray (nearest: grey), cat (in 'a gray cat'). It draws ")
+    assert told[0].startswith(
+        "demo-scenes knows none of these words: gray (nearest: grey), cat (in 'a gray cat'). It draws "
+    )
     assert "minDALL-E/1.3B" in told[0]
 
 

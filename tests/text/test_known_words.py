@@ -23,6 +23,7 @@ WORDS = KnownWords(
         ("A Large, RED cirlce!", "demo does not know cirlce (nearest: circle) (in "),
         ("a cat, a cat and a dog", "demo knows none of these words: cat, dog ("),
         ("red " + " ".join("abcdefghij"), "demo does not know b, c, d, e, f, g, h, i, ... (in "),
+        ("rcircle", "demo knows none of these words: rcircle (in "),  # a slip is seldom in the first letter
         ("東京", "demo knows none of these words: 東京 ("),
     ],
 )
