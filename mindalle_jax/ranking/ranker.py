@@ -68,9 +68,9 @@ class ClipRanker:
     ) -> Self:
         """Loads CLIP.
 
-        path_or_name: a Hugging Face folder; a .pt file of OpenAI; "demo" or "demo-scenes", the ranker of that model in the package; a
-            name of OpenAI such as "ViT-B/32", or "OWNER/NAME", a repository of the Hugging Face hub (both downloaded
-            into the cache of the hub).
+        path_or_name: a Hugging Face folder; a .pt file of OpenAI; "demo" or "demo-scenes", the ranker of that model in
+            the package; a name of OpenAI such as "ViT-B/32", or "OWNER/NAME", a repository of the Hugging Face hub
+            (both downloaded into the cache of the hub).
         tokenizer: the path of one, where the model has none beside it (see interop.clip.read_clip).
         dtype: compute dtype; None is float32 on CPU and bfloat16 elsewhere.
         mesh: a jax Mesh with the one axis "data": images are spread over its devices. None: the first device.
