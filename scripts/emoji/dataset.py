@@ -36,8 +36,8 @@ STYLED = 0.85
 KEYWORDS = 0.06
 """Share of the captions of train that have a keyword where the name would be."""
 OUTLINE = 2
-"""Pixels of white around a thing on another ground, as on a sticker. So the codes of a thing and of its edge are the
-same on all grounds."""
+"""Pixels of white around a thing on another ground, as on a sticker. So a thing and its edge look the same on all
+grounds."""
 CAPTIONS = 4
 FORMAT_VERSION = 2
 MANIFEST = "emoji.json"
