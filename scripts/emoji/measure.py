@@ -1,6 +1,7 @@
 """How good a model of emoji is: what the judge reads in what it samples, and sheets for a person to look at."""
 
 import itertools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,10 @@ def write_nearest(things: Things, images: np.ndarray, file: Path) -> dict[str, A
         errors = np.abs(flat - image.reshape(-1).astype(np.int16)).mean(1, dtype=np.float32)
         near.append(train[errors.argmin()])
         distances.append(float(errors.min()) / 255)
-    rows = [
-        some[first : first + COLUMNS] for first in range(0, len(images), COLUMNS) for some in (images, np.stack(near))
-    ]
-    recipe.write_sheet(np.concatenate(rows), file, COLUMNS)
+    both = np.full((2, -(-len(images) // COLUMNS) * COLUMNS, *images.shape[1:]), 255, np.uint8)
+    both[0, : len(images)], both[1, : len(images)] = images, np.stack(near)
+    rows = both.reshape(2, -1, COLUMNS, *images.shape[1:]).swapaxes(0, 1)  # a row of samples, then one of nearest ones
+    recipe.write_sheet(rows.reshape(-1, *images.shape[1:]), file, COLUMNS)
     return {"distance to the nearest training image": {
         "median": round(float(np.median(distances)), 4), "least": round(min(distances), 4)}}  # fmt: skip
 
@@ -108,7 +109,9 @@ def write_visitors(model: Dalle, ranker: ClipRanker, file: Path) -> None:
     Beside it a text with what the unknown-word warning says to each.
     """
     prompts = VISITOR_PROMPTS.read_text(encoding="utf-8").splitlines()
-    recipe.write_sheet(sample(model, ranker, prompts)[1], file, COLUMNS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the text has them
+        recipe.write_sheet(sample(model, ranker, prompts)[1], file, COLUMNS)
     known_words = model.tokenizer.known_words
     assert known_words is not None
     lines = [f"{prompt}: {known_words.warning(prompt, 'demo') or 'all words known'}\n" for prompt in prompts]
