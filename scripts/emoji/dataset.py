@@ -1,4 +1,4 @@
-"""The data set of the model in the package: emoji in three styles on plain grounds, with captions in many wordings.
+"""A data set of emoji in three styles on plain grounds, with captions in many wordings.
 
 Image n of a split is always the same, and so are its captions. A pair is a thing in a style. There are three splits.
 
