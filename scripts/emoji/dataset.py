@@ -1,4 +1,4 @@
-"""A data set of emoji in three styles on plain grounds, with captions in many wordings.
+"""A data set of emoji in three styles on white cards, with plain grounds around them and captions in many wordings.
 
 Image n of a split is always the same, and so are its captions. A pair is a thing in a style. There are three splits.
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from mindalle_jax.errors import OutputError, UsageError
@@ -25,7 +25,7 @@ from scripts.emoji.things import MARGIN, SIDE, STYLES, Thing, Things
 Split = Literal["train", "valid", "heldout"]
 SPLITS = ("train", "valid", "heldout")
 GROUNDS = {"white": (255, 255, 255), "sky": (178, 216, 242), "sand": (243, 226, 184), "grey": (205, 207, 210)}
-"""Name -> RGB. A caption that names none is of the first."""
+"""Name -> RGB of what is around the card. A caption that names none is of the first."""
 ROUND = ("white", "white", "white", "white", "sky", "sand", "grey")
 """The grounds of the images of a pair, one after another."""
 HELDOUT_SHARE = 32
@@ -35,11 +35,11 @@ STYLED = 0.85
 """Share of the captions that name the style. A caption that determines the image is learned much sooner."""
 KEYWORDS = 0.06
 """Share of the captions of train that have a keyword where the name would be."""
-OUTLINE = 2
-"""Pixels of white around a thing on another ground, as on a sticker. So a thing and its edge look the same on all
-grounds."""
+CORNER = 4
+"""Radius of the corners of the card, in pixels. Things are always on white, and MARGIN is a whole number of codes, so
+that what is learned of a thing on one ground is learned for all."""
 CAPTIONS = 4
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "emoji.json"
 
 # {n}: a name; {a}: the name with an article; {s}: a word of the style.
@@ -156,16 +156,24 @@ def with_article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
+@functools.cache
+def blank_card(ground: str) -> np.ndarray:
+    """uint8[SIDE, SIDE, 3] of a card without a thing."""
+    fine = 4
+    mask = Image.new("L", (fine * SIDE, fine * SIDE))
+    low, high = fine * MARGIN, fine * (SIDE - MARGIN) - 1
+    ImageDraw.Draw(mask).rounded_rectangle((low, low, high, high), fine * CORNER, fill=255)
+    white = np.asarray(mask.resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)[:, :, None] / 255
+    color = np.array(GROUNDS[ground], np.float32)
+    return (color + white * (255 - color) + 0.5).astype(np.uint8)
+
+
 def render(things: Things, example: Example) -> np.ndarray:
     """uint8[SIDE, SIDE, 3]"""
-    image = np.empty((SIDE, SIDE, 3), np.float32)
-    image[:] = GROUNDS[example.ground]
-    pixels = np.pad(things.pixels[example.thing, STYLES.index(example.style)], ((MARGIN,), (MARGIN,), (0,)))
-    alpha = Image.fromarray(pixels[:, :, 3]).filter(ImageFilter.MaxFilter(2 * OUTLINE + 1))
-    white = np.asarray(alpha, np.float32)[:, :, None] / 255
-    image += white * (255 - image)
-    parts = pixels.astype(np.float32)
-    image += parts[:, :, :3] - image * parts[:, :, 3:] / 255
+    image = blank_card(example.ground).astype(np.float32)
+    parts = things.pixels[example.thing, STYLES.index(example.style)].astype(np.float32)
+    inner = image[MARGIN:-MARGIN, MARGIN:-MARGIN]
+    inner += parts[:, :, :3] - inner * parts[:, :, 3:] / 255
     return (np.clip(image, 0, 255) + 0.5).astype(np.uint8)
 
 

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from mindalle_jax.errors import UsageError
-from scripts.emoji.dataset import GROUNDS, Example, render
+from scripts.emoji.dataset import GROUNDS, Example, blank_card, render
 from scripts.emoji.things import MARGIN, SIDE, STYLES, Things
 
 MAX_GROUND_ERROR = 40.0
 """Distance in RGB of the margin from a ground, its median."""
 MAX_ERROR = 0.5
-"""Largest accepted error: the squared difference from the nearest thing, divided by that of a blank image."""
+"""Largest accepted error: the squared difference from the nearest thing, divided by that of a blank card."""
 BATCH = 256
 
 
@@ -58,7 +58,7 @@ class Judge:
     def _nearest(self, images: np.ndarray, ground: str) -> tuple[np.ndarray, np.ndarray]:
         """int[n] the nearest template of each image, f32[n] the error as of MAX_ERROR."""
         templates = self._templates(ground)
-        flat = _halved(images) - _halved(_plain(ground))
+        flat = _halved(images) - _halved(blank_card(ground)[None])
         squares = (templates**2).sum(1)
         errors = (flat**2).sum(1)[:, None] - 2 * flat @ templates.T + squares
         best = errors.argmin(1)
@@ -66,24 +66,19 @@ class Judge:
 
     @functools.lru_cache(maxsize=len(GROUNDS))  # noqa: B019  as many as there are, and judges live as long as programs
     def _templates(self, ground: str) -> np.ndarray:
-        """f32[things * styles, pixels]: what differs from the ground."""
+        """f32[things * styles, pixels]: what differs from a blank card."""
         shown = (
             render(self._things, Example(thing, style, ground))
             for thing in range(len(self._things.things))
             for style in STYLES
         )
-        return np.concatenate([_halved(image[None]) for image in shown]) - _halved(_plain(ground))
+        return np.concatenate([_halved(image[None]) for image in shown]) - _halved(blank_card(ground)[None])
 
     def _seen(self, template: int, error: float, ground: str | None) -> Seen:
         if error > MAX_ERROR:
             return Seen(None, None, ground, error)
         thing, style = divmod(template, len(STYLES))
         return Seen(thing, STYLES[style], ground, error)
-
-
-def _plain(ground: str) -> np.ndarray:
-    """uint8[1, SIDE, SIDE, 3]"""
-    return np.broadcast_to(np.array(GROUNDS[ground], np.uint8), (1, SIDE, SIDE, 3))
 
 
 def _halved(images: np.ndarray) -> np.ndarray:

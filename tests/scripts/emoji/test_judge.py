@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from mindalle_jax.errors import UsageError
-from scripts.emoji.dataset import GROUNDS, Example, render
+from scripts.emoji.dataset import GROUNDS, Example, blank_card, render
 from scripts.emoji.judge import MAX_ERROR, Judge, accuracy
 from scripts.emoji.things import STYLES
 
@@ -41,14 +41,15 @@ def test_it_reads_every_image(things, examples, images, change):
 
 
 def test_what_is_like_nothing_is_nothing(things):
-    """A blank image of each ground, a flat disc, and noise."""
+    """A blank card on each ground, one plain color, a flat disc, and noise."""
     y, x = np.mgrid[:64, :64] - 32
     disc = np.where((x**2 + y**2 < 200)[..., None], (3, 250, 120), 255).astype(np.uint8)
-    blank = [np.full((64, 64, 3), color, np.uint8) for color in GROUNDS.values()]
+    blank = [blank_card(ground) for ground in GROUNDS]
+    plain = np.full((64, 64, 3), GROUNDS["sky"], np.uint8)
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-    seen = Judge(things).read(np.stack([*blank, disc, noise]))
-    assert [one.thing for one in seen] == [None] * 6 and all(one.error > MAX_ERROR for one in seen)
-    assert [one.ground for one in seen[:4]] == list(GROUNDS) and seen[5].ground is None
+    seen = Judge(things).read(np.stack([*blank, plain, disc, noise]))
+    assert [one.thing for one in seen] == [None] * 7 and all(one.error > MAX_ERROR for one in seen)
+    assert [one.ground for one in seen[:4]] == list(GROUNDS) and seen[4].ground == "sky" and seen[6].ground is None
 
 
 def test_shares_of_what_is_right(things, examples, images):
