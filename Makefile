@@ -12,12 +12,12 @@ BIN := $(VENV)/bin
 VERSIONS := $(if $(JAX),jax==$(JAX) jaxlib==$(JAX))
 
 MODEL ?= demo
-PROMPT ?= a large striped green circle to the left of a small red heart on a grey background
+PROMPT ?= a parrot
 OUT ?=
 N ?= 16
 
 # Tests with programs that are optimised, as those of a user are; those of the others are not, see tests/conftest.py.
-OPTIMISED := tests/test_golden.py tests/test_demo_scenes.py tests/models/test_transformer.py tests/models/test_attention.py \
+OPTIMISED := tests/test_golden.py tests/test_demo.py tests/test_demo_scenes.py tests/models/test_transformer.py tests/models/test_attention.py \
 	tests/models/test_kernels.py
 # Layout, configuration, files, data, and parity with the original in training; `check` adds parity in sampling. With lint
 # and types about a minute on two idle cores (docs/log.md).

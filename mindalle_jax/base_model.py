@@ -109,9 +109,10 @@ class Model:
     ) -> Self:
         """Loads a model.
 
-        path_or_name: "demo", the small model in the package, which draws coloured shapes; a converted folder; a folder
-        in the original's PyTorch format, or "minDALL-E/1.3B" (downloaded), which are converted into the cache first,
-        about 5 GB each; or "OWNER/NAME", a repository of the Hugging Face hub that holds either format.
+        path_or_name: "demo", the small model of emoji in the package, or "demo-scenes", that of shapes; a converted
+        folder; a folder in the original's PyTorch format, or "minDALL-E/1.3B" (downloaded), which are converted into
+        the cache first, about 5 GB each; or "OWNER/NAME", a repository of the Hugging Face hub that holds either
+        format.
         dtype: compute dtype; None is float32 on CPU and bfloat16 elsewhere.
         mesh: a jax Mesh with the one axis "data": rows are sharded over its devices. None: the first device; for a
         small network on CPU one per core, up to 8, which JAX finds there if it has not been used before.

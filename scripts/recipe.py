@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -15,13 +16,15 @@ from PIL import Image
 
 from mindalle_jax.cli import main as mindalle
 from mindalle_jax.cli.parser import HelpFormatter, path
-from mindalle_jax.config.file import load_section
+from mindalle_jax.config.file import load_config, load_section
 from mindalle_jax.config.schema import ExperimentConfig
 from mindalle_jax.errors import MindalleError
 from mindalle_jax.ranking.ranker import ClipRanker
 from mindalle_jax.runtime.devices import training_devices
 from mindalle_jax.storage.files import RANKER
 from mindalle_jax.storage.model_folder import copy_model
+from mindalle_jax.storage.results import write_model
+from mindalle_jax.storage.weights import map_weights, read_manifest
 from mindalle_jax.text.known_words import read_known_words
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -119,23 +122,45 @@ def make_codes(data: Path) -> None:
 
 
 def pack_model(
-    transformer: Path, clip: Path, folder: Path, *, card: str, about: str, examples: tuple[str, ...]
+    transformer: Path,
+    clip: Path,
+    folder: Path,
+    *,
+    card: str,
+    about: str,
+    examples: tuple[str, ...],
+    sharpness: float = 1.0,
 ) -> None:
     """The model and its ranker in float16, with what it knows, a licence, and a card, which is written last.
 
-    Nothing is done where the card lies already. about, examples: as of KnownWords.
+    Nothing is done where the card lies already. about, examples: as of KnownWords. sharpness: as of write_sharpened.
     """
     if (folder / "README.md").exists():
         return
     if folder.exists():
         shutil.rmtree(folder)
-    copy_model(transformer, folder, dtype="float16")
+    with tempfile.TemporaryDirectory(dir=folder.parent) as sharpened:
+        write_sharpened(transformer, Path(sharpened), sharpness)
+        copy_model(sharpened, folder, dtype="float16")
     ClipRanker.from_pretrained(clip, dtype="float32").save_pretrained(folder / RANKER, dtype="float16")
     shutil.copyfile(CONFIGS.parent / "LICENSE", folder / "LICENSE")
     known_words = read_known_words(folder / "tokenizer")
     assert known_words is not None  # train-tokenizer wrote them
     dataclasses.replace(known_words, about=about, examples=examples).save(folder / "tokenizer")
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_sharpened(model: Path, folder: Path, sharpness: float) -> None:
+    """Writes a model into an existing folder, with `sharpness` times its logits of codes.
+
+    Temperature 1 of the result is 1 / sharpness of the model.
+    """
+    manifest = read_manifest(model)
+    params = map_weights(model / "stage2.safetensors", manifest["tensors"]["stage2"])
+    params["head_img/weight"] = params["head_img/weight"] * np.float32(sharpness)
+    dropout = manifest.get("caption_dropout")
+    config = load_config(model / "config.yaml")
+    write_model(model, config, folder, lambda path, _: params[path], manifest["source"], caption_dropout=dropout)
 
 
 def write_metrics(file: Path, metrics: Mapping[str, Any]) -> None:

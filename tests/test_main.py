@@ -41,7 +41,7 @@ def test_ctrl_c_in_a_process(tmp_path):
 
 def test_closed_streams_are_no_error(tmp_path):
     """Of a daemon, say. The images are written, and nothing that belongs to stderr goes elsewhere."""
-    command = f"exec {sys.executable} -m mindalle_jax sample 'a red circle' -n 1 -o {tmp_path}/out 2>&-"
+    command = f"exec {sys.executable} -m mindalle_jax sample 'a red apple' -n 1 -o {tmp_path}/out 2>&-"
     done = subprocess.run(["sh", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=120)
     out = tmp_path / "out"
     assert (done.returncode, done.stdout) == (0, f"1 image, {out}/grid.png and {out}/meta.json\n")

@@ -117,7 +117,7 @@ def test_top_to_bottom(executed, demo):
     assert not [output for cell in outputs.values() for output in cell if output.output_type == "error"]
     assert "float32" in outputs["load"][0].data["text/plain"]
     assert "application/vnd.jupyter.widget-view+json" in outputs["panel"][0].data
-    expected = demo("a small pink diamond on a sky background", num_candidates=4)
+    expected = demo("a parrot, 3d style", num_candidates=4)
     shown = pixels(base64.b64decode(outputs["call"][-1].data["image/png"]))
     np.testing.assert_array_equal(shown, pixels(expected._repr_png_()))
     best = pixels(base64.b64decode(outputs["best"][-1].data["image/png"]))
@@ -213,13 +213,13 @@ def test_new_seed(panel):
 def test_known_words(panel):
     """The panel lists them, and says which words of a prompt are none. HTML in a prompt is shown, not obeyed."""
     (words,) = [child for child in panel.children if getattr(child, "titles", ()) == ("Words that this model knows",)]
-    assert "This model draws one or two coloured shapes" in words.children[0].value
-    assert "turquoise" in words.children[0].value and words.selected_index is None
-    panel.prompt.value = "a red star by <img src=x>"
+    assert "This model draws emoji of animals" in words.children[0].value
+    assert "parrot" in words.children[0].value and words.selected_index is None
+    panel.prompt.value = "a red apple by <img src=x>"
     panel.sheet.observe(lambda _: panel.stop_button.click(), "value")
     press(panel)
     assert panel.messages.value.startswith('<div style="color: chocolate">Warning: demo does not know')
-    assert "star by &lt;img src=x&gt;" in panel.messages.value and "<img" not in panel.messages.value
+    assert "apple by &lt;img src=x&gt;" in panel.messages.value and "<img" not in panel.messages.value
     press(panel)
     assert panel.messages.value.count("<div") == 1  # again, and not twice
 
@@ -257,7 +257,7 @@ def test_guidance_of_a_model_without_caption_dropout(panel, demo, monkeypatch):
     [
         ("prompt", " ", "the prompt is blank; type what to sample"),
         ("prompt", "star " * 600, "has 3,000 characters; at most 2,000 are taken"),
-        ("top_k", "99999", "top_k must be an integer in [1, 269] (the number of codes), or off (None); not 99999"),
+        ("top_k", "99999", "top_k must be an integer in [1, 1024] (the number of codes), or off (None); not 99999"),
         ("top_k", "<b>", "top-k must be a whole number, or off; not &#x27;&lt;b&gt;&#x27;"),
         ("batch_size", "0", "batch_size must be an integer in [1, 4096], not 0"),
         ("clip", " ", "name the CLIP model: a folder"),

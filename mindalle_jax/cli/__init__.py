@@ -155,7 +155,7 @@ def _without_verb(argv: Sequence[str]) -> int:
         description="minDALL-E in JAX: text to image.",
         epilog="verbs:\n"
         + "\n".join(f"  {name:{width}}{verb.help}" for name, verb in VERBS.items())
-        + '\n\nexample:\n  mindalle sample "a large red circle above a small blue ring"\n\n'
+        + '\n\nexample:\n  mindalle sample "a parrot, 3d style"\n\n'
         "mindalle VERB --help lists the options of a verb.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
@@ -166,7 +166,7 @@ def _without_verb(argv: Sequence[str]) -> int:
         if given.startswith("--") and (near := did_you_mean(given, ("--help", "--version"))):
             hint = f"unknown option {given}{near}"
         elif given.startswith("-") or " " in given:
-            hint = 'a verb comes first, as in mindalle sample "a large red circle"'
+            hint = 'a verb comes first, as in mindalle sample "a red apple"'
         else:
             near = did_you_mean(OTHER_WORDS.get(given, given), VERBS)
             hint = f"there is no verb {given}{near or '; mindalle --help lists them'}"

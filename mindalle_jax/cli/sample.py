@@ -17,7 +17,7 @@ from mindalle_jax.sampling.options import SamplingOptions, check_every, check_ke
 from mindalle_jax.storage.files import DEMO, IN_PACKAGE, check_writable, disk_errors
 
 EXAMPLE = """
-mindalle sample "a large red circle above a small blue ring"
+mindalle sample "a parrot, 3d style"
 mindalle sample "a painting of a cat" -m minDALL-E/1.3B -n 96 --ranker ViT-B/32 --best 16 -o cats
 """
 FIELDS = {field.name: field for field in dataclasses.fields(SamplingOptions)}
@@ -49,8 +49,8 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         "-m",
         "--model",
         default=DEMO,
-        help="demo (small, in the package: coloured shapes), a converted folder, a folder in the original's format, "
-        "minDALL-E/1.3B, or OWNER/NAME on the Hugging Face hub (its cache alone with HF_HUB_OFFLINE=1 in the "
+        help="demo (small, in the package: emoji), demo-scenes (shapes), a converted folder, one in the original's "
+        "format, minDALL-E/1.3B, or OWNER/NAME on the Hugging Face hub (its cache alone with HF_HUB_OFFLINE=1 in the "
         "environment)",
     )
     how.add_argument("--revision", metavar="REV", help="branch, tag or commit of a --model on the hub")

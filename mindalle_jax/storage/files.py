@@ -14,7 +14,7 @@ from mindalle_jax.errors import MindalleError, OutputError
 
 DEMO = "demo"
 """Name of the model in the package that is taken where none is named."""
-IN_PACKAGE = {name: Path(__file__).parent.parent / "demo-scenes" for name in (DEMO, "demo-scenes")}
+IN_PACKAGE = {name: Path(__file__).parent.parent / name for name in (DEMO, "demo-scenes")}
 """Name -> folder of the small models that ship in the package, each with its ranker."""
 RANKER = "ranker"
 """Folder in a model folder with a CLIP model that goes with it."""

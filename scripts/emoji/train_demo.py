@@ -29,6 +29,9 @@ from scripts.emoji.things import STYLES, Things, read_things
 
 NUM_VALID = 500
 VOCAB_SIZE = 3072
+SHARPNESS = 2.0
+"""What the logits are multiplied by in the model that ships. An emoji is learned by heart and has 256 codes: what is
+left of doubt at each of them spoils a third of the images (docs/log.md)."""
 # What a size changes in the configurations of configs/emoji. That of a GPU was chosen by arithmetic, and never run.
 CHANGES: dict[str, dict[str, list[str]]] = {
     "cpu": {},
@@ -54,8 +57,8 @@ license: apache-2.0
 
 # Emoji
 
-A small text-to-image model, with its ranker in `ranker/`: one of {things} things in one of three styles on a plain
-ground, 64 x 64 pixels. Made from nothing by `scripts/emoji/train_demo.py`; no published weights and no photographs went
+A small text-to-image model, with its ranker in `ranker/`: one of {things} things in one of three styles, 64 x 64
+pixels. Made from nothing by `scripts/emoji/train_demo.py`; no published weights and no photographs went
 into it.
 
     mindalle sample "a parrot, 3d style" --model FOLDER --out DIR
@@ -63,7 +66,9 @@ into it.
 - Things: animals, plants, food, vehicles, buildings, tools, clothes, faces and others. `tokenizer/words.json` lists the
   words. The model learned one image of each thing in each style, and samples little else.
 - Styles: {styles}. Without a style in the prompt, the candidates vary.
-- Grounds: {grounds}. Without a ground in the prompt, the ground is white.
+- Grounds: {grounds}. The thing is on a white card, which has the ground around it. Without a ground in the prompt,
+  all is white.
+- Temperature 1 is 1 / {sharpness:g} of the model as trained, since its logits are multiplied by {sharpness:g}.
 - {heldout} pairs of a thing and a style were held out of training.
 - `metrics.json` says how often its images are right.
 
@@ -108,9 +113,13 @@ def pack(work: Path) -> None:
         styles=", ".join(STYLES),
         grounds=", ".join(GROUNDS),
         heldout=len(pairs(things, True)),
+        sharpness=SHARPNESS,
         credits="\n".join(f"- {package.credit}" for package in PACKAGES),
     )
-    recipe.pack_model(work / "transformer", work / "clip", work / "demo", card=card, about=ABOUT, examples=EXAMPLES)
+    recipe.pack_model(
+        work / "transformer", work / "clip", work / "demo",
+        card=card, about=ABOUT, examples=EXAMPLES, sharpness=SHARPNESS,
+    )  # fmt: skip
 
 
 def measure_model(work: Path, count: int) -> None:

@@ -22,8 +22,8 @@ def test_mindalle_alone_shows_its_help(mindalle_cli):
         (["smaple"], "mindalle: there is no verb smaple; did you mean sample?"),
         (["fine"], "mindalle: there is no verb fine; did you mean finetune?"),
         (["nonsense"], "mindalle: there is no verb nonsense; mindalle --help lists them"),
-        (["a cat"], 'mindalle: a verb comes first, as in mindalle sample "a large red circle"'),
-        (["--prompt", "a cat"], 'mindalle: a verb comes first, as in mindalle sample "a large red circle"'),
+        (["a cat"], 'mindalle: a verb comes first, as in mindalle sample "a red apple"'),
+        (["--prompt", "a cat"], 'mindalle: a verb comes first, as in mindalle sample "a red apple"'),
         (["convert", "x"], "mindalle convert: the following arguments are required: DST; mindalle convert --help "
          "lists the options"),
     ],

@@ -332,7 +332,7 @@ def test_words_without_quotes_are_noted(sample, prompts, noted):
 
 
 def test_the_hint_about_gpus_is_not_for_demo(mindalle_cli, out):
-    code, _, err = mindalle_cli("sample", "a red circle", "-n", 1, "-o", out)
+    code, _, err = mindalle_cli("sample", "a red apple", "-n", 1, "-o", out)
     assert code == 0 and "demo, loaded in" in err and "GPU" not in err
 
 

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mindalle_jax import Dalle
 from mindalle_jax.errors import MindalleError
+from mindalle_jax.storage.weights import read_manifest
 from scripts import recipe
 
 
@@ -40,6 +42,18 @@ def test_each_device_has_its_share_of_a_batch(monkeypatch, tmp_path, folder):
         assert asked[-1] == (
             "train", "--config", config, "--out", tmp_path, f"experiment.local_batch_size={share}", *changed,
         )  # fmt: skip
+
+
+def test_a_sharpened_model_has_larger_logits_of_codes(tmp_path, tiny_dalle, tiny_model_folder):
+    """Those of text are as before, and so is the rest of the model."""
+    recipe.write_sharpened(tiny_model_folder, tmp_path, 2.0)
+    sharpened = Dalle.from_pretrained(tmp_path, mesh=tiny_dalle.mesh)
+    codes = np.random.default_rng(0).integers(0, 80, (2, 64))
+    texts = tiny_dalle.tokenize(["the cat", "a dog"])
+    before, after = (model.logits(texts, codes) for model in (tiny_dalle, sharpened))
+    np.testing.assert_array_equal(after[0], 2 * before[0])
+    np.testing.assert_array_equal(after[1], before[1])
+    assert read_manifest(tmp_path)["caption_dropout"] == read_manifest(tiny_model_folder)["caption_dropout"] == 0.1
 
 
 @pytest.mark.parametrize(("count", "size"), [(6, (6, 4)), (7, (6, 6)), (2, (6, 2))])

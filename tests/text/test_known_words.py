@@ -109,9 +109,16 @@ def test_a_list_of_megabytes_is_not_read(tmp_path):
         read_known_words(tmp_path)
 
 
-def test_the_models_in_the_package_know_their_examples():
-    known_words = read_known_words(IN_PACKAGE["demo-scenes"] / "tokenizer")
-    assert known_words is not None and 30 < len(known_words.words) < 60
-    assert known_words.about == "draws one or two coloured shapes on a plain background"
+@pytest.mark.parametrize(
+    ("name", "least", "most", "about"),
+    [
+        ("demo", 500, 3000, "draws emoji of animals, plants, food, vehicles and other things in three styles"),
+        ("demo-scenes", 30, 60, "draws one or two coloured shapes on a plain background"),
+    ],
+)
+def test_the_models_in_the_package_know_their_examples(name, least, most, about):
+    known_words = read_known_words(IN_PACKAGE[name] / "tokenizer")
+    assert known_words is not None and least < len(known_words.words) < most
+    assert known_words.about.startswith(about)
     assert len(known_words.examples) == 3
-    assert [known_words.warning(example, "demo") for example in known_words.examples] == [None] * 3
+    assert [known_words.warning(example, name) for example in known_words.examples] == [None] * 3
