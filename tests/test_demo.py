@@ -71,7 +71,7 @@ def test_it_samples_what_is_asked_for(samples, some_things):
 
 
 def test_the_ranker_knows_which_image_is_of_which_prompt(demo, samples, some_things):
-    """Of eight images, the one of a prompt comes first, with at most one exception."""
+    """The image of a prompt comes first of eight, with at most one exception."""
     examples, images = samples
     prompts = [full_caption(some_things.things, example) for example in examples[:8]]
     first = [int(demo[1].rank(prompt, images[:8])[0]) for prompt in prompts]

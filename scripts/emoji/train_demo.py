@@ -30,7 +30,7 @@ from scripts.emoji.things import STYLES, Things, read_things
 NUM_VALID = 500
 VOCAB_SIZE = 3072
 SHARPNESS = 2.0
-"""What the logits are multiplied by in the model that ships. An emoji is learned by heart and has 256 codes: what is
+"""Factor of the logits in the model that ships. An emoji is learned by heart and has 256 codes: what is
 left of doubt at each of them spoils a third of the images (docs/log.md)."""
 # What a size changes in the configurations of configs/emoji. That of a GPU was chosen by arithmetic, and never run.
 CHANGES: dict[str, dict[str, list[str]]] = {
