@@ -326,8 +326,7 @@ def _write_preview(generation: Any, path: Path) -> None:
 def _say_device(model: Any, load_s: float) -> None:
     device = model.mesh.devices.flat[0]
     numbers = model.dtype + (f", int8 {model.quantize}" if model.quantize else "")
-    name = model.name if model.name in IN_PACKAGE else model.folder.name
-    print(f"{name}, loaded in {load_s:.1f} s; {device.device_kind} ({model.backend}), {numbers}",
+    print(f"{model.folder.name}, loaded in {load_s:.1f} s; {device.device_kind} ({model.backend}), {numbers}",
           file=sys.stderr)  # fmt: skip
     if model.backend == "cpu" and model.name not in IN_PACKAGE:
         print('No GPU or TPU is in use; for an NVIDIA GPU: pip install -U "jax[cuda13]"', file=sys.stderr)

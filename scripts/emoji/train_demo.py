@@ -1,4 +1,4 @@
-"""Makes a model of emoji, from nothing: images, tokenizers, VQGAN, transformer, CLIP.
+"""Makes `demo`, the model of emoji in the package, from nothing: images, tokenizers, VQGAN, transformer, CLIP.
 
     python -m scripts.emoji.train_demo --work DIR
 
