@@ -4,7 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mindalle_jax.pipeline import Dalle, ImageGPT
+    from mindalle_jax.image_gpt import ImageGPT
+    from mindalle_jax.pipeline import Dalle
     from mindalle_jax.ranking.ranker import ClipRanker
     from mindalle_jax.sampling.options import Progress, SamplingOptions
     from mindalle_jax.sampling.result import Generation
@@ -16,7 +17,7 @@ _HOMES = {
     "ClipRanker": "ranking.ranker",
     "Dalle": "pipeline",
     "Generation": "sampling.result",
-    "ImageGPT": "pipeline",
+    "ImageGPT": "image_gpt",
     "Progress": "sampling.options",
     "SamplingOptions": "sampling.options",
 }

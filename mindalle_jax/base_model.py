@@ -44,16 +44,16 @@ SMALL = 8 << 20
 
 
 class Model:
-    """The base of Dalle and ImageGPT. Several threads may call one model; processes each load their own."""
+    """The base of Dalle and ImageGPT. Several threads may call one model; each process loads its own."""
 
     folder: Path | None = None
-    """Where the model was loaded from, absolute; None for one made in memory."""
+    """Absolute path that the model was loaded from; None for a model made in memory."""
     name: str = "in memory"
     """The name that it was loaded by, or the path of its folder."""
     revision: str | None = None
-    """Of the repository, where one was named."""
+    """Branch, tag or commit of its repository, where one was named."""
     caption_dropout: float | None = None
-    """Share of captions that training left blank; None where nobody knows."""
+    """Share of captions that training left blank; None where this is unknown."""
     _image_only: bool
 
     def __init__(
@@ -65,11 +65,21 @@ class Model:
         mesh: Mesh | None = None,
         quantize: Quantize | None = None,
     ):
-        """A model of arrays in memory; from_pretrained loads one.
+        """Makes a model from arrays in memory. `from_pretrained` loads one.
 
-        params: {"stage1": the VQGAN, "stage2": the transformer}, nested, NumPy or JAX arrays; stage 2 with its blocks
-        stacked, as in training, or one by one. dtype, mesh, quantize: as from_pretrained.
-        Raises CheckpointError naming the arrays that do not fit config, UsageError, ConfigError, DeviceMemoryError.
+        Args:
+            config: the configuration.
+            params: `{"stage1": ..., "stage2": ...}`: the VQGAN and the transformer, nested dicts of NumPy or JAX
+                arrays. The blocks of stage 2 are stacked, as in training, or one by one.
+            dtype: as in `from_pretrained`.
+            mesh: as in `from_pretrained`.
+            quantize: as in `from_pretrained`.
+
+        Raises:
+            CheckpointError: some arrays do not fit the configuration; the message names them.
+            ConfigError: the configuration contradicts itself.
+            UsageError: a setting is out of range.
+            DeviceMemoryError: the weights do not fit into the memory of the device.
         """
         self._check_kind(config, "", "make")
         check_quantize(quantize)
@@ -109,19 +119,31 @@ class Model:
     ) -> Self:
         """Loads a model.
 
-        path_or_name: "demo", the small model of emoji in the package, or "demo-scenes", that of shapes; a converted
-        folder; a folder in the original's PyTorch format, or "minDALL-E/1.3B" (downloaded), which are converted into
-        the cache first, about 5 GB each; or "OWNER/NAME", a repository of the Hugging Face hub that holds either
-        format.
-        dtype: compute dtype; None is float32 on CPU and bfloat16 elsewhere.
-        mesh: a jax Mesh with the one axis "data": rows are sharded over its devices. None: the first device; for a
-        small network on CPU one per core, up to 8, which JAX finds there if it has not been used before.
-        quantize: "weights" holds the transformer's matrices as int8, half the memory of bfloat16; "weights+cache" also
-        the keys and values of the images being sampled. Images change, and are hardly less right (docs/log.md).
-        revision: branch, tag or commit of the repository; None is its main branch.
-        local_files_only: nothing is downloaded; what the caches hold has to do.
-        Raises CheckpointError, ConfigError, DownloadError, OutputError or UsageError with the file and the reason, and
-        DeviceMemoryError.
+        A model in the original's PyTorch format is converted into the cache first, which takes about 5 GB of disk.
+
+        Args:
+            path_or_name: a model folder; "demo" (emoji) or "demo-scenes" (colored shapes), the small models in the
+                package; "minDALL-E/1.3B", the published weights, which are downloaded; a folder in the original's
+                PyTorch format; or "OWNER/NAME", a repository of the Hugging Face hub that holds either format.
+            dtype: compute dtype, "float32" or "bfloat16"; None is float32 on CPU and bfloat16 elsewhere.
+            mesh: a `jax.sharding.Mesh` with the one axis "data"; candidates are sharded over its devices. None is the
+                first device. For a small model on CPU, None is one virtual device per core, up to 8, if the process
+                has not used JAX before.
+            quantize: "weights" holds the matrices of the transformer as int8, which is half the memory of bfloat16.
+                "weights+cache" also holds the cache of keys and values as int8. Few images change.
+            revision: branch, tag or commit of the repository; None is its main branch.
+            local_files_only: if True, nothing is downloaded, and the model must be in the caches.
+
+        Returns:
+            The model, on its devices.
+
+        Raises:
+            CheckpointError: a weights or tokenizer file is missing, damaged, or does not fit.
+            ConfigError: `config.yaml` is missing or wrong.
+            DownloadError: a download failed, or has another checksum than the published one.
+            OutputError: the cache cannot be written, or the disk is full.
+            UsageError: an argument is out of range.
+            DeviceMemoryError: the weights do not fit into the memory of the device.
         """
         check_quantize(quantize)
         prepare_process()
@@ -130,7 +152,7 @@ class Model:
         config, manifest = load_config(folder / "config.yaml"), read_manifest(folder)
         tensors = manifest["tensors"]
         if "stage2" not in tensors:
-            raise CheckpointError(f"{folder}: holds a VQGAN only, nothing that draws codes")
+            raise CheckpointError(f"{folder}: holds a VQGAN only, and no transformer that samples codes")
         cls._check_kind(config, f"{folder}: ", "load")
         text, h = [], config.stage2.hparams
         if not config.image_only:
@@ -172,11 +194,19 @@ class Model:
     ) -> None:
         """Writes the model to a new folder.
 
-        A model that was loaded from a folder is copied from there, with its ranker and its known words: in full
-        precision, whatever is used. Of one made in memory the arrays are written, which must be neither rounded nor
-        quantized.
-        overwrite: replace a model folder. dtype: of the weights on disk; None keeps it.
-        Raises CheckpointError, ConfigError, OutputError or UsageError, and leaves nothing half-written behind.
+        A model that was loaded from a folder is copied from there in full precision, with its ranker and its list of
+        known words. For a model made in memory, its arrays are written. An error leaves nothing behind.
+
+        Args:
+            folder: where the model goes; it appears when it is complete.
+            overwrite: if True, a model folder that is there is replaced.
+            dtype: dtype of the weights on disk; None keeps the one they have.
+
+        Raises:
+            OutputError: the folder exists, cannot be written, or the disk is full.
+            UsageError: the model was made in memory and is held in a rounded or quantized form.
+            CheckpointError: a file of the folder that the model came from is damaged.
+            ConfigError: its `config.yaml` is wrong.
         """
         target = Path(os.path.expanduser(folder))
         if self.folder is not None:
@@ -206,29 +236,51 @@ class Model:
 
     @property
     def code_size(self) -> int:
-        """h and w: rows of codes in an image, and codes in a row."""
+        """Rows of codes in an image (h), which is also the number of codes in a row (w)."""
         return self._codec.side
 
     def decode_codes(self, codes: Any) -> np.ndarray:
-        """Images f32[n, H, W, 3] in [0, 1] of codes int[n, h, w] or [n, h * w] in [0, V); n is 1 for one image's.
+        """Decodes codes to images.
 
-        Raises UsageError for codes of another shape or out of range.
+        Args:
+            codes: int[n, h, w] or int[n, h * w] in [0, V); [h, w] or [h * w] for one image.
+
+        Returns:
+            Images f32[n, H, W, 3] in [0, 1]; n is 1 for one image.
+
+        Raises:
+            UsageError: the shape or a code is out of range.
         """
         return np.concatenate(list(self._codec.decode_floats(self._codec.check_codes(codes))))
 
     def encode_images(self, images: Any) -> np.ndarray:
-        """Codes int32[n, h, w] of images of the model's size.
+        """Encodes images to codes, in float32.
 
-        images: uint8, or float in [0, 1], [n, H, W, 3] or for one image [H, W, 3]; or a PIL image in RGB, or a list.
-        Computed in float32. Raises UsageError for images of another shape, size or range.
+        Args:
+            images: arrays [n, H, W, 3], or [H, W, 3] for one image, uint8 or float in [0, 1]; or one PIL image in
+                RGB; or a list of these. All have the model's size.
+
+        Returns:
+            Codes int32[n, h, w] in [0, V).
+
+        Raises:
+            UsageError: a shape, a size or a pixel is out of range.
         """
         return self._codec.encode(images)
 
     def prompt_codes(self, image: Any, keep_rows: int) -> np.ndarray:
-        """Codes int32[m] of the first rows of an image, for the option prompt_codes.
+        """Encodes the first rows of an image, for the option `prompt_codes`.
 
-        image: RGB, of the model's size: a PIL image, or an array uint8 or float in [0, 1], [H, W, 3]; or its codes,
-        int[h * w] or [h, w]. keep_rows: in [1, h - 1]. Raises UsageError.
+        Args:
+            image: RGB, of the model's size: a PIL image, or an array [H, W, 3], uint8 or float in [0, 1]; or its
+                codes, int[h * w] or int[h, w].
+            keep_rows: rows of codes to keep from the top, in [1, h - 1].
+
+        Returns:
+            Codes int32[keep_rows * w].
+
+        Raises:
+            UsageError: the image, the codes or keep_rows is out of range.
         """
         return self._codec.encode_rows(image, keep_rows)
 
@@ -236,7 +288,14 @@ class Model:
     """The name of prompt_codes until version 0.1."""
 
     def default_batch_size(self, rows: int) -> int:
-        """The batch_size of generate where none is given. rows: candidates of a prompt, or of all prompts if mixed."""
+        """Says the batch size that `generate` takes where none is given.
+
+        Args:
+            rows: number of candidates of one prompt; with mixed batches, of all prompts.
+
+        Returns:
+            Rows per device and compiled call.
+        """
         return default_batch_size(rows, self.backend, small=self._small)
 
     def _request(self, options: SamplingOptions, prefix_ids: np.ndarray) -> RowRequest:
@@ -299,6 +358,12 @@ class Model:
         _, params = first_devices(self.mesh, 1, self._stage2)
         with pinned(self.dtype):
             return _forward(self._transformer, params, prefix_ids, codes)
+
+
+def last(generations: Iterator[Generation]) -> Generation:
+    """The result of a stream: the last of what it yields."""
+    *_, result = generations
+    return result
 
 
 def _is_small(config: Config) -> bool:

@@ -1,4 +1,4 @@
-"""Every error a person can cause, each with its own process exit code (the table in docs/cli.md is this file)."""
+"""Every error that a person can cause. Each kind has its own exit code; docs/cli.md has the table."""
 
 import difflib
 import shlex
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 
 class MindalleError(Exception):
-    """Base of the errors below. The message is one line that names the offending value and what would work."""
+    """The base of all errors. The message is one line that names the offending value and what would work."""
 
     exit_code = 1
 

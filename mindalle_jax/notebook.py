@@ -29,7 +29,8 @@ from PIL import Image
 from mindalle_jax.base_model import SMALL
 from mindalle_jax.data.images import crop_square, decode_image
 from mindalle_jax.errors import MindalleError, UsageError, one_line
-from mindalle_jax.pipeline import Dalle, ImageGPT
+from mindalle_jax.image_gpt import ImageGPT
+from mindalle_jax.pipeline import Dalle
 from mindalle_jax.sampling.options import Progress, SamplingKeywords, SamplingOptions
 from mindalle_jax.sampling.result import NOT_SAMPLED, SHOWN_PIXELS, Generation
 from mindalle_jax.storage.weights import count_parameters
@@ -59,20 +60,40 @@ _one_panel_samples = threading.Lock()
 
 
 def studio(model: Dalle | ImageGPT) -> "Studio":
-    """The panel of a loaded model. Raises UsageError for anything else."""
+    """Makes a panel for a notebook: a prompt, the options, and images that appear while they are sampled.
+
+    Args:
+        model: a loaded model.
+
+    Returns:
+        The panel. As the last line of a cell it is shown.
+
+    Raises:
+        UsageError: model is something else.
+    """
     if not isinstance(model, (Dalle, ImageGPT)):
         raise UsageError(f"studio takes a loaded model, studio(Dalle.from_pretrained('demo')), not {model!r:.60}")
     return Studio(model)
 
 
 class Studio(widgets.VBox):
-    """The panel. Its controls are attributes: `panel.seed.value = 7; panel.generate_button.click(); panel.wait()`."""
+    """The panel that `studio` makes. Nothing is sampled before a button is pressed.
+
+    Its controls are attributes: `panel.seed.value = 7; panel.generate_button.click(); panel.wait()`.
+
+    Attributes:
+        model: the model that samples.
+        result: the Generation that the panel shows. It is unfinished while it is sampled, and None before the first.
+    """
 
     def __init__(self, model: Dalle | ImageGPT):
-        """Nothing is sampled before a button is pressed."""
+        """Makes the panel of a loaded model.
+
+        Args:
+            model: the model that samples.
+        """
         self.model = model
         self.result: Generation | None = None
-        """The Generation shown: unfinished while it is sampled, None before the first one."""
         self._running, self._stop, self._thread = threading.Lock(), threading.Event(), None
         self._uploaded: np.ndarray | None = None  # uint8[H, W, 3]
 

@@ -1,53 +1,92 @@
-"""Dalle and ImageGPT: text, or a class, -> codes -> pixels -> ranked images. Images are channels last."""
+"""Dalle: text -> codes -> pixels -> ranked images. Images are channels last."""
 
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Self, Unpack
+from typing import Any, Unpack
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from mindalle_jax.base_model import Model
-from mindalle_jax.config.file import ConfigFile, load_config
+from mindalle_jax.base_model import Model, last
 from mindalle_jax.config.schema import Config
 from mindalle_jax.errors import UsageError, warn
-from mindalle_jax.hub.resolve import find_model
-from mindalle_jax.runtime.devices import DType, prepare_process
 from mindalle_jax.sampling.events import RowRequest
 from mindalle_jax.sampling.generate import generate_codes
 from mindalle_jax.sampling.options import (
     DEFAULT_TOP_K,
-    Quantize,
     SamplingKeywords,
     SamplingOptions,
     as_prompts,
     check_every,
     check_ids,
-    class_prefix,
     takes_options,
 )
 from mindalle_jax.sampling.result import Generation
-from mindalle_jax.storage.initialize import cached_transfer
 from mindalle_jax.text.tokenizer import TextTokenizer, TokenizedPrompts
 
 
 class Dalle(Model):
-    """Text to image."""
+    """A text-to-image model: prompts -> codes -> images, which a CLIP model may rank.
+
+    Load one with `from_pretrained`. Several threads may call one model.
+
+    Shapes below use n for candidates, P for prompts, H and W for the height and width of an image in pixels, h and w
+    for its rows of codes and the codes in a row, and V for the number of codes.
+
+    Attributes:
+        config (Config): the configuration.
+        tokenizer (TextTokenizer): turns prompts into text ids.
+        folder: absolute path that the model was loaded from; None for a model made in memory.
+        name: the name that it was loaded by, or the path of its folder.
+        revision: branch, tag or commit of its repository, where one was named.
+        dtype (str): compute dtype, "float32" or "bfloat16".
+        mesh (Mesh): devices that it computes on.
+        backend (str): kind of these devices, "cpu", "gpu" or "tpu".
+        quantize (str | None): what is held as int8, as in `from_pretrained`.
+        caption_dropout: share of captions that training left blank; None where this is unknown.
+
+    Examples:
+        >>> from mindalle_jax import Dalle
+        >>> model = Dalle.from_pretrained("demo")
+        >>> images = model("a parrot, 3d style", num_candidates=2, seed=0)
+        >>> images.images.shape, images.codes.shape
+        ((2, 64, 64, 3), (2, 256))
+    """
 
     _image_only = False
 
     def __init__(self, config: Config, params: dict[str, Any], tokenizer: TextTokenizer, **settings: Any):
-        """As Model, with the tokenizer that turns prompts into the ids of config."""
+        """Makes a model from arrays in memory. `from_pretrained` loads one.
+
+        Args:
+            config: the configuration of a text-to-image model.
+            params: `{"stage1": ..., "stage2": ...}`: the VQGAN and the transformer, nested dicts of NumPy or JAX
+                arrays. The blocks of stage 2 are stacked, as in training, or one by one.
+            tokenizer: turns prompts into ids below `config.stage2.vocab_size_txt`.
+            **settings: dtype, mesh and quantize, as in `from_pretrained`.
+
+        Raises:
+            CheckpointError: some arrays do not fit the configuration; the message names them.
+            ConfigError: the configuration contradicts itself.
+            UsageError: a setting is out of range.
+            DeviceMemoryError: the weights do not fit into the memory of the device.
+        """
         super().__init__(config, params, **settings)
         self.tokenizer = tokenizer
 
     def tokenize(self, prompts: str | Sequence[str]) -> np.ndarray:
-        """Text ids int32[P, N] of P prompts (one for a bare string); "" gives padding only.
+        """Turns prompts into text ids.
 
-        Warns (UserWarning) of prompts that are cut or mostly unknown. Raises UsageError for what is not text, or over
-        2,000 characters.
+        Warns (UserWarning) of prompts that are cut or mostly unknown.
+
+        Args:
+            prompts: one prompt, or a list of P. The empty string gives padding only.
+
+        Returns:
+            Ids int32[P, N]; N is the model's text length, 64 in the published model.
+
+        Raises:
+            UsageError: a prompt is not text, or is longer than 2,000 characters.
         """
         return self._tokenize(as_prompts(prompts)).ids
 
@@ -58,10 +97,18 @@ class Dalle(Model):
         return tokenized
 
     def logits(self, text_ids: Any, codes: Any) -> tuple[jax.Array, jax.Array]:
-        """The forward pass: text_ids int[B, N], codes int[B, T] -> image f32[B, T, V] and text f32[B, N-1, Vt] logits.
+        """Computes the forward pass of the transformer.
 
-        Codes of whole images may be [B, h, w], as encode_images gives them. Image logits at t are of code t given the
-        text and codes 0..t-1; text logits at i are of id i + 1.
+        Args:
+            text_ids: int[B, N], as `tokenize` gives them.
+            codes: int[B, T] with 1 <= T <= h * w, or whole images [B, h, w] as `encode_images` gives them.
+
+        Returns:
+            Image logits f32[B, T, V] and text logits f32[B, N - 1, Vt]. Image logits at t belong to code t, given the
+                text and the codes before it. Text logits at i belong to id i + 1.
+
+        Raises:
+            UsageError: a shape or an id is out of range.
         """
         if isinstance(text_ids, str):
             raise UsageError("text_ids are the ids of a text: model.logits(model.tokenize(text), codes)")
@@ -75,7 +122,20 @@ class Dalle(Model):
 
     @takes_options
     def generate_codes(self, prompt: str | Sequence[str], **options: Unpack[SamplingKeywords]) -> np.ndarray:
-        """Codes int32[n, h * w] of a prompt, [P, n, h * w] of a list, not decoded; errors as generate."""
+        """Samples codes and does not decode them.
+
+        Args:
+            prompt: one prompt, or a list of P.
+            **options: the fields of SamplingOptions, by name. A ranker is not used.
+
+        Returns:
+            Codes int32[n, h * w]; int32[P, n, h * w] for a list.
+
+        Raises:
+            UsageError: an option or a prompt is out of range.
+            NonFiniteError: the weights are damaged and give NaN or infinite logits.
+            DeviceMemoryError: the candidates sampled at once do not fit into the memory of the device.
+        """
         checked, request, _ = self._text_request(prompt, options)
         codes = generate_codes(self._networks, request, checked)
         shape = (checked.num_candidates,) if isinstance(prompt, str) else (-1, checked.num_candidates)
@@ -83,11 +143,23 @@ class Dalle(Model):
 
     @takes_options
     def generate(self, prompt: str | Sequence[str], **options: Unpack[SamplingKeywords]) -> Generation:
-        """Images of a prompt, or of each of a list.
+        """Samples images of a prompt, or of each prompt of a list. `model(prompt)` is the same.
 
-        Raises UsageError for values out of range, NonFiniteError for broken weights, DeviceMemoryError.
+        Args:
+            prompt: one prompt, or a list of P.
+            **options: the fields of SamplingOptions, by name.
+
+        Returns:
+            The images with their codes, scores and seeds; for a list, arrays have a leading axis P.
+
+        Raises:
+            UsageError: an option or a prompt is out of range.
+            NonFiniteError: the weights are damaged and give NaN or infinite numbers.
+            DeviceMemoryError: the candidates sampled at once do not fit into the memory of the device.
+            CheckpointError: the ranker cannot be loaded.
+            DownloadError: the ranker cannot be downloaded.
         """
-        return _last(self.stream(prompt, every=None, **options))
+        return last(self.stream(prompt, every=None, **options))
 
     __call__ = generate
 
@@ -95,11 +167,21 @@ class Dalle(Model):
     def stream(
         self, prompt: str | Sequence[str], *, every: int | None = 32, **options: Unpack[SamplingKeywords]
     ) -> Iterator[Generation]:
-        """Yields unfinished Generations while it samples, and in the end what generate returns, bit for bit.
+        """Yields unfinished images while it samples, and at last the result of `generate`, bit for bit.
 
-        every: codes between two of them, a multiple of a row; None yields the end alone. Codes not sampled yet are -1,
-        and images show them as the mean of the codebook. Unfinished ones have no scores.
-        Errors as generate; options are checked before anything is sampled.
+        Options are checked before anything is sampled.
+
+        Args:
+            prompt: one prompt, or a list.
+            every: number of codes between two previews, a multiple of the codes in a row; None yields the end alone.
+            **options: the fields of SamplingOptions, by name.
+
+        Yields:
+            A Generation. In an unfinished one, codes that are not sampled yet are -1, images show them as the mean of
+                the codebook, and there are no scores.
+
+        Raises:
+            UsageError: `every`, an option or a prompt is out of range. Other errors are those of `generate`.
         """
         check_every(every, self.config.stage1)
         checked, request, num_tokens = self._text_request(prompt, options, ranked=True)
@@ -110,13 +192,23 @@ class Dalle(Model):
     def complete(
         self, prompt: str | Sequence[str], image: Any, *, keep_rows: int, **options: Unpack[SamplingKeywords]
     ) -> Generation:
-        """Samples the rest of an image of which the top is given.
+        """Keeps the top of an image and samples the rest.
 
-        image: RGB, of the model's size: a PIL image, or an array uint8 or float in [0, 1], [H, W, 3].
-        keep_rows: rows of codes to keep from the top, in [1, h - 1]; a row is H / h pixels high. The kept part shows as
-        the VQGAN reconstructs it. Codes are sampled row by row from the top, so what lies below the kept rows cannot be
-        seen: neither a hole in the middle nor the bottom of an image can be kept.
-        Errors as generate.
+        Codes are sampled row by row from the top, and the model sees nothing below the kept rows. So it can keep
+        neither the bottom of an image nor what is around a hole.
+
+        Args:
+            prompt: one prompt, or a list.
+            image: RGB, of the model's size: a PIL image, or an array [H, W, 3], uint8 or float in [0, 1].
+            keep_rows: rows of codes to keep from the top, in [1, h - 1]. A row is H / h pixels high. The kept part
+                looks as the VQGAN reconstructs it.
+            **options: the fields of SamplingOptions, by name.
+
+        Returns:
+            The images, as `generate` gives them.
+
+        Raises:
+            UsageError: the image or keep_rows is out of range. Other errors are those of `generate`.
         """
         return self.generate(prompt, **options | {"prompt_codes": self.prompt_codes(image, keep_rows)})
 
@@ -124,9 +216,20 @@ class Dalle(Model):
     def variations(
         self, prompt: str | Sequence[str], codes: Any, *, keep_rows: int, **options: Unpack[SamplingKeywords]
     ) -> Generation:
-        """Samples other lower parts for an image sampled before: codes int[h * w] or [h, w], as in Generation.codes.
+        """Keeps the top of an image that was sampled before and samples new lower parts.
 
-        Give another seed, else its own candidate comes out again. keep_rows and errors: as complete.
+        Args:
+            prompt: one prompt, or a list.
+            codes: int[h * w] or int[h, w] of one image, as in `Generation.codes`.
+            keep_rows: rows of codes to keep from the top, in [1, h - 1].
+            **options: the fields of SamplingOptions, by name. Give another seed: with the same one, a candidate is
+                the same image again.
+
+        Returns:
+            The images, as `generate` gives them.
+
+        Raises:
+            UsageError: the codes or keep_rows are out of range. Other errors are those of `generate`.
         """
         return self.generate(prompt, **options | {"prompt_codes": self.prompt_codes(codes, keep_rows)})
 
@@ -142,9 +245,23 @@ class Dalle(Model):
         *,
         seed: int | None = 0,
     ) -> np.ndarray:
-        """The original's call: images f32[n, H, W, 3] in [0, 1] (the original's are [n, 3, H, W]).
+        """Samples with the original's call. New code should use `generate`.
 
-        device, use_fp16: do nothing, and warn. The device is JAX's; dtype goes to from_pretrained.
+        Args:
+            prompt: one prompt.
+            top_k: samples among the k most likely codes; None is off.
+            top_p: samples among the most likely codes that together reach this probability; None is off.
+            softmax_temperature: divides the logits; 0 takes the most likely code.
+            num_candidates: number of images.
+            device: does nothing, and warns. JAX finds the device.
+            use_fp16: does nothing, and warns. Give `dtype` to `from_pretrained`.
+            seed: in [0, 2**32); None takes a random one.
+
+        Returns:
+            Images f32[n, H, W, 3] in [0, 1], not ranked. (Those of the original are [n, 3, H, W].)
+
+        Raises:
+            UsageError: an argument is out of range, or prompt is a list. Other errors are those of `generate`.
         """
         if not isinstance(prompt, str):
             raise UsageError("sampling takes one prompt, as the original does; generate takes a list")
@@ -183,107 +300,3 @@ class Dalle(Model):
                 f"guidance_scale {options.guidance_scale:g} costs twice the time and does not make {name} follow the "
                 "prompt more closely: its training dropped no captions; fine-tune it with training.caption_dropout=0.1"
             )
-
-
-class ImageGPT(Model):
-    """Images without text: unconditional, or by class."""
-
-    _image_only = True
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_name: str | os.PathLike[str],
-        config: None = None,
-        *,
-        dtype: DType | None = None,
-        mesh: Mesh | None = None,
-        quantize: Quantize | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-    ) -> Self:
-        """As Dalle.from_pretrained. config: refused; the original's call that takes one is from_upstream here."""
-        if config is not None:
-            raise UsageError(
-                "ImageGPT.from_pretrained(upstream, config) of the original is from_upstream(upstream, config) here; "
-                "from_pretrained loads a folder with an image-only model"
-            )
-        return super().from_pretrained(
-            path_or_name,
-            dtype=dtype,
-            mesh=mesh,
-            quantize=quantize,
-            revision=revision,
-            local_files_only=local_files_only,
-        )
-
-    @classmethod
-    def from_upstream(
-        cls,
-        dalle_path: str | os.PathLike[str],
-        config: Config | str | os.PathLike[str],
-        *,
-        head: Literal["fresh", "head_img"] = "fresh",
-        seed: int = 0,
-        dtype: DType | None = None,
-        mesh: Mesh | None = None,
-    ) -> Self:
-        """An image-only model that begins from a text-to-image model, before any training.
-
-        config: of the image-only model, or a YAML file, the original's or of mindalle finetune. Fields that the file
-        leaves out are those of the text-to-image model.
-
-        Tables and blocks are taken over; start vectors, and the head unless head is "head_img", are drawn anew by the
-        seed. The model lies in the cache. Raises ConfigError where the two do not fit, and as from_pretrained.
-        """
-        prepare_process()
-        upstream = find_model(dalle_path)
-        if not isinstance(config, Config):
-            config = ConfigFile(config).model_config(load_config(upstream / "config.yaml"))
-        target = cached_transfer(upstream, config, head=head, seed=seed)
-        return cls.from_pretrained(target, dtype=dtype, mesh=mesh)
-
-    @property
-    def num_classes(self) -> int | None:
-        """Number of classes, None for an unconditional model."""
-        return self.config.stage2.hparams.n_classes if self.config.stage2.use_cls_cond else None
-
-    def logits(self, codes: Any, labels: Any = None) -> jax.Array:
-        """The forward pass: codes int[B, T] or [B, h, w], labels int[B] (class-conditional only) -> f32[B, T, V]."""
-        codes = self._check_sequence(codes)
-        image_logits, _ = self._forward(class_prefix(self.config.stage2, labels, len(codes)), codes)
-        return image_logits
-
-    @takes_options
-    def generate(self, class_id: int | None = None, **options: Unpack[SamplingKeywords]) -> Generation:
-        """Images of a class in [0, num_classes), None for an unconditional model.
-
-        Errors as Dalle.generate; without a text there is nothing to guide by, and "likelihood" alone ranks.
-        """
-        return _last(self.stream(class_id, every=None, **options))
-
-    __call__ = generate
-
-    @takes_options
-    def stream(
-        self, class_id: int | None = None, *, every: int | None = 32, **options: Unpack[SamplingKeywords]
-    ) -> Iterator[Generation]:
-        """As Dalle.stream; arguments as generate."""
-        check_every(every, self.config.stage1)
-        name = "" if class_id is None else f"class {class_id}"
-        named: dict[str, Any] = {**options, "prompts": (name,), "class_id": class_id}
-        checked = self._with_ranker(SamplingOptions.of(**named).check(self.config))
-        prefix_ids = class_prefix(self.config.stage2, None if class_id is None else [class_id], 1)
-        return self._stream(self._request(checked, prefix_ids), checked, every, single=True, class_id=class_id)
-
-    @takes_options
-    def complete(
-        self, image: Any, *, keep_rows: int, class_id: int | None = None, **options: Unpack[SamplingKeywords]
-    ) -> Generation:
-        """Samples the rest of an image of which the top is given; image and keep_rows as Dalle.complete."""
-        return self.generate(class_id, **options | {"prompt_codes": self.prompt_codes(image, keep_rows)})
-
-
-def _last(generations: Iterator[Generation]) -> Generation:
-    *_, last = generations
-    return last

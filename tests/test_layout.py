@@ -20,7 +20,7 @@ ROOMS = [
     ("notebook",),
     ("serve", "evaluation", "bulk", "plan"),
     ("training",),
-    ("pipeline",),
+    ("pipeline", "image_gpt"),
     ("base_model",),
     ("ranking",),
     ("sampling",),

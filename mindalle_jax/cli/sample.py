@@ -111,7 +111,8 @@ def run_sample(arguments: argparse.Namespace) -> None:
 
     from mindalle_jax.config.file import load_config
     from mindalle_jax.hub.resolve import find_model
-    from mindalle_jax.pipeline import Dalle, ImageGPT
+    from mindalle_jax.image_gpt import ImageGPT
+    from mindalle_jax.pipeline import Dalle
     from mindalle_jax.text.tokenizer import TextTokenizer
 
     folder = find_model(arguments.model, revision=arguments.revision)

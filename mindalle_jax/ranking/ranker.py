@@ -1,8 +1,8 @@
-"""Ranking images by a prompt: the cosine of CLIP's features, with the preprocessing of OpenAI's `clip.load`.
+"""ClipRanker ranks images by a prompt: the cosine of CLIP's features, after the preprocessing of OpenAI's `clip.load`.
 
-Square images of one size, which is what a model draws, are resized on the device, by the integers that Pillow
-computes; all others by Pillow on the host. Features are computed in chunks of one compiled size, the last one padded,
-so that they do not depend on how many images there are.
+Square images of one size, which are what a model samples, are resized on the device with the integer arithmetic of
+Pillow. Pillow resizes all other images on the host. Features are computed in chunks of one compiled size, the last one
+padded, so that they do not depend on the number of images.
 
 Dimensions: b images of one compiled call, y and x pixels, S side of the images CLIP sees, e width of the features.
 """
@@ -39,15 +39,39 @@ from mindalle_jax.text.tokenizer import check_prompt, quote_prompt
 
 
 class ClipRanker:
-    """Scores images by a prompt.
+    """A CLIP model that scores how well images fit a prompt. Load one with `from_pretrained`.
 
-    `images` below are uint8, or floating point in [0, 1], [n, H, W, 3]; or a sequence of such [H, W, 3] arrays and PIL
-    images, of any sizes. Floating point is truncated to uint8. PIL images of other modes become RGB before they are
-    resized, as in Hugging Face's processor. There must be one image, and one pixel in it.
+    Images are given as one array [n, H, W, 3], or as a sequence of arrays [H, W, 3] and PIL images of any sizes.
+    Arrays are uint8, or float in [0, 1], which is truncated to uint8. PIL images of other modes become RGB before they
+    are resized, as in Hugging Face's processor. There is at least one image.
+
+    Attributes:
+        config (ClipConfig): the configuration of CLIP.
+        tokenizer (Tokenizer): CLIP's tokenizer.
+        source (str): the name that the model was loaded by.
+        dtype (str): compute dtype, "float32" or "bfloat16".
+        mesh (Mesh): devices that it computes on.
+
+    Examples:
+        >>> import numpy as np
+        >>> from mindalle_jax import ClipRanker
+        >>> ranker = ClipRanker.from_pretrained("demo")
+        >>> images = np.zeros((2, 64, 64, 3), np.uint8)
+        >>> ranker.scores("a parrot", images).shape
+        (2,)
     """
 
     def __init__(self, model: ClipModel, *, dtype: DType | None = None, mesh: Mesh | None = None):
-        """dtype, mesh: see from_pretrained. Weights are copied to the devices in the compute dtype."""
+        """Makes a ranker from a model in memory. `from_pretrained` loads one.
+
+        Args:
+            model: configuration, weights and tokenizer.
+            dtype: as in `from_pretrained`.
+            mesh: as in `from_pretrained`.
+
+        Raises:
+            UsageError: a dtype or mesh that does not work.
+        """
         self.config, self.tokenizer, self.source = model.config, model.tokenizer, "in memory"
         self.mesh, self.dtype = choose_devices(mesh, dtype)
         self._clip = CLIP(self.config, dtype=jnp.dtype(self.dtype))
@@ -66,18 +90,27 @@ class ClipRanker:
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> Self:
-        """Loads CLIP.
+        """Loads a CLIP model with a Vision Transformer.
 
-        path_or_name: a Hugging Face folder; a .pt file of OpenAI; "demo" or "demo-scenes", the ranker of that model in
-            the package; a name of OpenAI such as "ViT-B/32", or "OWNER/NAME", a repository of the Hugging Face hub
-            (both downloaded into the cache of the hub).
-        tokenizer: the path of one, where the model has none beside it (see interop.clip.read_clip).
-        dtype: compute dtype; None is float32 on CPU and bfloat16 elsewhere.
-        mesh: a jax Mesh with the one axis "data": images are spread over its devices. None: the first device.
-        revision: branch, tag or commit of the repository; None is its main branch.
-        local_files_only: nothing is downloaded; what the cache holds has to do.
+        Args:
+            path_or_name: a Hugging Face folder; a `.pt` file of OpenAI; "demo" or "demo-scenes", the ranker of that
+                model in the package; a name of OpenAI such as "ViT-B/32"; or "OWNER/NAME", a repository of the
+                Hugging Face hub. The last two are downloaded into the cache of the hub.
+            tokenizer: path of a tokenizer, for a model that has none beside it: OpenAI's
+                `bpe_simple_vocab_16e6.txt.gz`, or a Hugging Face folder.
+            dtype: compute dtype, "float32" or "bfloat16"; None is float32 on CPU and bfloat16 elsewhere.
+            mesh: a `jax.sharding.Mesh` with the one axis "data"; images are sharded over its devices. None is the
+                first device.
+            revision: branch, tag or commit of the repository; None is its main branch.
+            local_files_only: if True, nothing is downloaded, and the model must be in the cache.
 
-        Raises CheckpointError or DownloadError with the file and the reason, UsageError for another dtype or mesh.
+        Returns:
+            The ranker, on its devices.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, or does not fit.
+            DownloadError: a download failed.
+            UsageError: an argument is out of range.
         """
         prepare_process()
         path = find_clip(path_or_name, revision=revision, local_files_only=local_files_only)
@@ -92,10 +125,17 @@ class ClipRanker:
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, overwrite: bool = False, dtype: DiskDType = "float32"
     ) -> None:
-        """Writes the model, with its tokenizer, as a Hugging Face folder.
+        """Writes the model with its tokenizer as a Hugging Face folder, which transformers loads too.
 
-        dtype: of the weights in the folder. Raises UsageError if the model was loaded in bfloat16, where the digits
-        beyond are gone; otherwise as write_clip.
+        Args:
+            folder: where the model goes; it appears when it is complete.
+            overwrite: if True, a CLIP model that is there is replaced.
+            dtype: dtype of the weights on disk.
+
+        Raises:
+            UsageError: the model was loaded in bfloat16, so its weights are rounded.
+            OutputError: the folder exists, cannot be written, or the disk is full.
+            CheckpointError: a weight is too large for the dtype.
         """
         if self.dtype != "float32":
             raise UsageError(f"weights held in {self.dtype} are not saved, they are rounded; load with dtype='float32'")
@@ -103,31 +143,55 @@ class ClipRanker:
         write_clip(Path(os.path.expanduser(folder)), ClipModel(self.config, params, self.tokenizer), overwrite, dtype)
 
     def tokenize(self, prompts: str | Sequence[str]) -> np.ndarray:
-        """Ids int32[P, N] of P prompts (one for a bare string), N the context of the text tower, 77 as a rule.
+        """Turns prompts into ids of CLIP.
 
-        Each row is start token, text, end token, and more end tokens up to N. These have no effect: attention is
-        causal, and the features of a text are those of the first end token.
+        Each row is the start token, the text, the end token, and more end tokens up to N. These have no effect:
+        attention is causal, and the features of a text are those of the first end token. Warns (UserWarning) of
+        prompts that are cut.
 
-        Warns (UserWarning) of prompts that are cut. Raises UsageError for no prompts, for what is not text, or over
-        2,000 characters.
+        Args:
+            prompts: one prompt, or a list of P.
+
+        Returns:
+            Ids int32[P, N]; N is the context of the text tower, 77 in OpenAI's models.
+
+        Raises:
+            UsageError: there is no prompt, or one is not text or longer than 2,000 characters.
         """
         return self._tokenize(as_prompts(prompts))
 
     def encode_text(self, prompts: str | Sequence[str]) -> np.ndarray:
-        """Features f32[P, e] of length 1; prompts as in tokenize.
+        """Computes the features of prompts.
 
-        Raises UsageError as tokenize, NonFiniteError for broken weights.
+        Args:
+            prompts: one prompt, or a list of P.
+
+        Returns:
+            Features f32[P, e] of length 1.
+
+        Raises:
+            UsageError: there is no prompt, or one is not text or longer than 2,000 characters.
+            NonFiniteError: the weights are damaged.
         """
         return self._text_features(self._tokenize(as_prompts(prompts)))
 
     def encode_images(self, images: Any) -> np.ndarray:
-        """Features f32[n, e] of length 1.
+        """Computes the features of images.
 
-        The short side becomes S and the long one int(S * long / short), bicubic; of that the centre S x S, which
-        starts at int(round((long - S) / 2)) as in torchvision's CenterCrop. Hugging Face's processor rounds down, so it
-        may cut one pixel off.
+        Images are resized (bicubic) so that the short side is S and the long one int(S * long / short). The center
+        S x S of the result is used. It starts at int(round((long - S) / 2)) as in torchvision's CenterCrop; Hugging
+        Face's processor rounds down, which may be one pixel off.
 
-        Raises UsageError for images of another shape, dtype or range, NonFiniteError for broken weights.
+        Args:
+            images: as in the description of the class.
+
+        Returns:
+            Features f32[n, e] of length 1.
+
+        Raises:
+            UsageError: a shape, a dtype or a pixel is out of range.
+            NonFiniteError: the weights are damaged.
+            DeviceMemoryError: a chunk of images does not fit into the memory of the device.
         """
         images, size = _to_uint8(images), self.config.vision.image_size
         # Pixels are the same either way; a collection of many sizes shall not compile a program for each.
@@ -137,7 +201,7 @@ class ClipRanker:
         device = self.mesh.devices.flat[0].device_kind
         features, waiting = [], None
         with (
-            device_memory(f"no room to rank images in the memory of {device}; use a larger device"),
+            device_memory(f"ranking does not fit into the memory of {device}; use a larger device"),
             pinned(self.dtype),
         ):
             for first in range(0, len(images), rows):
@@ -153,14 +217,35 @@ class ClipRanker:
         return _normalize(np.concatenate(features)[: len(images)], "image")
 
     def scores(self, prompt: str, images: Any) -> np.ndarray:
-        """Cosines f32[n] in [-1, 1] of the prompt with each image.
+        """Scores how well each image fits a prompt.
 
-        Warns and raises as encode_text and encode_images.
+        Args:
+            prompt: one prompt.
+            images: as in the description of the class.
+
+        Returns:
+            Cosines f32[n] in [-1, 1] of the features of the prompt with those of each image.
+
+        Raises:
+            UsageError: the prompt or an image is out of range.
+            NonFiniteError: the weights are damaged.
         """
         return self._scores(self._tokenize([prompt]), images)
 
     def rank(self, prompt: str, images: Any) -> np.ndarray:
-        """Indices int[n] of the images, the best first, the lower index first where scores are equal."""
+        """Orders images by how well they fit a prompt.
+
+        Args:
+            prompt: one prompt.
+            images: as in the description of the class.
+
+        Returns:
+            Indices int[n] of the images, the best first; of equal ones, the lower index first.
+
+        Raises:
+            UsageError: the prompt or an image is out of range.
+            NonFiniteError: the weights are damaged.
+        """
         return np.argsort(-self._scores(self._tokenize([prompt]), images), kind="stable")
 
     def _tokenize(self, prompts: Sequence[str]) -> np.ndarray:

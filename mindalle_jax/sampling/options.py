@@ -28,14 +28,16 @@ Quantize = Literal["weights", "weights+cache"]
 
 
 class Progress(NamedTuple):
-    """How far sampling is: these candidates of this prompt have that many of their codes."""
+    """Tells a callback how far sampling is. It is about one prompt and the candidates of one batch."""
 
     prompt: int
-    """index into the prompts"""
+    """Index of the prompt in the list."""
     candidates: range
+    """Numbers of the candidates in this batch."""
     codes: int
+    """Number of codes that each of them has."""
     codes_total: int
-    """h * w"""
+    """Number of codes of a whole image, h * w."""
 
 
 Callback = Callable[[Progress], bool | None]
@@ -46,7 +48,7 @@ class Scorer(Protocol):
     """Anything that can rank: ClipRanker, or an object of your own."""
 
     def scores(self, prompt: str, images: np.ndarray) -> np.ndarray:
-        """f32[n], higher is better, for images uint8[n, H, W, 3]."""
+        """Scores images uint8[n, H, W, 3]; returns f32[n], higher is better."""
         ...
 
 
@@ -92,7 +94,7 @@ def _option(
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """One request: what to sample and how. `check` gives the same request with every value checked and of one type."""
+    """One request: what to sample, and how. Its fields are the options of `generate` and its relatives, by name."""
 
     prompts: tuple[str, ...] = _option((), "texts, each of which gets its own images")
     class_id: int | None = _option(None, "class of a class-conditional image-only model")
@@ -101,7 +103,8 @@ class SamplingOptions:
         f"an integer in [1, {MAX_CANDIDATES}]", lambda n: is_integer(n) and 1 <= n <= MAX_CANDIDATES, int,
     )  # fmt: skip
     seed: int | None = _option(
-        0, "the same seed, candidate number and batch size give the same image; random (None) draws one and reports it",
+        0, "the same seed, candidate number and batch size give the same image; random (None) takes a new one "
+        "and reports it",
         "an integer in [0, 4294967296), or random (None);",
         lambda s: s is None or (is_integer(s) and 0 <= s < 2**32), int,
     )  # fmt: skip
@@ -157,7 +160,17 @@ class SamplingOptions:
 
     @classmethod
     def of(cls, **keywords: Any) -> "SamplingOptions":
-        """The options of these names. Raises TypeError for an unknown one, naming the nearest."""
+        """Makes options from keywords.
+
+        Args:
+            **keywords: fields by name.
+
+        Returns:
+            The options, not checked yet.
+
+        Raises:
+            TypeError: a name is unknown; the message has the nearest one.
+        """
         if "kept_codes" in keywords:  # the public name of old
             keywords["prompt_codes"] = keywords.pop("kept_codes")
         fields = [field.name for field in dataclasses.fields(cls)]
@@ -169,10 +182,17 @@ class SamplingOptions:
         return cls(**keywords)
 
     def check(self, config: Config | None = None, tokenizer: "TextTokenizer | None" = None) -> "SamplingOptions":
-        """The same request, checked: NumPy's numbers become Python's, a seed of None is drawn.
+        """Checks every value.
 
-        config, tokenizer: of the model; without them, what does not depend on the model is checked.
-        Raises UsageError naming value and bound.
+        Args:
+            config: the configuration of the model; None checks only what does not depend on the model.
+            tokenizer: checks the prompts too.
+
+        Returns:
+            The same request with the numbers of Python instead of those of NumPy, and a random seed instead of None.
+
+        Raises:
+            UsageError: a value is out of range; the message has the value and the bound.
         """
         values: dict[str, Any] = {}
         for field in dataclasses.fields(self):
@@ -198,11 +218,15 @@ class SamplingOptions:
 
     @property
     def guided(self) -> bool:
-        """Whether each candidate is sampled with guidance, from two prefixes."""
+        """Whether candidates are sampled with guidance, which takes a second, blank prompt for each."""
         return self.guidance_scale != 1
 
     def keywords(self) -> "SamplingKeywords":
-        """The options as keywords of generate: all but prompts and class_id."""
+        """Gives the options as keywords of `generate`.
+
+        Returns:
+            All fields but prompts and class_id.
+        """
         names = SamplingKeywords.__annotations__.keys() - {"kept_codes"}
         return SamplingKeywords(**{name: getattr(self, name) for name in names})  # type: ignore[typeddict-item]
 

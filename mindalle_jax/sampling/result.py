@@ -27,32 +27,44 @@ SHOWN_PIXELS = 128
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Generation:
-    """Images of one prompt. Arrays are in candidate order; `len`, index and iteration give PIL images, the best first.
+    """The images of one prompt, with their codes, scores and seeds. A notebook shows it as a sheet.
 
-    For a list of P prompts every array has a leading axis P before the n candidates, and index and iteration give the
-    Generation of each prompt.
+    Arrays are in the order of the candidates. `len`, index and iteration give PIL images, the best first.
+
+    For a list of P prompts, every array has a leading axis P before the n candidates. Index and iteration then give
+    the Generation of each prompt.
     """
 
     images: np.ndarray
-    """uint8[(P,) n, H, W, 3]"""
+    """Images uint8[(P,) n, H, W, 3]."""
     codes: np.ndarray
-    """int32[(P,) n, h * w]; -1 where sampling has not come yet, or was stopped"""
+    """Codes int32[(P,) n, h * w] in [0, V); -1 for a code that is not sampled yet."""
     scores: np.ndarray | None
-    """f32[(P,) n], higher is better: cosines of CLIP or log-likelihoods. NaN for an image that is not complete. None
-    without a ranker"""
+    """Scores f32[(P,) n], higher is better: cosines by CLIP in [-1, 1], or log-likelihoods in nats. NaN for an image
+    that is not complete. None without a ranker."""
     seeds: np.ndarray
-    """uint32[(P,) n]: candidate i of a seed is the same image however many are sampled"""
+    """Seeds uint32[(P,) n]. A candidate of a seed is the same image however many are sampled."""
     prompts: list[str]
-    """P prompts, or one; what was sampled without text has the name of its class, or ``"""
+    """The P prompts, or the one. For an image-only model, the name of the class, or the empty string."""
     meta: dict[str, Any]
-    """Settings, model, device and versions: everything needed to sample the same images again."""
+    """Options, model, device and versions: everything that is needed to sample the same images again."""
 
     def __len__(self) -> int:
-        """Number of images; of prompts, for a list of them."""
+        """Number of images; for a list, number of prompts."""
         return len(self.images)
 
     def __getitem__(self, index: int | slice) -> Any:
-        """The image of that place in the order, 0 the best; for a list of prompts the Generation of one."""
+        """Gives one image by its rank.
+
+        Args:
+            index: 0 is the best image. For a list of prompts, the number of a prompt. A slice gives a list.
+
+        Returns:
+            A PIL image; for a list of prompts, a Generation.
+
+        Raises:
+            IndexError: there is no such image or prompt.
+        """
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
@@ -82,20 +94,40 @@ class Generation:
         return file.getvalue()
 
     def best(self, n: int) -> list[Any]:
-        """The n best images as PIL images, the best first; for a list of prompts a list of these for each."""
+        """Gives the best images.
+
+        Args:
+            n: how many, at most.
+
+        Returns:
+            PIL images, the best first; for a list of prompts, one such list for each prompt.
+
+        Raises:
+            UsageError: n is not an integer of at least 1.
+        """
         if self.images.ndim == 5:
             return [one.best(n) for one in self]
         return [Image.fromarray(self.images[entry["candidate"]]) for entry in self._ranked(n)[0]]
 
     @property
     def order(self) -> np.ndarray:
-        """int64[(P,) n]: candidates from best to worst, equal ones by number; without scores 0, 1, 2, ..."""
+        """Candidates int64[(P,) n] from best to worst, equal ones by number; without scores 0, 1, 2, ..."""
         if self.scores is None:
             return np.broadcast_to(np.arange(self.seeds.shape[-1]), self.seeds.shape)
         return np.argsort(-self.scores, axis=-1, stable=True)  # NaN comes last
 
     def of_prompt(self, p: int) -> "Generation":
-        """The images of one of a list of prompts, as a call with that prompt alone gives them."""
+        """Gives the images of one prompt of a list.
+
+        Args:
+            p: number of the prompt, from 0.
+
+        Returns:
+            What a call with that prompt alone gives.
+
+        Raises:
+            IndexError: there is no such prompt.
+        """
         if self.images.ndim == 4:
             if p != 0:
                 raise IndexError(f"there is one prompt, number 0, and none of number {p}")
@@ -107,10 +139,20 @@ class Generation:
         return Generation(self.images[p], self.codes[p], scores, self.seeds[p], self.prompts[p : p + 1], meta)
 
     def grid(self, best: int | None = None, *, scale: int = 1) -> Image.Image:
-        """A sheet, one block of rows per prompt: the images from best to worst, or at most `best` of them.
+        """Makes a sheet of the images, from best to worst, with one block of rows per prompt.
 
-        Under each stands its candidate number; with scores its rank, its score, and the number. What is not sampled yet
-        is grey. scale: how many times as wide and as high images are shown.
+        Below each image stands the number of its candidate; with scores, its rank, its score and the number. What is
+        not sampled yet is grey.
+
+        Args:
+            best: at most this many images of each prompt; None is all.
+            scale: enlarges images this many times.
+
+        Returns:
+            The sheet, a PIL image in RGB.
+
+        Raises:
+            UsageError: best is not an integer of at least 1.
         """
         blocks = self._ranked(best)
         n, height, width = len(blocks[0]), *(scale * side for side in self.images.shape[-3:-1])
@@ -135,14 +177,25 @@ class Generation:
         return sheet
 
     def save(self, folder: str | os.PathLike[str], *, best: int | None = None, overwrite: bool = False) -> list[Path]:
-        """Writes one PNG per image, grid.png and meta.json; returns the paths of the images, best first.
+        """Writes one PNG per image, `grid.png` and `meta.json`.
 
-        Names hold seed and candidate: seed0_candidate003.png; with scores also rank, from 1, and score, so that a file
-        browser shows the best first: rank001_score0.2713_seed0_candidate003.png. For a list of prompts prompt00_ comes
-        first. The PNG files say how they were made (image_file.py; `mindalle show` reads it).
-        best: at most that many images of each prompt; None: all. Those that are not complete are not written.
-        A folder that exists and is not empty is an OutputError; with overwrite the images that its meta.json names go,
-        and files of the same names are replaced. UsageError if no image is complete.
+        Without a ranker, a file is named by seed and candidate: `seed0_candidate003.png`. With scores, rank and score
+        come first, so that a file browser shows the best first: `rank001_score0.2713_seed0_candidate003.png`. For a
+        list of prompts, `prompt00_` comes before that. Every PNG says how it was made; `mindalle show FILE` prints
+        this. Images that are not complete are not written.
+
+        Args:
+            folder: a new or empty folder.
+            best: at most this many images of each prompt; None is all.
+            overwrite: if True, the images that `meta.json` in the folder names are removed, and files of the same
+                names are replaced. Other files stay.
+
+        Returns:
+            Paths of the images, the best first.
+
+        Raises:
+            OutputError: the folder is not empty and overwrite is False, or it cannot be written.
+            UsageError: no image is complete, best is out of range, or folder is the name of an image file.
         """
         folder = Path(os.path.expanduser(folder))
         if folder.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
@@ -206,7 +259,7 @@ class Generation:
         return blocks
 
     def _sampled_part(self, p: int, candidate: int) -> np.ndarray:
-        """One image uint8[H, W, 3] with NOT_SAMPLED in place of the patches whose codes are missing."""
+        """One image uint8[H, W, 3] whose patches without a code have the color NOT_SAMPLED."""
         image = self.images.reshape(-1, *self.seeds.shape[-1:], *self.images.shape[-3:])[p, candidate]
         codes = self.codes.reshape(-1, *self.seeds.shape[-1:], self.codes.shape[-1])[p, candidate]
         if codes.min() >= 0:

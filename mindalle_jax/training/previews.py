@@ -12,7 +12,8 @@ from PIL import Image
 
 from mindalle_jax.config.schema import Config, Stage1Config
 from mindalle_jax.errors import ConfigError, UsageError
-from mindalle_jax.pipeline import Dalle, ImageGPT
+from mindalle_jax.image_gpt import ImageGPT
+from mindalle_jax.pipeline import Dalle
 from mindalle_jax.runtime.devices import DType
 from mindalle_jax.sampling.codec import ImageCodec
 from mindalle_jax.sampling.options import class_prefix

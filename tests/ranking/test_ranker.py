@@ -408,5 +408,5 @@ def test_out_of_memory_while_ranking(ranker, pictures, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 68719476736 bytes.")
 
     monkeypatch.setattr(rerank, "encode_images", exhausted)
-    with pytest.raises(DeviceMemoryError, match="no room to rank images in the memory of cpu"):
+    with pytest.raises(DeviceMemoryError, match="ranking does not fit into the memory of cpu"):
         ranker.scores("a cat", pictures)
