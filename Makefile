@@ -1,6 +1,7 @@
 # make sample             images of PROMPT in a new folder below out/, from the model in the package or MODEL=NAME
 # make check              lint, types and the tests of CHECKED, before each commit
 # make test               lint, types and all tests
+# make docs               the site of docs/ in site/; open site/index.html
 # make test-structure     compiled programs for an H100 and a TPU, neither of which need be there (4 GB)
 #
 # Each makes its own virtual environment. Another Python or JAX gets its own: make test PYTHON=python3.12 JAX=0.11.2
@@ -24,7 +25,7 @@ OPTIMISED := tests/test_golden.py tests/test_demo.py tests/test_demo_scenes.py t
 CHECKED := tests/test_layout.py tests/test_contributing.py tests/config tests/text tests/storage tests/data \
 	tests/training/test_step.py
 
-.PHONY: sample check lint test test-structure
+.PHONY: sample check lint test docs test-structure
 
 sample: $(VENV)/installed
 	$(BIN)/mindalle sample "$(PROMPT)" --model "$(MODEL)" --num-candidates $(N) $(if $(OUT),--out "$(OUT)")
@@ -42,6 +43,9 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(OPTIMISED:%=--ignore=%)
 	XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -n 2 --dist load $(OPTIMISED)
 
+docs: $(VENV)/installed-docs
+	$(BIN)/zensical build --clean --strict
+
 test-structure: $(VENV)-structure/installed
 	$(VENV)-structure/bin/python -m pytest -ra tests/structure/test_devices.py
 
@@ -54,6 +58,10 @@ $(VENV)/installed: $(BIN)/python pyproject.toml
 
 $(VENV)/installed-test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]' $(VERSIONS)
+	@touch $@
+
+$(VENV)/installed-docs: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[docs]' $(VERSIONS)
 	@touch $@
 
 $(VENV)-structure/installed: pyproject.toml

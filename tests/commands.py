@@ -1,9 +1,11 @@
 """What the tests of the commands read: messages, results and folders."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,6 +41,20 @@ def edit_checkpoint(path: Path, edit) -> None:
     tensors = result if isinstance(result, dict) else tensors
     path.unlink()
     write_torch_archive(path, [(key, a.dtype, a.shape) for key, a in tensors.items()], tensors.__getitem__)
+
+
+class Installed(NamedTuple):
+    """The package as its wheel installs it, in a folder outside the checkout."""
+
+    folder: Path
+
+    def run(
+        self, *arguments: object, cwd: Path, timeout_s: int = 120, **environment: str
+    ) -> subprocess.CompletedProcess:
+        """Runs Python with this package in its path, and a terminal that is 80 columns wide."""
+        variables = os.environ | {"PYTHONPATH": str(self.folder), "COLUMNS": "80", **environment}
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout_s)
 
 
 def python(*arguments, **options) -> subprocess.CompletedProcess:

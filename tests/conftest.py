@@ -18,6 +18,8 @@ os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 import dataclasses
 import json
 import string
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ import jax
 import numpy as np
 import pytest
 from clip_oracle import random_model
+from commands import ROOT, Installed
 from golden_sets import GOLDEN_SETS
 
 from mindalle_jax import Dalle
@@ -98,6 +101,26 @@ def compilations() -> Iterator[list[float]]:
 def golden(request: pytest.FixtureRequest) -> Path:
     """Folder of each set of arrays of the original implementation."""
     return GOLDEN_SETS[request.param]
+
+
+@pytest.fixture(scope="session")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the source distribution, and the wheel that is built from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def installed(distributions: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """The wheel, installed outside the checkout."""
+    folder = tmp_path_factory.mktemp("installed")
+    (wheel,) = distributions.glob("*.whl")
+    options = ["--quiet", "--no-deps", "--no-index", "--disable-pip-version-check", "--target", str(folder)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(wheel)], check=True, timeout=120)
+    return Installed(folder)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import mindalle_jax
-from mindalle_jax.cli import convert, prepare_codes, sample, show, train
+from mindalle_jax.cli import configs, convert, prepare_codes, sample, show, train
 from mindalle_jax.cli.logs import quiet_libraries
 from mindalle_jax.cli.parser import HelpFormatter, Parser
 from mindalle_jax.errors import MindalleError, UsageError, did_you_mean, install_hint, printable
@@ -62,6 +62,12 @@ VERBS = {
         "make a tokenizer from the captions of a data set",
         train.TOKENIZER_EXAMPLE,
     ),
+    "configs": Verb(
+        configs.add_configs_arguments,
+        configs.run_configs,
+        "list the presets for --config, or print one",
+        configs.EXAMPLE,
+    ),
     "prepare-codes": Verb(
         prepare_codes.add_prepare_codes_arguments,
         prepare_codes.run_prepare_codes,
@@ -75,7 +81,14 @@ VERBS = {
         convert.EXAMPLE,
     ),
 }
-OTHER_WORDS = {"train": "finetune", "generate": "sample", "draw": "sample", "export": "convert", "info": "show"}
+OTHER_WORDS = {
+    "train": "finetune",
+    "generate": "sample",
+    "draw": "sample",
+    "export": "convert",
+    "info": "show",
+    "presets": "configs",
+}
 """Other words that people type -> the verb."""
 
 

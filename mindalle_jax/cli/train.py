@@ -12,11 +12,10 @@ from mindalle_jax.errors import MindalleError, UsageError
 
 TRAINING_MODULES = ("optax", "orbax", "grain", "tensorboardX")
 """Modules of the extra [train]."""
-FINETUNE_EXAMPLE = "mindalle finetune --config configs/finetune-captions.yaml data.train=photos --out runs/cats"
-VQGAN_EXAMPLE = "mindalle train-vqgan --config configs/scenes/vqgan.yaml data.train=photos --out runs/vqgan"
+FINETUNE_EXAMPLE = "mindalle finetune --config finetune-captions data.train=photos --out runs/cats"
+VQGAN_EXAMPLE = "mindalle train-vqgan --config emoji/vqgan data.train=photos --out runs/vqgan"
 CLIP_EXAMPLE = (
-    "mindalle train-clip --config configs/scenes/clip.yaml data.train=photos training.tokenizer=clip-tokenizer "
-    "--out runs/clip"
+    "mindalle train-clip --config emoji/clip data.train=photos training.tokenizer=clip-tokenizer --out runs/clip"
 )
 TOKENIZER_EXAMPLE = """
 mindalle train-tokenizer photos --out tokenizer --vocab-size 8192 --kind mindalle
@@ -28,7 +27,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of a training run."""
     text = "changes to the configuration, as data.train=photos"
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=text)
-    add_path(parser, "--config", required=True, metavar="FILE", help="configs/ has some to start from")
+    add_path(
+        parser,
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="a YAML file, or the name of a preset; `mindalle configs` lists them",
+    )
     text = "folder of the run, in the end a model; a run that is there is resumed"
     add_path(parser, "-o", "--out", required=True, metavar="DIR", help=text)
     text = "resume although the data set has changed since the checkpoint"

@@ -14,8 +14,9 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import yaml
 
+from mindalle_jax.config.presets import preset_files
 from mindalle_jax.config.schema import Config, Stage1Hparams
-from mindalle_jax.errors import ConfigError
+from mindalle_jax.errors import ConfigError, did_you_mean
 
 
 class AnyFile(Protocol):
@@ -42,6 +43,7 @@ def load_config(
 ) -> AnyConfig:
     """Reads a config.yaml, then applies `section.key=value` overrides in order.
 
+    path: a file, or the name of a preset (config/presets.py); a file goes first.
     kind: Config, or a dataclass with other sections. defaults: whose fields stand in for those of dataset, stage1 and
     stage2 that the file leaves out; None: the published model's.
     Raises ConfigError naming the file, the field and the nearest valid name or the type expected.
@@ -115,8 +117,14 @@ def dump_config(config: Any, sections: Collection[str] | None = None) -> str:
 def _read(path: str | os.PathLike[str]) -> str:
     try:
         return Path(os.path.expanduser(path)).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError("cannot be read: no such file") from None
+    except (FileNotFoundError, IsADirectoryError):
+        presets, name = preset_files(), Path(path).as_posix()
+        if name in presets:
+            return presets[name].read_text(encoding="utf-8")
+        hint = "" if os.path.isabs(path) else did_you_mean(name, presets)
+        if not hint and not Path(path).suffix:
+            hint = " and no preset; mindalle configs lists them"
+        raise ConfigError(f"cannot be read: {'a folder' if Path(path).is_dir() else 'no such file'}{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot be read: {error}") from None
 

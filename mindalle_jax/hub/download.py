@@ -15,7 +15,6 @@ of `unpack` and of the reader of the weights.
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import http.client
 import io
@@ -400,18 +399,27 @@ def _locked(path: Path) -> Iterator[None]:
         lock = io.FileIO(lock_path, "a+")
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock, wait=False)
         except BlockingIOError:
             lock.seek(0)
             holder = lock.read(200).decode(errors="replace").strip() or "another process"
             log.warning("waiting for %s, which is fetching %s", holder, path)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _lock(lock, wait=True)
         except OSError as error:
             log.warning("%s: no locks on this disk (%s); run one download at a time", path.parent, _reason(error))
         with disk_errors(lock_path):
             lock.truncate(0)
         write_all(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
+
+
+def _lock(file: io.FileIO, wait: bool) -> None:
+    """Locks an open file. Raises BlockingIOError if another process holds it, and OSError if locks do not work."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        raise OSError(errno.ENOSYS, "this system has no fcntl") from None
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def _reason(error: BaseException) -> str:

@@ -109,6 +109,6 @@ def _copy_members(archive: Path, raw: BinaryIO, stream: gzip.GzipFile, folder: P
 
 def _create(path: Path) -> io.FileIO:
     """A new file, never through a link; unbuffered, so that no write is left for close()."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)  # not on Windows
     with disk_errors(path):
         return io.FileIO(path, "w", opener=lambda name, _: os.open(name, flags, 0o666))

@@ -86,7 +86,7 @@ def test_the_process_keeps_its_own_warnings(sample):
         (
             ["sample"],
             ["--prompts-file", "does not grow with it (default: 16)", "(default: 256, or all codes", "(default: off)",
-             "the lowest id on a tie (default: 1.0)", "random draws one and reports it (default: 0)",
+             "the lowest id on a tie (default: 1.0)", "random takes a new one and reports it (default: 0)",
              "(default: float32 on CPU, bfloat16 elsewhere)"],
         ),
         (["convert"], ["SRC", "DST", "the format to make (default: jax)"]),
@@ -118,7 +118,8 @@ def test_the_examples_of_the_documentation_are_commands():
     blocks = re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
     assert {command[1] for command in commands} == {
-        "sample", "show", "finetune", "train-tokenizer", "train-vqgan", "train-clip", "prepare-codes", "convert"
+        "sample", "show", "finetune", "train-tokenizer", "train-vqgan", "train-clip", "configs", "prepare-codes",
+        "convert",
     }  # fmt: skip
     for command in commands:
         assert command[0] == "mindalle"
