@@ -1,4 +1,4 @@
-"""scripts/plot_curves.py: what a run wrote, as lines and points at their places."""
+"""scripts/figures/curves.py: what a run wrote, as lines and points at their places."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from mindalle_jax.errors import DataError
-from scripts import plot_curves
+from scripts.figures import curves
 
 
 @pytest.fixture
@@ -20,30 +20,21 @@ def run(tmp_path):
 
 
 def test_a_line_of_means_and_points(run):
-    curve = plot_curves.read_curve(run, "loss")
+    curve = curves.read_curve(run, "loss")
     assert curve.valid == [(500, 2), (1000, 0)]
-    assert len(curve.train) == plot_curves.PARTS and curve.train[0] == (5.5, pytest.approx(4 - 5.5 / 250))
-    assert plot_curves.read_curve(run, "psnr").train == []
+    assert len(curve.train) == curves.PARTS and curve.train[0] == (5.5, pytest.approx(4 - 5.5 / 250))
+    assert curves.read_curve(run, "psnr").train == []
     with pytest.raises(DataError, match="no row has lost"):
-        plot_curves.read_curve(run, "lost")
+        curves.read_curve(run, "lost")
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(0, 4.2, [0, 1, 2, 3, 4]), (0, 1000, [0, 200, 400, 600, 800, 1000]), (27.2, 31, [28, 29, 30, 31]),
-     (0, 0.03, [0, 0.01, 0.02, 0.03])],
-)  # fmt: skip
-def test_ticks_are_round(low, high, expected):
-    assert plot_curves.ticks(low, high) == expected
-
-
-def test_the_file_is_svg_with_a_panel_a_run(run, tmp_path):
+def test_the_file_is_svg_with_one_panel_per_run(run, tmp_path):
     out = tmp_path / "a.svg"
     panels = [["--run", "Loss <1>", str(run), "loss", "nats"], ["--run", "Images", str(run), "psnr", "dB"]]
-    plot_curves.main(plot_curves.parser().parse_args(["--out", str(out), *panels[0], *panels[1]]))
+    curves.main(curves.parser().parse_args(["--out", str(out), *panels[0], *panels[1]]))
     text = out.read_text()
     ElementTree.fromstring(text)
     assert "Loss &lt;1&gt;" in text and text.count("<polyline") == 1 and text.count("<circle") == 4
     (line,) = re.findall('points="([^"]*)"', text)
     heights = [float(point.split(",")[1]) for point in line.split()]
-    assert heights == sorted(heights) and heights[-1] == pytest.approx(plot_curves.HEIGHT - plot_curves.BOTTOM, abs=2)
+    assert heights == sorted(heights) and heights[-1] == pytest.approx(curves.HEIGHT - curves.BOTTOM, abs=2)
