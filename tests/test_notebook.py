@@ -213,7 +213,7 @@ def test_new_seed(panel):
 def test_known_words(panel):
     """The panel lists them, and says which words of a prompt are none. HTML in a prompt is shown, not obeyed."""
     (words,) = [child for child in panel.children if getattr(child, "titles", ()) == ("Words that this model knows",)]
-    assert "This model draws emoji of animals" in words.children[0].value
+    assert "This model samples emoji of animals" in words.children[0].value
     assert "parrot" in words.children[0].value and words.selected_index is None
     panel.prompt.value = "a red apple by <img src=x>"
     panel.sheet.observe(lambda _: panel.stop_button.click(), "value")

@@ -96,8 +96,8 @@ def _option(
 class SamplingOptions:
     """One request: what to sample, and how. Its fields are the options of `generate` and its relatives, by name."""
 
-    prompts: tuple[str, ...] = _option((), "texts, each of which gets its own images")
-    class_id: int | None = _option(None, "class of a class-conditional image-only model")
+    prompts: tuple[str, ...] = _option((), "one text, or several; each gets its own images")
+    class_id: int | None = _option(None, "number of a class, for a class-conditional image-only model")
     num_candidates: int = _option(
         16, "images per prompt; memory does not grow with it",
         f"an integer in [1, {MAX_CANDIDATES}]", lambda n: is_integer(n) and 1 <= n <= MAX_CANDIDATES, int,
@@ -120,8 +120,8 @@ class SamplingOptions:
         "a finite number > 0, or 0 for greedy;", lambda t: _is_number(t) and t >= 0, float,
     )  # fmt: skip
     guidance_scale: float = _option(
-        1.0, "above 1 follows the prompt more closely; works only for models fine-tuned with caption dropout (the "
-        "published weights were trained without it), and takes twice the memory and nearly twice the time",
+        1.0, "above 1 follows the prompt more closely, for twice the memory and nearly twice the time. Works only for "
+        "models fine-tuned with caption dropout; the published weights were trained without it",
         "a finite number >= 0, 1 for off;", lambda g: _is_number(g) and g >= 0, float,
     )  # fmt: skip
     batch_size: int | None = _option(
@@ -131,16 +131,18 @@ class SamplingOptions:
         lambda b: b is None or (is_integer(b) and 1 <= b <= MAX_BATCH_SIZE), int,
     )  # fmt: skip
     mixed_batches: bool = _option(
-        False, "fill batches with rows of several prompts: much faster for many prompts with few images each. Images "
-        "are those of this mode: the same for a prompt whatever else is in the list",
+        False, "fill batches with rows of several prompts: much faster for many prompts with few images each. In "
+        "this mode too an image does not depend on the other prompts in the list",
         "True or False", lambda m: isinstance(m, bool),
     )  # fmt: skip
     jacobi: bool = _option(
-        False, "sample a row of codes at once, again and again until nothing changes: the same codes but for rounding, "
-        "in fewer passes; faster for one candidate or a few",
+        False, "sample all codes of a row at once, and repeat until nothing changes: the same codes but for rounding, "
+        "in fewer passes. Faster for one candidate or a few",
         "True or False", lambda j: isinstance(j, bool),
     )  # fmt: skip
-    prompt_codes: Any = _option(None, "codes int[m] of whole rows that every image begins with; complete sets it")
+    prompt_codes: Any = _option(
+        None, "codes int[m] of whole rows that every image begins with; `complete` and `variations` set it"
+    )
     ranker: Ranker = _option(
         "auto", "what orders the images: auto (the CLIP model in the folder of the model, where there is one), a CLIP "
         "model (a folder, OpenAI's name such as ViT-B/32, or a hub id), likelihood (the transformer's own "

@@ -1,11 +1,10 @@
-"""Makes `demo`, the model of emoji in the package, from nothing: images, tokenizers, VQGAN, transformer, CLIP.
+"""Trains demo, the model of emoji in the package, from nothing: images, tokenizers, VQGAN, transformer, CLIP.
 
     python -m scripts.emoji.train_demo --work DIR
 
-The packages that the emoji are taken from are fetched by npm into DIR/packages. Every stage goes on where it was
-interrupted when the same command is given again, and what is complete is not done again: remove DIR/demo to have it
-packed and measured anew. DIR/demo is then the model with its ranker and card, DIR/demo/metrics.json what was measured
-of it, and the sheets beside it are what it samples.
+npm fetches the packages of the emoji into DIR/packages. If the script is interrupted, the same command resumes it, and
+skips the stages that are complete. The result is DIR/demo: the model with its ranker, its card, and metrics.json with
+its accuracy. Sheets of samples lie beside it. Remove DIR/demo to pack and measure it again.
 """
 
 import argparse
@@ -30,9 +29,9 @@ from scripts.emoji.things import STYLES, Things, read_things
 NUM_VALID = 500
 VOCAB_SIZE = 3072
 SHARPNESS = 2.0
-"""Factor of the logits in the model that ships. An emoji is learned by heart and has 256 codes: what is
-left of doubt at each of them spoils a third of the images (docs/log.md)."""
-# What a size changes in the configurations of configs/emoji. That of a GPU was chosen by arithmetic, and never run.
+"""Factor of the logits in the model that ships. An emoji is learned by heart and has 256 codes. The doubt that is left
+at each code would spoil a third of the images (docs/log.md)."""
+# Size -> changes to the presets in configs/emoji. The changes for a GPU were chosen by arithmetic, and never run.
 CHANGES: dict[str, dict[str, list[str]]] = {
     "cpu": {},
     "gpu": {
@@ -46,7 +45,7 @@ CHANGES: dict[str, dict[str, list[str]]] = {
         "clip": ["experiment.total_batch_size=512", "optimizer.max_steps=1500", "training.warmup_steps=100"],
     },
 }  # fmt: skip
-ABOUT = "draws emoji of animals, plants, food, vehicles and other things in three styles: 3d, flat and noto"
+ABOUT = "samples emoji of animals, plants, food, vehicles and other things in three styles: 3d, flat and noto"
 EXAMPLES = ("a parrot, 3d style", "a red apple", "flat rocket on sky")
 CARD = """\
 ---
@@ -90,13 +89,13 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def all_things(work: Path) -> Things:
-    """The things, from packages that are fetched if need be."""
+    """Reads the things, after fetching the packages that are missing."""
     fetch_packages(work / "packages")
     return read_things(work / "packages")
 
 
 def make_emoji(work: Path) -> None:
-    """Images with captions, to train on, CLIP on pairs that differ in one thing, and to validate by."""
+    """Renders images with captions for training and validation, and for CLIP pairs that differ in one way."""
     things = all_things(work)
     learned, heldout = (len(ROUND) * len(pairs(things.things, held)) for held in (False, True))
     write_emoji(work / "emoji", things, "train", learned)
@@ -106,7 +105,7 @@ def make_emoji(work: Path) -> None:
 
 
 def pack(work: Path) -> None:
-    """The folder that ships."""
+    """Packs the folder that ships."""
     things = all_things(work).things
     card = CARD.format(
         things=len(things),
@@ -123,7 +122,7 @@ def pack(work: Path) -> None:
 
 
 def measure_model(work: Path, count: int) -> None:
-    """Writes metrics.json and the sheets."""
+    """Measures the model, and writes metrics.json and the sheets."""
     demo = work / "demo"
     file = demo / "metrics.json"
     if file.exists() and json.loads(file.read_text(encoding="utf-8"))["prompts"] == count:
@@ -140,7 +139,7 @@ def measure_model(work: Path, count: int) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of the command line."""
     return recipe.make_parser(__doc__, CHANGES)
 
 

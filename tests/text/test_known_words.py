@@ -112,8 +112,8 @@ def test_a_list_of_megabytes_is_not_read(tmp_path):
 @pytest.mark.parametrize(
     ("name", "least", "most", "about"),
     [
-        ("demo", 500, 3000, "draws emoji of animals, plants, food, vehicles and other things in three styles"),
-        ("demo-scenes", 30, 60, "draws one or two coloured shapes on a plain background"),
+        ("demo", 500, 3000, "samples emoji of animals, plants, food, vehicles and other things in three styles"),
+        ("demo-scenes", 30, 60, "samples one or two colored shapes on a plain background"),
     ],
 )
 def test_the_models_in_the_package_know_their_examples(name, least, most, about):
