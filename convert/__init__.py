@@ -1,4 +1,4 @@
-"""Thin scripts with sources, checksums and commands; the work is `mindalle convert`."""
+"""Scripts that name sources, checksums and commands; `mindalle convert` does the work."""
 
 import sys
 

@@ -1,6 +1,6 @@
 """Converts minDALL-E weights from PyTorch, without PyTorch. The same as `mindalle convert`.
 
-Source: Kakao Brain's release, `minDALL-E/1.3B` (about 5 GB), MD5 57b008f02ceaa02b779c8b7463143315:
+The source is the release of Kakao Brain, `minDALL-E/1.3B` (about 5 GB), with the MD5 57b008f02ceaa02b779c8b7463143315:
 https://arena.kakaocdn.net/brainrepo/models/minDALL-E/57b008f02ceaa02b779c8b7463143315/1.3B.tar.gz
 
     python -m convert.mindalle minDALL-E/1.3B models/mindalle                      # download and convert

@@ -1,4 +1,4 @@
-"""Random choices that a name determines, for data sets whose image n is always the same."""
+"""Makes random choices that a name determines, for data sets whose image n is always the same."""
 
 import random
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ _T = TypeVar("_T")
 
 
 class Chance:
-    """A generator named by a text. Of Python's only random() is promised to stay the same."""
+    """A random generator whose seed is a text. It uses only random(), which Python promises not to change."""
 
     def __init__(self, name: str) -> None:
         self._random = random.Random(name).random
 
     def share(self, probability: float) -> bool:
-        """True in this share of the calls."""
+        """True with this probability."""
         return self._random() < probability
 
     def of(self, options: Sequence[_T]) -> _T:
-        """One of them, each as likely."""
+        """One of the options, each with the same probability."""
         return options[int(self._random() * len(options))]

@@ -1,12 +1,12 @@
-"""Fine-tuning in one file: pure data parallelism with jax.pmap, to read from top to bottom.
+"""Fine-tunes with data parallelism by jax.pmap, in one file that you can read from top to bottom.
 
-    python scripts/finetune_pmap.py --config configs/finetune-captions.yaml --out cats data.train=photos \\
+    python scripts/finetune_pmap.py --config finetune-captions --out cats data.train=photos \\
         training.init_from=models/mindalle training.caption_dropout=0 training.ema_decay=0
 
-The loss, the optimizer, the data and the configuration are those of `mindalle finetune`, and so are the numbers. Every
-device of this machine holds the whole state: 20 bytes per parameter, 25.8 GB for the published model, and activations.
-There are no adapters, no moving average, no caption dropout, no sharding, no validation and no checkpoints: for any of
-these use `mindalle finetune`.
+The loss, the optimizer, the data and the configuration are those of `mindalle finetune`, and so are the losses that it
+logs. Every device of this machine holds the whole state, 20 bytes per parameter (25.8 GB for the published model), and
+its activations. Use `mindalle finetune` for adapters, moving average, caption dropout, sharding, validation and
+checkpoints.
 
     base model -> a copy on each device -> steps, gradients summed over micro-batches and devices -> model folder
 """
@@ -91,7 +91,7 @@ def train_step(
 
 
 def check(config: FinetuneConfig, num_devices: int) -> None:
-    """Raises ConfigError for settings that change the result and are not here, and for batches that cannot be split."""
+    """Raises ConfigError for settings that this script lacks, and for batches that cannot be split."""
     training, h = config.training, config.stage2.hparams
     asked = {
         "training.lora.rank": training.lora.rank,
@@ -114,18 +114,19 @@ def check(config: FinetuneConfig, num_devices: int) -> None:
 def finetune(
     config_file: str | Path, overrides: Sequence[str], out: Path, devices: Sequence[Any] | None = None
 ) -> None:
-    """Trains from the model that the configuration names, and makes `out` a model folder with metrics.jsonl in it.
+    """Trains the model that the configuration names, and writes a model folder with metrics.jsonl to `out`.
 
-    devices: None is all of this machine. Raises as mindalle_jax.training.finetune.finetune, and NonFiniteError at once.
+    devices: None is all devices of this machine. Raises as mindalle_jax.training.finetune.finetune, and NonFiniteError
+    at the first step that is not finite.
     """
-    # ---- configuration: what the file leaves out is as in the model that it names
+    # ---- configuration: fields that the file leaves out are as in the model that it names
     devices = jax.local_devices() if devices is None else devices
     config, base = read_finetune(config_file, overrides)
     check(config, len(devices))
     check_output(out, overwrite=out.is_dir())  # an empty folder may be used
     prepare_process()
 
-    # ---- data: batches of the size of a step
+    # ---- data: each batch is that of one step
     model_config, experiment = config.model_config(), config.experiment
     tokenizer, task = None, "text"
     if config.image_only:
@@ -144,7 +145,7 @@ def finetune(
     )
     max_steps = count_steps(config.optimizer.max_steps, len(source), experiment.total_batch_size, experiment.epochs)
 
-    # ---- model and optimizer: float32 parameters, computation in bfloat16 where the device is made for it
+    # ---- model and optimizer: float32 parameters; computation in bfloat16, and in float32 on CPU
     shapes = leaf_shapes(model_config, "stage2")
     dtype = jnp.dtype("bfloat16" if experiment.use_amp and devices[0].platform != "cpu" else "float32")
     schedule = learning_rate(config.optimizer, config.training.warmup_steps, max_steps)
@@ -168,14 +169,14 @@ def finetune(
         donate_argnums=0,
     )
 
-    # ---- folder: only now, when nothing can be wrong with the configuration and the data
+    # ---- folder: only now, after the configuration and the data are checked
     check_base(config, base)
     base = start_folder(config, base, out)  # for a transfer: with a fresh head and start vector
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / "finetune_pmap.yaml").write_text(dump_config(config), encoding="utf-8")
 
-    # ---- a copy on each device; pmap wants an argument that is split, hence the first
+    # ---- a copy on each device; the first argument is there because pmap needs one that is split
     def load(stage: Stage) -> dict[str, jax.Array]:
         paths = leaf_shapes(model_config, stage)
         first = SingleDeviceSharding(devices[0])
@@ -220,8 +221,14 @@ def main() -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration (default: none)"
     )
-    parser.add_argument("--config", required=True, type=path, metavar="FILE", help="configs/ has some to start from")
-    parser.add_argument("--out", required=True, type=path, metavar="DIR", help="a new or empty folder: the model")
+    parser.add_argument(
+        "--config",
+        required=True,
+        type=path,
+        metavar="FILE",
+        help="a preset or a YAML file; mindalle configs lists the presets",
+    )
+    parser.add_argument("--out", required=True, type=path, metavar="DIR", help="a new or empty folder for the model")
     arguments = parser.parse_args()
     try:
         finetune(arguments.config, arguments.overrides, arguments.out)

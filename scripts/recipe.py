@@ -1,4 +1,4 @@
-"""Shared by the recipes of the models in the package: the stages, which run commands, and the folder that ships."""
+"""Runs the recipes of the models in the package: stages, which run commands, and the folder that ships."""
 
 import argparse
 import dataclasses
@@ -37,7 +37,7 @@ class Recipe(NamedTuple):
     """A model that is trained from nothing, with its ranker."""
 
     name: str
-    """Folder in configs/, and of the data set in the work folder; NAME-valid and NAME-clip lie beside it."""
+    """Name of the folder in configs/ and of the data set in the work folder; NAME-valid and NAME-clip lie beside it."""
     vqgan_valid: str
     """Folder of the data set that the VQGAN is validated with."""
     vocab_sizes: tuple[int, int]
@@ -90,16 +90,16 @@ def run_stages(stages: Mapping[str, Callable[[], None]], wanted: str) -> None:
 
 
 def run(*arguments: Any) -> None:
-    """A command of the package, in this process; raises MindalleError if it does not succeed."""
+    """Runs a command of the package in this process. Raises MindalleError if it does not succeed."""
     print(f"$ mindalle {' '.join(map(str, arguments))}", file=sys.stderr)
     if mindalle([str(argument) for argument in arguments]):
-        raise MindalleError(f"mindalle {arguments[0]} did not come to its end; the same command goes on")
+        raise MindalleError(f"mindalle {arguments[0]} did not finish; the same command resumes it")
 
 
 def run_training(verb: str, config: Path, out: Path, *overrides: str) -> None:
-    """A training of the package; each device gets its share of a batch at once.
+    """Runs a training of the package, in which each device computes its share of a batch at once.
 
-    CLIP's batch cannot be split into micro-batches.
+    The reason is that the batch of CLIP cannot be split into micro-batches.
     """
     total = load_section(config, overrides, "experiment", ExperimentConfig).total_batch_size
     share = max(1, total // len(training_devices()))
@@ -107,7 +107,7 @@ def run_training(verb: str, config: Path, out: Path, *overrides: str) -> None:
 
 
 def make_tokenizers(data: Path, vocab_sizes: tuple[int, int]) -> None:
-    """The transformer's and CLIP's, from the captions to train on, beside the data set."""
+    """Trains the tokenizers of the transformer and of CLIP on the training captions, beside the data set."""
     for kind, name, size in zip(("mindalle", "clip"), ("tokenizer", "clip-tokenizer"), vocab_sizes, strict=True):
         out = data.with_name(name)
         if not out.exists():
@@ -115,7 +115,7 @@ def make_tokenizers(data: Path, vocab_sizes: tuple[int, int]) -> None:
 
 
 def make_codes(data: Path) -> None:
-    """The codes of all images to train on and to validate with, beside the data set."""
+    """Computes the codes of all training and validation images, beside the data set."""
     for end in ("", "-valid"):
         source, out = data.with_name(data.name + end), data.with_name("codes" + end)
         run("prepare-codes", "--model", data.with_name("vqgan"), "--data", source, "--out", out, "--batch-size", 32)
@@ -131,9 +131,9 @@ def pack_model(
     examples: tuple[str, ...],
     sharpness: float = 1.0,
 ) -> None:
-    """The model and its ranker in float16, with what it knows, a licence, and a card, which is written last.
+    """Packs the model and its ranker in float16, with its known words, a license, and a card, which is written last.
 
-    Nothing is done where the card lies already. about, examples: as of KnownWords. sharpness: as of write_sharpened.
+    Does nothing if the card exists already. about, examples: see KnownWords. sharpness: see write_sharpened.
     """
     if (folder / "README.md").exists():
         return
@@ -171,7 +171,7 @@ def write_metrics(file: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def write_sheet(images: Any, file: Path, columns: int) -> None:
-    """Rows of `columns` images uint8[n, S, S, 3] in one PNG; the last row is filled up with white."""
+    """Writes images uint8[n, S, S, 3] in rows of `columns` to one PNG; the last row is filled up with white."""
     images = np.asarray(images)
     blank = np.full((-len(images) % columns, *images.shape[1:]), 255, np.uint8)
     all_images = np.concatenate([images, blank])
@@ -180,12 +180,15 @@ def write_sheet(images: Any, file: Path, columns: int) -> None:
 
 
 def make_parser(description: str | None, sizes: Collection[str]) -> argparse.ArgumentParser:
-    """The options of a recipe."""
+    """The parser of the command line of a recipe."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     parser.add_argument("--work", required=True, type=path, metavar="DIR", help="where everything goes")
-    parser.add_argument("--size", choices=list(sizes), default="cpu", help="by where it is trained")
+    parser.add_argument("--size", choices=list(sizes), default="cpu", help="the device to train on")
     parser.add_argument(
-        "--stage", choices=["all", *STAGES], default="all", help="only this stage; those before it must be done"
+        "--stage",
+        choices=["all", *STAGES],
+        default="all",
+        help="run only this stage, after those before it",
     )
-    parser.add_argument("--prompts", type=int, default=500, metavar="N", help="sampled to measure, of each split")
+    parser.add_argument("--prompts", type=int, default=500, metavar="N", help="prompts per split to measure with")
     return parser

@@ -22,11 +22,11 @@ from mindalle_jax.interop.mindalle import import_checkpoint
 
 SHORT = {
     "finetune": "experiment.epochs=1 experiment.total_batch_size=2 experiment.local_batch_size=1 "
-    "experiment.valid_batch_size=2 training.warmup_steps=0 training.ema_decay=0",
+    "experiment.valid_batch_size=2 training.warmup_steps=0 training.ema_decay=0 dataset.image_resolution=64",
     "train-vqgan": "experiment.epochs=1 experiment.total_batch_size=2 experiment.local_batch_size=1 "
     "experiment.valid_batch_size=2",
     "train-clip": "experiment.epochs=1 experiment.total_batch_size=2 experiment.local_batch_size=2 "
-    "experiment.valid_batch_size=2 training.warmup_steps=0",
+    "experiment.valid_batch_size=2 training.warmup_steps=0 optimizer.max_steps=2",
 }
 """Verb -> what is added to its commands, so that two steps on two images are a run."""
 TIMEOUT_S = 300
@@ -83,11 +83,11 @@ def remove_outputs(command: str, folder: Path) -> None:
 
 
 def stand_in_config(tiny: Config) -> Config:
-    """The tiny model with 64 x 64 pixels and 16 x 16 codes, as many as the published model has."""
-    stage1 = dataclasses.replace(
-        tiny.stage1, hparams=dataclasses.replace(tiny.stage1.hparams, resolution=64, attn_resolutions=(16,))
-    )
-    stage2 = dataclasses.replace(tiny.stage2, hparams=dataclasses.replace(tiny.stage2.hparams, ctx_len_img=256))
+    """The tiny model with 64 x 64 pixels and 16 x 16 codes, as many as the published model has, out of 160."""
+    hparams1 = dataclasses.replace(tiny.stage1.hparams, resolution=64, attn_resolutions=(16,))
+    stage1 = dataclasses.replace(tiny.stage1, n_embed=160, hparams=hparams1)
+    hparams2 = dataclasses.replace(tiny.stage2.hparams, ctx_len_img=256)
+    stage2 = dataclasses.replace(tiny.stage2, vocab_size_img=160, hparams=hparams2)
     return dataclasses.replace(
         tiny, dataset=dataclasses.replace(tiny.dataset, image_resolution=64), stage1=stage1, stage2=stage2
     )

@@ -15,6 +15,7 @@ from scripts.emoji.dataset import Example, captions, full_caption
 from scripts.emoji.judge import Judge, accuracy
 from scripts.emoji.packages import PACKAGES
 from scripts.emoji.things import STYLES, Thing, Things
+from scripts.emoji.train_demo import CARD
 
 FOLDER = IN_PACKAGE[DEMO]
 MB = 10**6
@@ -57,6 +58,7 @@ def test_what_the_package_holds():
 def test_the_card_credits_the_authors_of_the_images():
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert all(package.credit in card for package in PACKAGES)
+    assert [line for line in CARD.splitlines() if "{" not in line and line not in card] == []  # what the recipe writes
     assert all(text in card for text in ("Google", "Twitter", "Microsoft", "Apache-2.0", "CC-BY 4.0", "MIT"))
 
 

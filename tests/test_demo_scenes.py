@@ -12,7 +12,7 @@ from mindalle_jax.cli import main
 from mindalle_jax.errors import UsageError
 from mindalle_jax.hub.resolve import find_clip, find_model
 from mindalle_jax.storage.files import IN_PACKAGE, RANKER
-from scripts.scenes.accuracy import accuracy, draw_scenes
+from scripts.scenes.accuracy import accuracy, sample_scenes
 from scripts.scenes.dataset import captions, make_scene
 
 SCENES = IN_PACKAGE["demo-scenes"]
@@ -45,7 +45,7 @@ def test_it_draws_what_is_asked_for(demo):
     """Few enough for a test, which fails where pictures have come loose from their captions; see metrics.json."""
     model, ranker = demo
     figures = json.loads((SCENES / "metrics.json").read_text(encoding="utf-8"))
-    drawn = draw_scenes(model, "valid", 24)
+    drawn = sample_scenes(model, "valid", 24)
     assert accuracy(one.first_verdict for one in drawn)["all"] >= figures["valid: one picture a prompt"]["all"] - 0.25
     caption = captions(make_scene("valid", 0))[0]
     other = captions(make_scene("valid", 1))[0]

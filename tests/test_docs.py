@@ -47,8 +47,9 @@ def dead_links(page: Path) -> list[str]:
 
 def commands(text: str) -> list[str]:
     """Lines of code that run `mindalle`; `\\` at the end of one continues it."""
+    text = text.replace("\\\n", " ")
     blocks = re.findall(r"^```(?:console|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    blocks += re.findall(r"^ {4}(.+)$", text.replace("\\\n", " "), re.MULTILINE)
+    blocks += re.findall(r"^ {4}(.+)$", text, re.MULTILINE)
     return [line for block in blocks for line in block.splitlines() if line.startswith("mindalle ")]
 
 

@@ -1,6 +1,6 @@
-"""Shared by all benches and planners: presets, random weights, the decoding loop, timing, and the report at the end.
+"""Helpers of all benches and planners: presets, random weights, the decoding loop, timing, and the report.
 
-The rest of scripts/bench calls no function of mindalle_jax/sampling/decode.py but by way of DecodeLoop. Importing this
+The rest of scripts/bench calls the functions of mindalle_jax/sampling/decode.py only through DecodeLoop. Importing this
 file starts no JAX backend.
 """
 
@@ -56,16 +56,14 @@ DTYPES = ("bfloat16", "float32")
 PROMPT = "a large striped green circle to the left of a small red heart on a grey background"
 
 TIMED_CALLS = 10
-"""of which the fastest counts"""
+"""Number of timed calls; the fastest one counts."""
 
 
 # ---------------------------------------- the command line
 
 
 def make_parser(doc: str | None, preset: str | None = None) -> argparse.ArgumentParser:
-    """A parser whose --help is the docstring of a script, example and all. preset: default of --preset, None for no
-    such option.
-    """
+    """Makes a parser whose --help is the docstring of a script. preset: default of --preset; None: no such option."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if preset is not None:
         parser.add_argument("--preset", choices=PRESETS, default=preset, help="the network (default: %(default)s)")
@@ -73,13 +71,13 @@ def make_parser(doc: str | None, preset: str | None = None) -> argparse.Argument
 
 
 def add_quantize(parser: argparse.ArgumentParser) -> None:
-    """The option --quantize."""
-    parser.add_argument("--quantize", choices=QUANTIZE, help="int8, as of mindalle sample (default: off)")
+    """Adds the option --quantize."""
+    parser.add_argument("--quantize", choices=QUANTIZE, help="int8, as in mindalle sample (default: off)")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """The options --device and --dtype."""
-    parser.add_argument("--device", choices=["cpu", "gpu", "tpu"], help="default: the one that JAX picks")
+    """Adds the options --device and --dtype."""
+    parser.add_argument("--device", choices=["cpu", "gpu", "tpu"], help="default: the device that JAX picks")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on CPU, else bfloat16")
 
 
@@ -96,8 +94,8 @@ def conditions(
 ) -> dict[str, Any]:
     """The head of a report.
 
-    device: a jax Device, or text that describes one. batch: rows of one compiled call on one device. versions: of other
-    packages that were measured. more: other conditions of the run.
+    device: a jax Device, or text that describes one. batch: rows of one compiled call on one device. versions: those of
+    other measured packages. more: other conditions of the run.
     """
     if isinstance(device, str):
         named = {"device": device}
@@ -143,7 +141,7 @@ def table(values: Mapping[str, Any]) -> str:
 
 
 def best_s(call: Callable[[], Any]) -> float:
-    """Least seconds of several calls, after one that compiles."""
+    """Seconds of the fastest of several calls, after one that compiles."""
     jax.block_until_ready(call())
     return min(_seconds(call) for _ in range(TIMED_CALLS))
 
@@ -162,7 +160,7 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 def copy_bandwidth(device: Any) -> float:
     """Bytes per second, read and written, of copying an array much larger than any cache."""
-    copy = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: else the time is that of finding fresh memory
+    copy = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place, so that no time goes into allocating memory
     kept = [jax.device_put(jnp.zeros((256 << 20) // 4, jnp.float32), device)]
 
     def call() -> jax.Array:
@@ -181,7 +179,7 @@ def matmul_flops(device: Any, dtype: Any) -> float:
 
 
 def peak_memory_bytes(device: Any) -> int:
-    """The most that was in use on a device, or by this process where the device does not say."""
+    """Peak memory of a device, or of this process if the device does not tell."""
     stats = device.memory_stats() or {}
     return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
@@ -263,10 +261,10 @@ class DecodeLoop:
         if cache_sizes:
             decode.NUM_CACHE_SIZES[platform_name] = cache_sizes
         self.capacities = decode.cache_lengths(model, platform_name)
-        """sizes of the cache, in codes"""
+        """Sizes of the cache, in codes."""
         self.candidates = batch * mesh.size
         self.side = self.rows = math.isqrt(length)
-        """codes of a row, which is one call; rows of an image"""
+        """Codes per row, which is one call; rows per image."""
         self._guided = guidance_scale != 1
         ones = np.ones(self.candidates, np.float32)
         self._rows = Rows(
@@ -279,28 +277,28 @@ class DecodeLoop:
         )
 
     def prefill(self, prefix_ids: Any) -> Any:
-        """The prompt int32[p] run through the network; [2, p] with guidance."""
+        """Runs the prompt int32[p], or [2, p] with guidance, through the network."""
         return decode.prefill(self.model, self.params, prefix_ids, np.zeros(0, np.int32), np.int32(0))
 
     def start(self, prefix: Any) -> tuple[Any, Any]:
         """The state before the first code, and the codes before it: -1."""
         start = decode.start_decode
         state = start(self.model, self.mesh, self.batch, self.capacities[0], self._guided, prefix, np.int32(0))
-        # Placed as the codes of a row are: else the second row compiles once more.
+        # The same sharding as the codes of a row: otherwise the second row compiles again.
         codes = np.full((self.candidates, self.side), -1, np.int32)
         return state, jax.device_put(codes, NamedSharding(self.mesh, P("data")))
 
     def decode_row(self, prefix: Any, row: int, state: Any, codes: Any, chunk: int = 0) -> tuple[Any, Any]:
-        """Samples row `row` of every candidate: (state, codes int32[candidates, side]). state: is donated.
+        """Samples row `row` of every candidate: (state, codes int32[candidates, side]). state is donated.
 
-        chunk: number of the chunk of candidates, which the noise depends on.
+        chunk: number of the chunk of candidates; the noise depends on it.
         """
         rows = self._rows._replace(candidates=self._rows.candidates + np.int32(chunk * self.candidates))
         state = decode.grow_cache(self.model, self.mesh, state, (row + 1) * self.side, self.capacities)
         return decode.sample_row(self.model, self.mesh, self.jacobi, self.params, prefix.kv, rows, state, codes)
 
     def trace(self, prefix_shape: tuple[int, ...], placement: Any = None) -> tuple[Any, Any]:
-        """(traced program of one row with the whole cache, its abstract state); neither runs anything.
+        """(traced program of one row with the full cache, its abstract state); runs nothing.
 
         placement: sharding of all arguments; None leaves it to JAX.
         """

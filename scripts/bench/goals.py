@@ -1,14 +1,16 @@
-"""Runs every benchmark that this project has a goal for, in the order of their worth, and prints the table of goals.
+"""Runs every benchmark that this project has a goal for, the most useful first, and prints the table of goals.
 
     python -m scripts.bench.goals --out DIR --budget 600
     python -m scripts.bench.goals --out DIR --budget 600 --peer ~/minDALL-E      # and the original's loop beside ours
     python -m scripts.bench.goals --out DIR --preset tiny --only "96 candidates" # a rehearsal, on a CPU too
 
-For whoever has an accelerator for a quarter of an hour. Each stage is a process of its own with a time limit. A stage
-that fails is recorded, and the next one runs. DIR has results.jsonl (one line per stage, written as the stage ends),
-table.md (replaced after every stage), and logs/; an interruption loses the running stage only, and exits with 130. What
-no longer fits into the budget is listed as not reached. The goals are for the 1.3B model on one H100. After the table
-comes the line that names the best default. Needs no data set and no checkpoint.
+Use it if you have an accelerator for a quarter of an hour. It needs no data set and no checkpoint. The goals are for
+the 1.3B model on one H100.
+
+Each stage is a process of its own with a time limit. A stage that fails is recorded, and the next one runs. Stages that
+no longer fit into the budget are listed as not reached. DIR gets results.jsonl (one line per stage, written when the
+stage ends), table.md (replaced after every stage), and logs/. An interruption loses only the running stage, and exits
+with 130. The last line names the best default.
 """
 
 import argparse
@@ -30,16 +32,16 @@ TRAINING: tuple[tuple[str, ...], ...] = (
     ("training.flash_attention=true", "experiment.local_batch_size=32", "experiment.total_batch_size=32"),
 )
 LIMITS_S = {"golden": 120.0, "peer": 150.0, "images": 120.0, "training": 150.0}
-"""Longest time of a stage, by its kind; 180 of others."""
+"""Kind of a stage -> its time limit; 180 s for kinds that are not here."""
 LEAST_S = {"1.3b": 20.0, "demo-scenes": 5.0, "tiny": 1.0}
-"""With less of the budget left no stage is started, by preset."""
+"""Preset -> seconds of the budget that must be left to start a stage."""
 
 
 # ---------------------------------------- stages
 
 
 def stages(preset: str, peer: Path | None) -> list[Stage]:
-    """All of them, the most worth first."""
+    """All stages, the most useful first."""
 
     def stage(kind: str, name: str, *command: str) -> Stage:
         script, *options = command
@@ -77,7 +79,7 @@ def sampling_runs() -> Iterator[tuple[str, str, list[str]]]:
 def sampling_run(
     candidates: str, quantize: str | None, attention: str | None, jacobi: bool = False
 ) -> tuple[str, str, list[str]]:
-    """One of sampling_runs; attention None is the default of the device."""
+    """One run of sampling_runs. attention None is the default of the device."""
     kind = f"codes {candidates}" + (" int8" if quantize == "weights+cache" else " int8 weights" if quantize else "")
     options = ["--candidates", candidates]
     options += ["--attention", attention] if attention else []
@@ -96,22 +98,22 @@ def sampling_run(
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """A line of the table."""
+    """A row of the table."""
 
     what: str
     goal: float
     kind: str
-    """the stages that measure it"""
+    """The kind of the stages that measure it."""
     metric: str | Callable[[dict[str, Any]], float | None]
-    """of a result; a name, or a function of it"""
+    """The value of a result: the name of a field, or a function of the result."""
     more: bool = False
-    """whether more is better"""
+    """Whether a larger value is better."""
     with_images: bool = False
-    """whether the seconds of decoding and ranking 96 images, which are another stage, are added"""
+    """Whether the seconds of decoding and ranking 96 images, from another stage, are added."""
 
 
 def per_96(metric: str) -> Callable[[dict[str, Any]], float]:
-    """Seconds for 96 images, from milliseconds for one."""
+    """Converts milliseconds per image to seconds for 96 images."""
     return lambda result: 96 * result[metric] / 1e3
 
 
@@ -134,7 +136,7 @@ PEER = "times as fast as the original's loop at 96"
 
 
 def measured(goal: Goal, records: list[Record]) -> list[tuple[float, Record]]:
-    """The values of a goal's metric, the best first, and the records that they are from."""
+    """The values of a goal's metric, the best first, each with its record."""
     found = []
     for record in of_kind(records, goal.kind):
         result = record.result or {}
@@ -145,12 +147,12 @@ def measured(goal: Goal, records: list[Record]) -> list[tuple[float, Record]]:
 
 
 def of_kind(records: list[Record], kind: str) -> list[Record]:
-    """Those that have a result. Golden parity has one even if it failed."""
+    """The records of a kind that have a result. Golden parity has one even if it failed."""
     return [record for record in records if record.kind == kind and record.result is not None]
 
 
 def table(records: list[Record]) -> str:
-    """Markdown: each goal with the best run that measured it, what was not reached, and the best default."""
+    """Markdown: each goal with its best run, the stages that are not done, and the best default."""
     lines = ["| what | goal | measured | by |", "|---|---|---|---|"]
     for goal in GOALS:
         lines.append(goal_line(goal, records))
@@ -179,7 +181,7 @@ def goal_line(goal: Goal, records: list[Record]) -> str:
 
 
 def peer_line(records: list[Record]) -> list[str]:
-    """The row that compares with the original's loop, where --peer was given."""
+    """The row that compares with the original's loop; none without --peer."""
     peers = [record for record in records if record.kind == "peer"]
     if not peers:
         return []
@@ -207,7 +209,7 @@ def why_not(records: list[Record], kind: str) -> str:
 
 
 def command(record: Record) -> str:
-    """The device, and the command without what is the same in all."""
+    """The device, and the command without the options that all runs have."""
     device = (record.result or {}).get("device", "")
     return f"{device}: {' '.join(word for word in record.command if word != '--codes-only')}"
 
@@ -218,12 +220,12 @@ def one_line(text: str) -> str:
 
 
 def cell(text: str) -> str:
-    """Text that does not end a cell of a Markdown table."""
+    """Text for a cell of a Markdown table, on one line and with | escaped."""
     return one_line(text).replace("|", "\\|")
 
 
 def best_default(records: list[Record]) -> str:
-    """The attention with the fastest codes of 96 in the dtype that is not quantized, and the next one."""
+    """The attention backend that is fastest for the codes of 96 without quantization, and the second."""
     found = measured(GOALS[0], records)
     if not found:
         return f"best default: not known; {one_line(why_not(records, 'codes 96'))}"
@@ -243,15 +245,15 @@ def best_default(records: list[Record]) -> str:
 def parse_arguments() -> argparse.Namespace:
     """The command line, checked before anything runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=path, metavar="DIR", help="where results go; must not have any yet")
+    parser.add_argument("--out", type=path, metavar="DIR", help="folder for the results; must have none yet")
     parser.add_argument(
         "--budget", type=float, metavar="SECONDS", help="time for all stages, kept to within 6 s (default: no limit)"
     )
     parser.add_argument("--preset", choices=LEAST_S, default="1.3b", help="the network (default: %(default)s)")
-    parser.add_argument("--peer", type=path, metavar="DIR", help="a clone of the original repository, timed as well")
-    text = "stages with one of these in their name or command (default: all)"
+    parser.add_argument("--peer", type=path, metavar="DIR", help="also time this clone of the original repository")
+    text = "run only stages with one of these in their name or command (default: all)"
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help=text)
-    parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, and run nothing")
     arguments = parser.parse_args()
     if arguments.peer and (reason := missing(arguments.peer)):
         parser.error(f"--peer {arguments.peer}: {reason}")

@@ -3,11 +3,12 @@
     python -m scripts.bench.golden
     JAX_PLATFORMS=cpu python -m scripts.bench.golden --golden ../shared/golden_small
 
-Compares token ids, logits, greedy codes, codes of images, and pixels, of the text-to-image model and of both image-only
-ones, by way of the public API; and greedy codes of every other attention backend that runs here in float32, the rest of
-which is listed with the reason. Prints a table, then one JSON line. Fails with exit code 1 where a difference is over
-the tolerance: 1e-4 on CPU, and 1e-3 elsewhere, since other devices add in another order. Codes that differ are an error
-on CPU alone, because one near tie changes all codes after it.
+Compares token ids, logits, greedy codes, codes of images, and pixels, for the text-to-image model and both image-only
+models, through the public API. Then compares greedy codes for every other attention backend that runs here in float32,
+and lists the rest with the reason. Prints a table, then one JSON line.
+
+Fails with exit code 1 if a difference is over the tolerance: 1e-4 on CPU, and 1e-3 elsewhere, since other devices add
+in another order. Different codes are an error on CPU only, because one near tie changes all codes after it.
 """
 
 import json
@@ -39,16 +40,16 @@ class Differences:
         self.largest: dict[str, float] = {}
         self.equal: dict[str, float] = {}
         self.not_run: dict[str, str] = {}
-        """attention backend -> why it does not run on this device"""
+        """Attention backend -> why it does not run on this device."""
 
     def close(self, name: str, actual: Any, expected: np.ndarray) -> None:
-        """Floating point arrays of one shape."""
+        """Compares floating point arrays of one shape."""
         actual = np.asarray(actual)
         assert actual.shape == expected.shape, (name, actual.shape, expected.shape)
         self.largest[name] = float(f"{np.abs(actual - expected).max():.3g}")
 
     def same(self, name: str, actual: Any, expected: np.ndarray) -> None:
-        """Integer arrays, the expected one broadcast to the other."""
+        """Compares integer arrays; the expected one is broadcast to the other."""
         self.equal[name] = round(float(np.mean(np.asarray(actual) == expected)), 6)
 
 
@@ -64,7 +65,7 @@ def images_of(arrays: np.ndarray) -> np.ndarray:
 
 
 def compare_text_to_image(golden: Path, work: Path, found: Differences) -> None:
-    """The text-to-image model."""
+    """Compares the text-to-image model."""
     arrays = read_arrays(golden / "golden.npz")
     prompts = json.loads((golden / "prompts.json").read_text(encoding="utf-8"))
     import_checkpoint(golden / "model", work / "model")
@@ -86,14 +87,14 @@ def compare_text_to_image(golden: Path, work: Path, found: Differences) -> None:
             model._transformer = default.copy(attention=attention)
             try:
                 codes = model.generate_codes(chosen, **options)
-            except Exception as error:  # whatever a backend or its compiler raises on a device that it is not for
+            except Exception as error:  # a backend may raise anything on a device that it does not support
                 found.not_run[attention] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             else:
                 found.same(f"greedy codes, {attention}", codes, arrays["s2_greedy"][:, None])
 
 
 def compare_image_only(golden: Path, work: Path, kind: str, found: Differences) -> None:
-    """An image-only model: cls or uncond."""
+    """Compares an image-only model. kind: cls or uncond."""
     source = work / f"original-{kind}"
     source.mkdir()
     shutil.copy(golden / f"igpt_{kind}.yaml", source / "config.yaml")
@@ -125,7 +126,7 @@ def main() -> None:
             compare_image_only(golden, Path(work), kind, found)
     device = jax.devices()[0]
     tolerance = TOLERANCE_ON_CPU if device.platform == "cpu" else TOLERANCE
-    # NumPy's maximum, in which NaN wins.
+    # NumPy's maximum, because it keeps NaN.
     largest, equal = float(np.max(list(found.largest.values()))), min(found.equal.values())
     common.report(
         common.conditions("golden", device, "float32", 2),

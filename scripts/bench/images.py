@@ -1,11 +1,11 @@
-"""Times what follows the codes: the VQGAN that decodes them into images, and CLIP that ranks the images.
+"""Times the steps after the codes: the VQGAN decodes them into images, and CLIP ranks the images.
 
     python -m scripts.bench.images --preset 1.3b --images 96
     python -m scripts.bench.images --preset demo-scenes --device cpu --images 8
 
-Random weights, and random codes. As many images per call as mindalle sample decodes and ranks at once. CLIP's part
-includes its preprocessing on the device, and leaves out the text. Compilation is timed apart. Prints a table, then one
-JSON line.
+Weights and codes are random. Each call has as many images as mindalle sample decodes and ranks at once. The time of
+CLIP includes the preprocessing on the device, and leaves out the text. Compilation is timed apart. Prints a table, then
+one JSON line.
 """
 
 import math
@@ -55,7 +55,7 @@ def _per_image(name: str, call: Any, per_call: int, count: int) -> dict[str, Any
     start = time.perf_counter()
     jax.block_until_ready(call())
     compile_s = time.perf_counter() - start
-    # All calls are dispatched, as mindalle sample does; all results are waited for.
+    # As in mindalle sample, all calls are dispatched, and then all results are awaited.
     seconds = common.second_call_s(lambda: [call() for _ in range(calls)])
     return {
         f"{name}_compile_s": round(compile_s, 2),

@@ -4,8 +4,8 @@
     python -m scripts.bench.mixed --model minDALL-E/1.3B --batch-sizes 32 96
 
 Prompts are captions of scenes. Each round runs generate for one prompt after the other, and then generate with
-mixed_batches=True for each of the batch sizes, decoding of images included. Compilation is done before the first round.
-Reports the median seconds of each, and the median ratio of the two in the same round: over 1, mixed batches are faster.
+mixed_batches=True for each batch size. Decoding of images is included. Compilation is done before the first round.
+Reports the median seconds of each way, and the median of their ratio per round. Over 1, mixed batches are faster.
 Prints a table, then one JSON line.
 """
 
@@ -36,7 +36,7 @@ def sample_mixed(model: Any, prompts: list[str], batch_size: int | None) -> floa
 
 
 def compare(model: Any, prompts: list[str], batch_sizes: list[int | None], rounds: int) -> dict[str, Any]:
-    """Medians of the counted rounds, by way and batch size."""
+    """Times all rounds; returns the medians, by way and batch size."""
     one_by_one: list[float] = []
     mixed: dict[int | None, list[float]] = {batch_size: [] for batch_size in batch_sizes}
     sample_one_by_one(model, prompts[:1])  # compiles
@@ -62,7 +62,7 @@ def compare(model: Any, prompts: list[str], batch_sizes: list[int | None], round
 def main() -> None:
     """Parses the command line, runs, prints."""
     parser = common.make_parser(__doc__)
-    parser.add_argument("--model", default="demo-scenes", help="as of mindalle sample (default: %(default)s)")
+    parser.add_argument("--model", default="demo-scenes", help="as for mindalle sample (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=64, help="captions, one image each (default: %(default)s)")
     text = "rows per device of a mixed batch, 0 for the default of the model (default: 16 0)"
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 0], metavar="N", help=text)

@@ -1,4 +1,4 @@
-"""Says what is missing before a clone of the original repository can be timed. Imports neither torch nor jax."""
+"""Finds what is missing to time a clone of the original repository. Imports neither torch nor jax."""
 
 import ast
 import importlib.util
@@ -9,7 +9,7 @@ SAMPLING = "dalle/utils/sampling.py"
 
 
 def missing(clone: Path) -> str | None:
-    """One sentence that says which file is not there or what to install; None if nothing is missing."""
+    """One sentence that says which file is missing or what to install; None if nothing is missing."""
     modules = {"torch"}
     unread = [clone / NETWORK, clone / SAMPLING]
     read = set()

@@ -1,11 +1,11 @@
-"""Times the sampling loop of the original PyTorch repository: random weights, the network and loop of a clone of it.
+"""Times the sampling loop of the original PyTorch repository, with the code of a clone and random weights.
 
     python -m scripts.bench.peer_sampling ~/minDALL-E --preset 1.3b --candidates 96
 
-Reads dalle/models/stage2 and dalle/utils/sampling.py of the clone as they are, and needs what these import: PyTorch,
-omegaconf and tqdm. Runs under autocast on a GPU, which is the original's default, else in float32. The second of two
-runs is timed, from a tokenized prompt to the codes of all candidates, over --rows rows of the image. Prints a table,
-then one JSON line. scripts.bench.sampling --peer and scripts.bench.goals --peer call it.
+Imports dalle/models/stage2 and dalle/utils/sampling.py of the clone unchanged, and needs their imports: PyTorch,
+omegaconf and tqdm. Runs under autocast on a GPU, which is the original's default, and in float32 elsewhere. Times the
+second of two runs, from a tokenized prompt to the codes of all candidates, over --rows rows of the image. Prints a
+table, then one JSON line. scripts.bench.sampling --peer and scripts.bench.goals --peer call it.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("clone", type=Path, metavar="DIR", help="a clone of the original repository")
     parser.add_argument("--candidates", type=int, default=96, help="images of one prompt (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=0, help="rows of an image to time, 0 for all (default: 0)")
-    parser.add_argument("--device", choices=["cpu", "gpu"], help="default: the one that PyTorch finds")
+    parser.add_argument("--device", choices=["cpu", "gpu"], help="default: the device that PyTorch finds")
     arguments = parser.parse_args()
     if reason := missing(arguments.clone):
         sys.exit(f"scripts.bench.peer_sampling: {reason}")
@@ -36,7 +36,7 @@ def main() -> None:
 
 def import_original(clone: Path) -> tuple[Any, Any]:
     """(class Transformer1d, function sampling) of a clone, which need not be installed."""
-    # Packages of their own: the original's import Lightning, which these files do not need.
+    # Packages of our own, because the original's import Lightning, which these files do not need.
     for name, file in (("peer_stage2", NETWORK), ("peer_utils", SAMPLING)):
         package = types.ModuleType(name)
         package.__path__ = [str((clone / file).parent)]

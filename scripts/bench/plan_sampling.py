@@ -1,15 +1,17 @@
-"""Reads memory and launches of sampling from programs compiled for a device that need not be there.
+"""Reads the memory and the launches of sampling from programs that are compiled for a device; no device is needed.
 
     python -m scripts.bench.plan_sampling                                    # which batch fits into 8 to 80 GB
     python -m scripts.bench.plan_sampling --quantize weights+cache --target cpu
     python -m scripts.bench.plan_sampling --target v5e --batch-size 128
 
---target h100 needs JAX's CUDA plugin, v5e the libtpu package, and neither a GPU nor a TPU: make test-structure installs
-both into .venv-structure. Weights, cache and images are counted exactly. Temporaries come from the compiler, with two
-layers as a stand-in for all, since they do not grow with layers. Matrix products are tiled by rule, not by trial.
-Memory is the weights of all networks (transformer, VQGAN, CLIP ViT-B/32), and the larger of the memory to sample codes
-and the memory to decode images. JAX takes three quarters of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says
-more; the table asks for nine tenths. Prints a table, then one JSON line.
+--target h100 needs JAX's CUDA plugin, and v5e needs the libtpu package, but no GPU or TPU. `make test-structure`
+installs both packages into .venv-structure.
+
+Memory is the weights of all networks (transformer, VQGAN, CLIP ViT-B/32), plus the larger of the memory to sample codes
+and the memory to decode images. Weights, cache and images are counted exactly. Temporaries come from the compiler, for
+two layers instead of all, since they do not grow with the number of layers. Matrix products are tiled by rule, not by
+trial. JAX takes three quarters of the memory of a GPU, unless XLA_PYTHON_CLIENT_MEM_FRACTION says more. The table
+assumes nine tenths. Prints a table, then one JSON line.
 """
 
 import dataclasses
@@ -38,7 +40,7 @@ from mindalle_jax.storage.weights import leaf_shapes, nest
 from scripts.bench import common
 
 PLATFORMS = {"h100": "gpu", "v5e": "tpu", "cpu": "cpu"}
-"""Target -> the platform that JAX calls it."""
+"""Target -> its platform in JAX."""
 MEMORY_GB = (8, 12, 16, 24, 40, 80)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 96, 128)
 
@@ -51,10 +53,10 @@ def main() -> None:
     )
     parser.add_argument("--target", choices=PLATFORMS, default="h100", help="default: %(default)s")
     common.add_quantize(parser)
-    parser.add_argument("--attention", choices=list(DECODE_ATTENTION), help="default: as of mindalle sample")
-    parser.add_argument("--batch-size", type=int, help="this one alone (default: a table)")
+    parser.add_argument("--attention", choices=list(DECODE_ATTENTION), help="default: as in mindalle sample")
+    parser.add_argument("--batch-size", type=int, help="plan only this batch size (default: a table)")
     arguments = parser.parse_args()
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # nothing is looked for
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # do not look for a TPU
     jax.config.update("jax_platforms", "cpu")
 
     target, attention = arguments.target, arguments.attention or default_backend(PLATFORMS[arguments.target])
@@ -106,13 +108,13 @@ class Loop:
     """The compiled program that samples a row of codes."""
 
     text: str
-    """the optimised program"""
+    """The optimized program."""
     memory: Any
     cache_bytes: int
     launches: list[str] | None
-    """names of what the host starts at every step, on a GPU: kernels, or one graph of them"""
+    """On a GPU: names of what the host starts at every step: kernels, or one graph of kernels."""
     kernels: list[str] | None
-    """names of the kernels of a step on a GPU, with top-p off"""
+    """On a GPU: names of the kernels of a step, with top-p off."""
 
 
 def compile_loop(config: Any, target: str, batch: int, quantize: str | None, attention: str) -> Loop:
@@ -130,7 +132,7 @@ def compile_loop(config: Any, target: str, batch: int, quantize: str | None, att
 
 
 def compile_loop_of(lowered: Any, *, gpu: bool) -> tuple[Any, list[str] | None, list[str] | None]:
-    """The compiled decoding loop, and on a GPU launches and kernels as in Loop."""
+    """Compiles the decoding loop; returns it and, on a GPU, launches and kernels as in Loop."""
     with tempfile.TemporaryDirectory() as folder:
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if gpu else {}
         compiled = lowered.compile(compiler_options=dump)
@@ -140,7 +142,7 @@ def compile_loop_of(lowered: Any, *, gpu: bool) -> tuple[Any, list[str] | None, 
 
 
 def compile_images(config: Any, target: str, count: int) -> Any:
-    """Memory of the program that decodes images."""
+    """Compiles the program that decodes images, and returns its memory."""
     mesh, placement = mesh_of(target)
     vqgan, abstract = VQGAN(config.stage1, dtype=dtype_of(target)), partial(jax.ShapeDtypeStruct, sharding=placement)
     params = {name: abstract(shape, jnp.float32) for name, shape in leaf_shapes(config, "stage1").items()}
@@ -160,7 +162,7 @@ def transformer_params(config: Any, dtype: Any, quantize: str | None) -> dict[st
 
 
 def mesh_of(target: str) -> tuple[Any, Any]:
-    """A mesh of one such device, and the placement on it."""
+    """A mesh of one device of this kind, and the sharding on it."""
     devices = jax.devices("cpu")[:1]
     if target == "h100":
         devices = h100_devices(1)
@@ -171,7 +173,7 @@ def mesh_of(target: str) -> tuple[Any, Any]:
 
 
 def h100_devices(count: int) -> Any:
-    """Descriptions of this many H100, to compile for."""
+    """Descriptions of this many H100, for which programs can be compiled."""
     described = (Path(__file__).parent / "h100.textproto").read_text()
     topology = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{count}", target_config=described)
     return topology.devices
@@ -180,8 +182,8 @@ def h100_devices(count: int) -> Any:
 def read_thunks(text: str) -> tuple[list[str], list[str]]:
     """(launches, kernels) of one trip of the only outer loop, read from XLA's listing of the thunks of a program.
 
-    Lines are indented by nesting: `003: kWhile`, below it `condition:` and `body:`, and within a conditional branches,
-    of which `false_branch` is that of top-p.
+    Lines are indented by nesting: `003: kWhile`, and below it `condition:` and `body:`. A conditional has branches, and
+    `false_branch` is the branch of top-p.
     """
     body = re.split(r"^  body:\n", text, maxsplit=1, flags=re.MULTILINE)[1]
     body = re.split(r"^\d", body, maxsplit=1, flags=re.MULTILINE)[0]

@@ -1,11 +1,11 @@
-"""Reads memory of one training step on each device from the compiled program, for devices that need not be there.
+"""Reads the memory of a training step on each device from the compiled program; the devices are not needed.
 
-    python -m scripts.bench.plan_training --config configs/finetune-captions.yaml --devices 8
-    python -m scripts.bench.plan_training --config configs/finetune-captions.yaml --devices 16 sharding.strategy=fsdp
+    python -m scripts.bench.plan_training --config finetune-captions --devices 8
+    python -m scripts.bench.plan_training --config finetune-captions --devices 16 sharding.strategy=fsdp
 
-Compiles the step for that many CPU devices and allocates none of its arrays. The memory of the state is exact for every
-backend. Temporaries are those of the CPU compiler, which neither fuses nor schedules as that of a GPU or TPU; they say
-which strategies split the work, and not how large a batch fits. Prints a table, then one JSON line.
+Compiles the step for this number of CPU devices, and allocates none of its arrays. The memory of the state is exact for
+every backend. Temporaries are those of the CPU compiler, which fuses and schedules in another way than for a GPU or
+TPU. They say which strategies split the work, but not how large a batch fits. Prints a table, then one JSON line.
 """
 
 from pathlib import Path
@@ -32,8 +32,8 @@ def main() -> None:
     """Parses the command line, compiles, prints."""
     parser = common.make_parser(__doc__)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
-    parser.add_argument("--config", required=True, type=path, metavar="FILE", help="of mindalle finetune")
-    parser.add_argument("--devices", type=int, default=8, help="how many to compile for (default: %(default)s)")
+    parser.add_argument("--config", required=True, type=path, metavar="FILE", help="a preset or a YAML file")
+    parser.add_argument("--devices", type=int, default=8, help="devices to compile for (default: %(default)s)")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", arguments.devices)
@@ -42,7 +42,7 @@ def main() -> None:
 
 def plan(config_file: Path, overrides: list[str], devices: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The conditions, and the memory on each device in GB."""
-    config, mesh, state, frozen, _, compiled = compile_update(config_file, overrides, devices)
+    config, mesh, state, frozen, _, compiled = compile_step(config_file, overrides, devices)
     memory = compiled.memory_analysis()
 
     def bytes_per_device(tree: object) -> int:
@@ -71,7 +71,7 @@ def compute_dtype(config: Any) -> Any:
     return jnp.dtype("bfloat16" if config.experiment.use_amp else "float32")
 
 
-def compile_update(
+def compile_step(
     config_file: Path, overrides: list[str], devices: list[Any], base: Config | None = None
 ) -> tuple[Any, Any, Any, Any, Any, Any]:
     """(config, mesh, abstract state, frozen parameters and batch, compiled program) of a step on these devices.
@@ -103,7 +103,7 @@ def compile_update(
 
 
 def make_step_config(config: Any, mesh: Any, trained: dict[str, Any]) -> StepConfig:
-    """The step that fine-tuning by this configuration would take."""
+    """The step of fine-tuning with this configuration."""
     training, schedule = config.training, learning_rate(config.optimizer, 0, 1_000)
     return StepConfig(
         model=Transformer(
@@ -125,7 +125,7 @@ def make_step_config(config: Any, mesh: Any, trained: dict[str, Any]) -> StepCon
 
 
 def abstract_batch(config: Any, mesh: Any) -> dict[str, Any]:
-    """One micro-batch of as many rows per device as the configuration says."""
+    """One micro-batch, with experiment.local_batch_size rows per device."""
     rows = config.experiment.local_batch_size * batch_devices(mesh)
     h = config.stage2.hparams
     widths = {"prefix": (1 if config.image_only else h.ctx_len_txt,), "codes": (h.ctx_len_img,), "index": ()}

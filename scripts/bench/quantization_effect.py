@@ -3,12 +3,12 @@
     python -m scripts.bench.quantization_effect --prompts 100 --accuracy
     python -m scripts.bench.quantization_effect --model minDALL-E/1.3B --prompts 4 --dtype bfloat16
 
-Samples images of captions of scenes, and runs their codes through the network again in full precision and quantized,
-row by row against the cache. Reports, over all codes, the divergence KL(full precision || quantized) of the
-distribution of a code in nats, and how often both find the same code most probable. --accuracy also samples with
-the quantized model, and counts images in which the judge of scripts/scenes/judge.py finds everything right; use it with
-a model of scenes.
-Prints a table, then one JSON line.
+Samples captions of scenes. Then runs the codes through the network again in full precision and quantized, row by row
+against the cache. Reports over all codes the divergence KL(full precision || quantized) of the distribution of a code,
+in nats, and how often both have the same most probable code. Prints a table, then one JSON line.
+
+--accuracy also samples with the quantized model, and counts the images in which the judge of scripts/scenes/judge.py
+finds everything right. Use it with a model of scenes.
 """
 
 import math
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from mindalle_jax import Dalle
 from mindalle_jax.models.transformer import Transformer
 from scripts.bench import common
-from scripts.scenes.accuracy import accuracy, draw_scenes
+from scripts.scenes.accuracy import accuracy, sample_scenes
 from scripts.scenes.dataset import captions, make_scene
 
 MODES: Any = (None, "weights", "weights+cache")
@@ -31,7 +31,7 @@ MODES: Any = (None, "weights", "weights+cache")
 
 @partial(jax.jit, static_argnames=("model", "steps"))
 def logits_of_rows(model: Transformer, steps: int, params: Any, text_ids: jax.Array, codes: jax.Array) -> jax.Array:
-    """Logits f32[n, h * w, v] of codes int32[n, h * w], given text int32[p] and, by way of the cache, earlier codes."""
+    """Logits f32[n, h * w, v] of codes int32[n, h * w], given text int32[p] and, through the cache, earlier codes."""
     none = jnp.zeros(0, jnp.int32)
     outputs: Any = model.apply({"params": params}, text_ids, none, jnp.int32(0), method="prefill")
     first, prefix, _ = outputs
@@ -47,10 +47,10 @@ def logits_of_rows(model: Transformer, steps: int, params: Any, text_ids: jax.Ar
 def main() -> None:
     """Parses the command line, runs, prints."""
     parser = common.make_parser(__doc__)
-    parser.add_argument("--model", default="demo-scenes", help="as of mindalle sample (default: %(default)s)")
+    parser.add_argument("--model", default="demo-scenes", help="as for mindalle sample (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=100, help="captions, one image each (default: %(default)s)")
     parser.add_argument("--dtype", choices=common.DTYPES, help="default: float32 on CPU, else bfloat16")
-    parser.add_argument("--accuracy", action="store_true", help="sample with the quantized model too, and judge")
+    parser.add_argument("--accuracy", action="store_true", help="also judge images of the quantized model")
     arguments = parser.parse_args()
 
     metrics: dict[str, Any] = {}
@@ -87,7 +87,7 @@ def share_right(model: Dalle, count: int) -> dict[str, float]:
     """The share of images in which the judge finds everything right, by split."""
     shares = {}
     for split in ("valid", "heldout"):
-        judged = draw_scenes(model, split, count, num_candidates=1)
+        judged = sample_scenes(model, split, count, num_candidates=1)
         shares[f"right, {split}"] = round(accuracy(one.first_verdict for one in judged)["all"], 4)
     return shares
 

@@ -1,9 +1,9 @@
-"""Rehearses the life of a full-size checkpoint with random weights: make, convert, load, sample, export, compare.
+"""Makes a full-size checkpoint with random weights, converts it, samples from it, exports it, and compares both.
 
     python -m scripts.bench.rehearse_full_size --work /tmp/rehearsal
 
-Nothing is downloaded. Each stage runs in a process of its own, so that its memory is its own. Needs 17 GB of disk at
-full size, and leaves none of it in use unless --keep is given. Prints a table, then one JSON line.
+Downloads nothing. Each stage runs in a process of its own, so that its memory is measured alone. Needs 17 GB of disk at
+full size, and frees it at the end unless --keep is given. Prints a table, then one JSON line.
 """
 
 import argparse
@@ -36,7 +36,7 @@ STAGES = ("make", "convert", "sample", "export", "compare")
 
 
 def make(config: Config, folder: Path) -> dict[str, Any]:
-    """A checkpoint folder in the original's format: gains about 1, all else N(0, 0.02), different in every tensor."""
+    """Writes a checkpoint folder in the original's format: gains about 1, all else N(0, 0.02), no two tensors equal."""
     folder.mkdir()
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "tokenizer").mkdir()
@@ -59,7 +59,7 @@ def make(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def convert(source: Path, target: Path) -> dict[str, Any]:
-    """`mindalle convert`."""
+    """Converts as `mindalle convert` does."""
     return _transfer(import_checkpoint(source, target), target)
 
 
@@ -89,7 +89,7 @@ def sample(folder: Path, out: Path) -> dict[str, Any]:
 
 
 def export(folder: Path, target: Path) -> dict[str, Any]:
-    """`mindalle convert --to torch`."""
+    """Exports as `mindalle convert --to torch` does."""
     return _transfer(export_checkpoint(folder, target), target)
 
 
@@ -103,7 +103,7 @@ def _transfer(report: Any, target: Path) -> dict[str, Any]:
 
 
 def compare(first: Path, second: Path) -> dict[str, Any]:
-    """Whether two folders in the original's format hold the same tensors, bit for bit."""
+    """Checks that two folders in the original's format hold the same tensors, bit for bit."""
     tensors = 0
     for name in STAGE_FILES.values():
         with TorchArchive(first / name) as a, TorchArchive(second / name) as b:
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument(
         "--config", type=path, default=common.PRESETS["1.3b"], help="the network (default: the published one)"
     )
-    parser.add_argument("--keep", action="store_true", help="leave the folder behind (default: it is removed)")
+    parser.add_argument("--keep", action="store_true", help="keep the folder (default: remove it)")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     config, work = load_config(arguments.config), arguments.work
@@ -172,7 +172,7 @@ def main() -> None:
 def _peak_memory() -> Iterator[dict[str, int]]:
     """Fills in the peak of this process's anonymous memory, sampled every 20 ms (Linux), in MB of 10**6 bytes.
 
-    Anonymous memory is what the process itself holds; pages of files that the kernel can drop at will do not count.
+    Anonymous memory is the memory of the process itself. Pages of files, which the kernel can drop, do not count.
     """
     result: dict[str, int] = {}
     stop = threading.Event()

@@ -1,20 +1,22 @@
 """Times sampling: prompt -> codes -> images -> ranks. Needs no checkpoint.
 
-    python -m scripts.bench.sampling --preset 1.3b --candidates 96            # one GPU: the headline figure
+    python -m scripts.bench.sampling --preset 1.3b --candidates 96            # one GPU: the main result
     python -m scripts.bench.sampling --preset 1.3b --candidates 1 --device cpu --rows 1
     python -m scripts.bench.sampling --preset demo-scenes --candidates 1 --jacobi
     python -m scripts.bench.sampling --attention pallas --quantize weights+cache
     python -m scripts.bench.sampling --peer ~/minDALL-E                       # and the original's loop, in this run
 
-The weights of "demo-scenes" are those of that model in the package, others random. A step is one code of each
-candidate; with --jacobi one pass of the network gives several.
+"demo-scenes" has the weights of that model in the package; the other presets have random weights. A step gives one
+code for each candidate. With --jacobi one pass of the network gives several codes.
 
-Prints a table, then one JSON line. Compilation is timed apart, and takes less where the compilation cache has the
-programs. GB_per_pass is what one pass has to move as this code does it. That is the weights once, the keys and values
-of the prefix (once, or once per candidate: --attention), and those of each candidate: all of the cache, or the filled
-part (pallas, cudnn), and the new ones, which are written. floor_GB_per_pass counts the prefix once and the filled part,
-for every backend. Both are compared with the copy bandwidth, which is measured on the same device in the same run:
-floor_ms_per_pass is the floor's time at that speed.
+Prints a table, then one JSON line. Compilation is timed apart, and takes less time if the compilation cache has the
+programs.
+
+GB_per_pass is the memory traffic of one pass of this code. It counts the weights once, and the keys and values of the
+prefix once, or once per candidate (--attention). For each candidate it counts the keys and values that are read, which
+are the full cache or its filled part (pallas, cudnn), and the new ones, which are written. floor_GB_per_pass counts the
+prefix once and the filled part, for every backend. Both are compared with the copy bandwidth, measured on the same
+device in the same run. floor_ms_per_pass is the time of the floor at that speed.
 """
 
 import argparse
@@ -42,16 +44,16 @@ from scripts.bench.images import time_decoding, time_ranking
 from scripts.bench.plan_sampling import compile_loop_of
 
 EXACT_LENGTH = ("pallas", "cudnn")
-"""Backends that read the filled part of the cache alone."""
+"""Backends that read only the filled part of the cache."""
 
 
 class CodesTime(NamedTuple):
-    """How long the codes of all candidates took."""
+    """The time for the codes of all candidates."""
 
     prefill_s: float
     steps_s: float
     passes: int
-    """runs of the network, all chunks together"""
+    """Runs of the network, over all chunks."""
 
 
 def bytes_per_pass(
@@ -59,7 +61,7 @@ def bytes_per_pass(
 ) -> int:
     """Least bytes that one pass of `batch` candidates moves on a device.
 
-    positions: how many of each candidate are read, on average. prefixes: copies of that of the prompt.
+    positions: number of positions per candidate that are read, on average. prefixes: copies of the prefix.
     """
     h = config.stage2.hparams
     weights = sum(
@@ -70,13 +72,13 @@ def bytes_per_pass(
     prefix = 1 if config.image_only else h.ctx_len_txt
     vectors, width = 2 * h.n_layers * h.n_heads, h.embed_dim // h.n_heads
     own = batch * (positions + 1)
-    cache_bytes = width + itemsize if quantize == "weights+cache" else width * itemsize  # of a vector, with its scale
+    cache_bytes = width + itemsize if quantize == "weights+cache" else width * itemsize  # per vector, with its scale
     weights_bytes = weights if quantize else weights * itemsize
     return int(weights_bytes + vectors * (prefixes * prefix * width * itemsize + own * cache_bytes))
 
 
 def load(preset: str, config: Config, dtype: Any, mesh: Any, int8: bool) -> tuple[dict[str, Any], np.ndarray]:
-    """Parameters of the transformer, and a prompt int32[p]: those of demo-scenes, or random and zeros."""
+    """Parameters of the transformer and a prompt int32[p]: those of demo-scenes, or random weights and zeros."""
     length = config.stage2.hparams.ctx_len_txt
     if preset == common.SCENES.name:
         tokenizer = TextTokenizer(common.SCENES / "tokenizer", length, config.stage2.vocab_size_txt)
@@ -104,7 +106,7 @@ def sample_once(loop: DecodeLoop, prefix_ids: np.ndarray, chunks: int, rows: int
 def time_codes(
     arguments: argparse.Namespace, config: Config, dtype: Any, loop: DecodeLoop, prefix_ids: np.ndarray
 ) -> dict[str, Any]:
-    """Samples twice, first with compilation; returns the metrics of the second time."""
+    """Samples twice, first with compilation; returns the metrics of the second run."""
     length, rows = loop.side * loop.rows, arguments.rows or loop.rows
     chunks = math.ceil(arguments.candidates / loop.candidates)
     start = time.perf_counter()
@@ -129,7 +131,7 @@ def time_codes(
 def bandwidth(
     arguments: argparse.Namespace, config: Config, dtype: Any, loop: DecodeLoop, rows: int, pass_s: float
 ) -> dict[str, Any]:
-    """Bytes of a pass beside the copy bandwidth of the device."""
+    """Compares the bytes of a pass with the copy bandwidth of the device."""
     ends = np.arange(1, rows + 1) * loop.side
     exact = float(np.mean(ends) - (loop.side - 1) / 2)  # the positions that are filled, on average
     allocated = float(np.mean([next(size for size in loop.capacities if size >= end) for end in ends]))
@@ -177,7 +179,7 @@ def bench(arguments: argparse.Namespace, config: Config, dtype: Any, mesh: Any) 
 
 
 def time_peer(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The JSON line of scripts.bench.peer_sampling for the same number of candidates and rows."""
+    """Runs scripts.bench.peer_sampling for the same number of candidates and rows; returns its JSON line."""
     command = [sys.executable, "-m", "scripts.bench.peer_sampling", str(arguments.peer.resolve())]
     command += ["--preset", arguments.preset, "--candidates", str(arguments.candidates), "--rows", str(arguments.rows)]
     command += ["--device", arguments.device] if arguments.device else []
@@ -188,7 +190,7 @@ def time_peer(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def beside_peer(metrics: dict[str, Any], peer: dict[str, Any], rows_timed: int, rows: int) -> dict[str, Any]:
-    """The original's seconds, and how many times as long it took as these metrics, over the same rows."""
+    """The seconds of the original, and their ratio to these metrics, over the same rows."""
     ours = metrics["codes_s"] * rows_timed / rows
     return {
         "peer_codes_s": peer["peer_codes_s"],
@@ -205,16 +207,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="candidates per device at once (default: as mindalle sample)")
     common.add_device(parser)
     parser.add_argument("--rows", type=int, default=0, help="rows of an image to time, 0 for all (default: 0)")
-    parser.add_argument("--jacobi", action="store_true", help="sample a row at once, again and again (default: no)")
+    parser.add_argument("--jacobi", action="store_true", help="sample a row at once, in several passes (default: no)")
     names = list(DECODE_ATTENTION)
-    parser.add_argument("--attention", choices=names, help="backend (default: as of mindalle sample)")
+    parser.add_argument("--attention", choices=names, help="backend (default: as in mindalle sample)")
     text = "number of sizes that the cache grows through (default: 1 on CPU, else 4)"
     parser.add_argument("--cache-sizes", type=int, metavar="N", help=text)
     common.add_quantize(parser)
-    parser.add_argument("--codes-only", action="store_true", help="neither decode nor rank images (default: both)")
+    parser.add_argument("--codes-only", action="store_true", help="do not decode and rank images (default: both)")
     text = "count the kernels of a step on a GPU; compiles once more (default: no)"
     parser.add_argument("--count-kernels", action="store_true", help=text)
-    parser.add_argument("--peer", type=path, metavar="DIR", help="a clone of the original repository, timed as well")
+    parser.add_argument("--peer", type=path, metavar="DIR", help="also time this clone of the original repository")
     arguments = parser.parse_args()
     if arguments.attention == "cudnn" and arguments.quantize == "weights+cache":
         parser.error("--attention cudnn reads no int8; --quantize weights goes with it")

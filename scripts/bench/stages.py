@@ -1,6 +1,6 @@
-"""Runs benches one after the other, each in a process of its own with a time limit; keeps every result on disk at once.
+"""Runs benches one after the other, each in a process of its own with a time limit, and writes each result at once.
 
-Imports no JAX: the process that runs the stages must not take a GPU's memory from them.
+Imports no JAX, because the process that runs the stages must not take GPU memory from them.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RESULTS, TABLE, LOGS = "results.jsonl", "table.md", "logs"
 GRACE_S = 3.0
-"""Time in which a stage may end after SIGTERM, before SIGKILL."""
+"""Time for a stage to end after SIGTERM, before SIGKILL."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Stage:
     """One run of one bench."""
 
     kind: str
-    """what it measures; stages of one kind compete for the same goals"""
+    """The quantity it measures; stages of one kind compete for the same goals."""
     name: str
-    """unique among all stages"""
+    """Unique among all stages."""
     command: tuple[str, ...]
-    """script of scripts/bench, and its options"""
+    """Script of scripts/bench, and its options."""
     limit_s: float
-    """its process is ended after this many seconds"""
+    """The process is ended after this many seconds."""
     least_s: float = 1.0
-    """with less of the budget left it is not started"""
+    """The stage is not started with less of the budget left."""
 
     def argv(self) -> list[str]:
         """The command line, to be run in the repository root."""
@@ -53,9 +53,9 @@ class Record:
     """done, failed, timed out, interrupted, or not reached"""
     seconds: float = 0.0
     reason: str = ""
-    """why it is not done"""
+    """Why it is not done."""
     result: dict[str, Any] | None = None
-    """the JSON line of the bench"""
+    """The JSON line of the bench."""
 
 
 class Interrupted(Exception):
@@ -63,7 +63,7 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Ctrl-C, SIGTERM and SIGHUP: ends the running stage, and never the writing of a result.
+    """Handles Ctrl-C, SIGTERM and SIGHUP: they end the running stage, but never the writing of a result.
 
     with Interruption() as interruption:
         with interruption.armed():      # here, and only here, a signal raises Interrupted
@@ -74,7 +74,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signal = ""
-        """name of the first signal; empty if there was none"""
+        """Name of the first signal; empty if none came."""
         self._armed = False
         self._before: dict[int, Any] = {}
 
@@ -93,7 +93,7 @@ class Interruption:
 
     @contextlib.contextmanager
     def armed(self) -> Iterator[None]:
-        """Raises Interrupted for a signal that comes within, or has come before."""
+        """Raises Interrupted for a signal that comes within the block, or has come before."""
         self._armed = True
         try:
             if self.signal:
@@ -104,17 +104,17 @@ class Interruption:
 
 
 class Folder:
-    """Where results lie: results.jsonl, one line per stage; table.md; logs/ with the output of each stage."""
+    """The folder of the results: results.jsonl, one line per stage; table.md; logs/ with the output of each stage."""
 
     def __init__(self, path: Path):
-        """path: a folder that has no results yet; it is made if it is not there."""
+        """path: a folder without results; it is created if it does not exist."""
         self.path = path.resolve()
         (self.path / LOGS).mkdir(parents=True, exist_ok=True)
         self._results = self.path / RESULTS
         self._results.touch(exist_ok=False)
 
     def append(self, record: Record) -> None:
-        """Writes a line that survives whatever happens next."""
+        """Writes a line to disk at once, so that no later failure loses it."""
         with self._results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dataclasses.asdict(record)) + "\n")
             file.flush()
@@ -135,7 +135,7 @@ def run_stages(
 ) -> tuple[list[Record], bool]:
     """Runs the stages within the budget; returns their records, and whether a signal interrupted them.
 
-    table: text of the records so far, those not started included; written after every stage.
+    table: makes the text of the records so far, including stages that are not started; written after every stage.
     """
     with Interruption() as interruption:
         records = _run_stages(stages, folder, budget_s, table, interruption)
@@ -177,14 +177,14 @@ def not_reached(stage: Stage, reason: str) -> Record:
 
 
 def run_stage(stage: Stage, limit_s: float, folder: Folder, interruption: Interruption) -> Record:
-    """Runs a stage to its end, or to that of its limit, and ends all processes that it started."""
+    """Runs a stage until its end or its time limit, and ends all processes that it started."""
     log = folder.path / LOGS / re.sub(r"[^\w.+-]+", "-", stage.name)
-    # The compiled programs of one stage serve the next, and a run after this one.
+    # Later stages and later runs reuse the compiled programs.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.path / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     environment = cache | os.environ
     start, status, reason = time.monotonic(), "failed", ""
     with open(f"{log}.out", "w+b") as out, open(f"{log}.err", "w+b") as err:
-        # A session of its own: Ctrl-C reaches this process alone, and what a stage started can be ended with it.
+        # A session of its own: Ctrl-C reaches only this process, and all processes of a stage can be ended together.
         process = subprocess.Popen(
             stage.argv(), stdout=out, stderr=err, cwd=ROOT, env=environment, start_new_session=True
         )
@@ -208,7 +208,7 @@ def run_stage(stage: Stage, limit_s: float, folder: Folder, interruption: Interr
 
 
 def end_group(process: "subprocess.Popen[bytes]") -> None:
-    """Ends a process that leads a session, with all that it started: SIGTERM, then SIGKILL."""
+    """Ends a process that leads a session, and all processes that it started: SIGTERM, then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):  # nothing of the group is left
             os.killpg(process.pid, number)
@@ -217,7 +217,7 @@ def end_group(process: "subprocess.Popen[bytes]") -> None:
 
 
 def last_json(file: Any) -> dict[str, Any] | None:
-    """The object on the last line of a file; None if there is none."""
+    """The JSON object on the last line of a file; None without one."""
     lines = _lines(file)
     try:
         found = json.loads(lines[-1]) if lines else None
@@ -227,7 +227,7 @@ def last_json(file: Any) -> dict[str, Any] | None:
 
 
 def last_error(file: Any) -> str:
-    """The last line that names an error, else the last line, cut to 300 characters."""
+    """The last line that names an error, or else the last line, cut to 300 characters."""
     lines = _lines(file)
     named = [line for line in lines if re.match(r"([\w.]+(Error|Exception|Exit)\b|scripts\.bench\.\w+): ?", line)]
     return (named or lines or ["it wrote nothing"])[-1][:300]

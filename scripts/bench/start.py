@@ -1,10 +1,10 @@
-"""Times `mindalle sample` as a person does: from the shell to images on disk, with nothing compiled and again.
+"""Times `mindalle sample` from the shell to images on disk, first with nothing compiled, then again.
 
     python -m scripts.bench.start
     python -m scripts.bench.start --model minDALL-E/1.3B --num-candidates 96 -- --ranker off
 
-The model has to be in the cache already. Compiled programs are kept in a temporary folder: the cold run compiles all of
-them, the warm ones none. Prints a table, then one JSON line.
+The model must be in the cache already. Compiled programs are kept in a temporary folder: the cold run compiles all of
+them, the warm runs none. Prints a table, then one JSON line.
 """
 
 import json
@@ -22,7 +22,7 @@ from scripts.bench import common
 def main() -> None:
     """Parses the command line, runs, prints."""
     parser = common.make_parser(__doc__)
-    parser.add_argument("--model", default="demo", help="as of mindalle sample (default: %(default)s)")
+    parser.add_argument("--model", default="demo", help="as for mindalle sample (default: %(default)s)")
     parser.add_argument("--num-candidates", default="16", help="default: %(default)s")
     parser.add_argument("--prompt", default="a parrot, 3d style", help="default: %(default)s")
     parser.add_argument("--warm", type=int, default=2, help="runs after the cold one (default: %(default)s)")

@@ -1,16 +1,16 @@
 """Times steps of fine-tuning: random weights, synthetic batches, no data set.
 
-    python -m scripts.bench.training --preset 1.3b                                    # one GPU: the headline figure
+    python -m scripts.bench.training --preset 1.3b                                    # one GPU: the main result
     python -m scripts.bench.training --preset 1.3b experiment.local_batch_size=16 training.remat=full
     python -m scripts.bench.training --preset demo-scenes --steps 5
 
-The configuration is configs/finetune-captions.yaml (configs/scenes/captions.yaml for demo-scenes) with the given
-changes, over all devices of the machine. Prints a table, then one JSON line. Compilation is timed apart.
+The configuration is the preset finetune-captions (scenes/captions for demo-scenes) with the given changes, on all
+devices of the machine. Compilation is timed apart. Prints a table, then one JSON line.
 
-FLOPs are those of the network alone, and none that are computed again: 6 per matrix weight and token, and 12 per layer,
-width and pair of positions, of which half are masked (Chowdhery et al., "PaLM", 2022, arXiv:2204.02311, appendix B).
-MFU is their share of the device's peak by its data sheet, where that is known. share_of_matmul is their share of the
-speed of a large matrix product in the same run.
+FLOPs are those of the network alone, without recomputation: 6 per matrix weight and token, and 12 per layer, width and
+pair of positions (Chowdhery et al., "PaLM", 2022, arXiv:2204.02311, appendix B). Half of the pairs are masked. MFU is
+the share of the device's peak by its data sheet, if that is known. share_of_matmul is the share of the speed of a large
+matrix product in the same run.
 """
 
 import argparse
@@ -24,11 +24,11 @@ import numpy as np
 
 from mindalle_jax.training.metrics import PEAK_FLOPS, flops_per_sequence
 from scripts.bench import common
-from scripts.bench.plan_training import compile_update, compute_dtype
+from scripts.bench.plan_training import compile_step, compute_dtype
 
 
 def fill(tree: Any, seed: int) -> Any:
-    """Arrays of these shapes, dtypes and shardings: floating point N(0, 0.02), made where it lies, and integers 0."""
+    """Makes arrays of these shapes, dtypes and shardings on their devices: floats N(0, 0.02), and integers 0."""
     leaves, structure = jax.tree.flatten(tree)
     filled = [maker(leaf.shape, leaf.dtype, leaf.sharding)(seed + number) for number, leaf in enumerate(leaves)]
     return jax.tree.unflatten(structure, filled)
@@ -36,7 +36,7 @@ def fill(tree: Any, seed: int) -> Any:
 
 @functools.cache  # parameters, moments and averages have the same shapes, and each program takes a while to compile
 def maker(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
-    """A function seed -> array, see fill."""
+    """A compiled function seed -> array, see fill."""
 
     def make(seed: Any) -> jax.Array:
         if not jnp.issubdtype(dtype, jnp.floating):
@@ -47,7 +47,7 @@ def maker(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
 
 
 def time_steps(compiled: Any, state: Any, frozen: Any, batch: Any, count: int) -> tuple[float, float]:
-    """(median seconds of a step after two that are not counted, loss of the last one)."""
+    """(median seconds per step after two steps that are not counted, loss of the last step)."""
     seconds, loss = [], float("nan")
     for _ in range(2 + count):
         start = time.perf_counter()
@@ -64,7 +64,7 @@ def bench(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]
         overrides.append("experiment.use_amp=false")  # as fine-tuning does there
     config_file, base = common.TRAINING_PRESETS[arguments.preset], common.load_preset(arguments.preset)
     start = time.perf_counter()
-    config, mesh, state, frozen, batch, compiled = compile_update(config_file, overrides, jax.devices(), base)
+    config, mesh, state, frozen, batch, compiled = compile_step(config_file, overrides, jax.devices(), base)
     compile_s = time.perf_counter() - start
     sequences = int(np.prod(batch["codes"].shape[:2]))
     state, frozen, batch = fill(state, 0), fill(frozen, 1_000_000), fill(batch, 2_000_000)
@@ -99,7 +99,7 @@ def main() -> None:
     """Parses the command line, runs, prints."""
     parser = common.make_parser(__doc__, "1.3b")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
-    parser.add_argument("--steps", type=int, default=10, help="timed, after two that are not (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps, after two more (default: %(default)s)")
     common.report(*bench(parser.parse_args()))
 
 

@@ -1,18 +1,18 @@
-"""Times one decoding step on CPU against PyTorch: random weights, the same network, two processes taking turns.
+"""Times a decoding step on CPU beside PyTorch: the same network with random weights, in two processes that take turns.
 
     python -m scripts.bench.vs_torch --preset 1.3b --candidates 1 8 --rounds 3
     python -m scripts.bench.vs_torch --preset demo-scenes --candidates 1 8 16
 
-Compares three loops. Each step is the network and the choice of a code (top-k 256).
+Compares three loops. Each step runs the network and samples a code (top-k 256).
 
-  jax       mindalle_jax.sampling.decode, which always reads its whole buffer of keys and values, on the devices that
-            mindalle sample would take
+  jax       mindalle_jax.sampling.decode, which always reads its full buffer of keys and values, on the devices that
+            mindalle sample would use
   concat    a PyTorch loop that concatenates its cache, as the original implementation does
-  prealloc  a PyTorch loop over preallocated buffers, reading the filled part only
+  prealloc  a PyTorch loop over preallocated buffers, of which it reads only the filled part
 
-They take turns of whole images, or of some rows. PyTorch decodes the rows in the middle, where its cost is the average.
-Needs the test extra (PyTorch, and tests/torch_oracle.py of this checkout). At full size each process holds 5 GB. Prints
-a table, then one JSON line.
+Each turn is a whole image, or some rows. PyTorch decodes the rows in the middle, where its cost is the average. Needs
+the test extra (PyTorch, and tests/torch_oracle.py of this checkout). At full size each process holds 5 GB. Prints a
+table, then one JSON line.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def jax_worker(config: Any, rows: int) -> Callable[[str, int], float]:
 
 
 def torch_worker(config: Any, rows: int) -> Callable[[str, int], float]:
-    """The same for the two PyTorch loops."""
+    """A function (loop, candidates) -> seconds per step, for the two PyTorch loops."""
     sys.path.insert(0, str(common.ROOT / "tests"))
     import torch
     from torch_oracle import ConcatCacheDecoder, PreallocatedCacheDecoder, Transformer, TransformerConfig, filter_probs
@@ -115,7 +115,7 @@ def torch_worker(config: Any, rows: int) -> Callable[[str, int], float]:
 
 
 def work(kind: str, config: Any, rows: int) -> None:
-    """Answers lines `LOOP CANDIDATES` on stdin with seconds per step on stdout."""
+    """Reads lines `LOOP CANDIDATES` from stdin, and writes the seconds per step to stdout."""
     run = (jax_worker if kind == "jax" else torch_worker)(config, rows)
     print("ready", flush=True)
     for line in sys.stdin:
@@ -124,7 +124,7 @@ def work(kind: str, config: Any, rows: int) -> None:
 
 
 def start_workers(preset: str, rows: int, devices: int) -> dict[str, subprocess.Popen[str]]:
-    """Both processes, before they are ready."""
+    """Starts both processes; they are not ready yet."""
     root = str(common.ROOT)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": root, "JAX_NUM_CPU_DEVICES": str(devices)}
     command = [sys.executable, "-m", "scripts.bench.vs_torch", "--preset", preset, "--rows", str(rows), "--worker"]
@@ -136,7 +136,7 @@ def start_workers(preset: str, rows: int, devices: int) -> dict[str, subprocess.
 
 
 def take_turns(workers: dict[str, subprocess.Popen[str]], candidates: int, rounds: int) -> dict[str, float]:
-    """Median seconds per step of each loop, and the median ratio of ours to each other one in the same round."""
+    """Median seconds per step of each loop, and the median per-round ratio of ours to each PyTorch loop."""
     times: dict[str, list[float]] = {loop: [] for loop in LOOPS}
     for turn in range(rounds + 1):
         for loop, kind in LOOPS.items():
@@ -157,9 +157,9 @@ def take_turns(workers: dict[str, subprocess.Popen[str]], candidates: int, round
 def parse_arguments() -> argparse.Namespace:
     """The command line, with rows and devices filled in."""
     parser = common.make_parser(__doc__, "1.3b")
-    parser.add_argument("--candidates", type=int, nargs="+", default=[1, 8], help="batches (default: 1 8)")
+    parser.add_argument("--candidates", type=int, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
     parser.add_argument("--rounds", type=int, default=3, help="counted turns of each loop (default: %(default)s)")
-    text = "rows of codes per turn (default: one of 1.3b, else a whole image)"
+    text = "rows of codes per turn (default: one row for 1.3b, a whole image for other presets)"
     parser.add_argument("--rows", type=int, help=text)
     text = "number of virtual CPU devices that share the candidates (default: as mindalle sample)"
     parser.add_argument("--devices", type=int, help=text)

@@ -1,8 +1,8 @@
 """A data set of emoji in three styles on white cards, with plain grounds around them and captions in many wordings.
 
-Image n of a split is always the same, and so are its captions. A pair is a thing in a style. There are three splits.
+Image n of a split is always the same, and so are its captions. A pair is a thing in a style. There are three splits:
 
-    train     pairs to learn, with captions of TRAIN_FORMS; some captions have a keyword for the name
+    train     pairs to learn, with captions of TRAIN_FORMS; some captions have a keyword instead of the name
     valid     the same pairs, with captions of UNSEEN_FORMS, a wording that train does not have
     heldout   pairs that train does not have; train has their things in the other two styles
 """
@@ -25,7 +25,7 @@ from scripts.emoji.things import MARGIN, SIDE, STYLES, Thing, Things
 Split = Literal["train", "valid", "heldout"]
 SPLITS = ("train", "valid", "heldout")
 GROUNDS = {"white": (255, 255, 255), "sky": (178, 216, 242), "sand": (243, 226, 184), "grey": (205, 207, 210)}
-"""Name -> RGB of what is around the card. A caption that names none is of the first."""
+"""Name -> RGB of the ground around the card. A caption that names no ground means the first one."""
 ROUND = ("white", "white", "white", "white", "sky", "sand", "grey")
 """The grounds of the images of a pair, one after another."""
 HELDOUT_SHARE = 32
@@ -37,7 +37,7 @@ KEYWORDS = 0.06
 """Share of the captions of train that have a keyword where the name would be."""
 CORNER = 4
 """Radius of the corners of the card, in pixels. Things are always on white, and MARGIN is a whole number of codes, so
-that what is learned of a thing on one ground is learned for all."""
+what the model learns about a thing on one ground holds on all grounds."""
 CAPTIONS = 4
 FORMAT_VERSION = 3
 MANIFEST = "emoji.json"
@@ -75,7 +75,7 @@ class Example(NamedTuple):
 
 
 def heldout_style(thing: Thing) -> str | None:
-    """The style in which a thing is held out, if it is in one."""
+    """The style in which a thing is held out; None if it is in no style."""
     digest = hashlib.blake2b(thing.emoji.encode(), digest_size=8).digest()
     share, style = divmod(int.from_bytes(digest, "big"), len(STYLES))
     return STYLES[style] if share % HELDOUT_SHARE == 0 else None
@@ -83,7 +83,7 @@ def heldout_style(thing: Thing) -> str | None:
 
 @functools.lru_cache(maxsize=4)
 def pairs(things: tuple[Thing, ...], heldout: bool) -> tuple[tuple[int, str], ...]:
-    """(thing, style) of each pair that is held out, or of each that is not, in an order without meaning."""
+    """(thing, style) of all pairs that are held out, or of all that are not, in an arbitrary fixed order."""
     found = [
         (number, style)
         for number, thing in enumerate(things)
@@ -95,7 +95,7 @@ def pairs(things: tuple[Thing, ...], heldout: bool) -> tuple[tuple[int, str], ..
 
 
 def make_example(things: tuple[Thing, ...], split: Split, index: int) -> Example:
-    """Example `index` of a split, which has no end: all pairs, each on the next ground of ROUND, again and again.
+    """Example `index` of a split. A split has no end: it repeats all pairs, each on the next ground of ROUND.
 
     Raises UsageError.
     """
@@ -110,8 +110,8 @@ def make_example(things: tuple[Thing, ...], split: Split, index: int) -> Example
 def make_contrast(things: tuple[Thing, ...], index: int) -> Example:
     """An example of train that differs from make_example(things, "train", index) in thing, style or ground.
 
-    CLIP learns from such pairs in one batch what captions say beside the thing. A thing is exchanged for one of the 12
-    that follow or precede it, which are of its kind.
+    From such pairs in one batch CLIP learns what captions say besides the thing. A thing is exchanged for one of the 12
+    things before or after it, which are of its kind.
     """
     example, chance = make_example(things, "train", index), Chance(f"contrast {index}")
     while True:
@@ -124,7 +124,7 @@ def make_contrast(things: tuple[Thing, ...], index: int) -> Example:
 
 
 def captions(things: tuple[Thing, ...], split: Split, index: int, example: Example, count: int = CAPTIONS) -> list[str]:
-    """Captions of an example, lower case, of which some may be equal. The first has the usual name and the style.
+    """Captions of an example, in lower case; some may be equal. The first has the usual name and the style.
 
     Each names the ground unless it is white.
     """
@@ -145,12 +145,12 @@ def captions(things: tuple[Thing, ...], split: Split, index: int, example: Examp
 
 
 def full_caption(things: tuple[Thing, ...], example: Example) -> str:
-    """The caption that says all of an example."""
+    """The caption that names thing, style and ground of an example."""
     return f"{with_article(things[example.thing].names[0])}, {example.style} style on {example.ground}"
 
 
 def with_article(name: str) -> str:
-    """A name as a singular; what looks like a plural stays as it is."""
+    """A name with its article; a name that looks like a plural gets none."""
     if name.endswith("s") and not name.endswith(("ss", "us", "is")):
         return name
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
@@ -169,7 +169,7 @@ def blank_card(ground: str) -> np.ndarray:
 
 
 def render(things: Things, example: Example) -> np.ndarray:
-    """uint8[SIDE, SIDE, 3]"""
+    """The image of an example, uint8[SIDE, SIDE, 3]."""
     image = blank_card(example.ground).astype(np.float32)
     parts = things.pixels[example.thing, STYLES.index(example.style)].astype(np.float32)
     inner = image[MARGIN:-MARGIN, MARGIN:-MARGIN]
@@ -180,9 +180,9 @@ def render(things: Things, example: Example) -> np.ndarray:
 def write_emoji(folder: Path, things: Things, split: Split, count: int, *, contrasts: bool = False) -> None:
     """Writes the images 0 to count - 1 of a split as a data set that data/folders.py reads.
 
-    metadata.jsonl has the captions. contrasts: of train, beside each image 000123-contrast.png with make_contrast(123),
-    and for all a caption more that says everything.
-    Nothing is done if the folder holds just this already. Raises OutputError if it holds anything else, or UsageError.
+    metadata.jsonl has the captions. contrasts: for train only, write 000123-contrast.png with make_contrast(123) beside
+    each image, and add full_caption to the captions of both.
+    Does nothing if the folder holds exactly this already. Raises OutputError if it holds anything else, or UsageError.
     """
     if contrasts and split != "train":
         raise UsageError("contrasts are of the split train")

@@ -1,4 +1,4 @@
-"""Reads an image of emoji/dataset.py back: the nearest of all things in all styles. It learns nothing.
+"""Reads an image of emoji/dataset.py back: it finds the nearest of all things in all styles. It learns nothing.
 
 Images are compared at half their size, so that the blur of a small network and a shift of a pixel are forgiven.
 """
@@ -14,14 +14,14 @@ from scripts.emoji.dataset import GROUNDS, Example, blank_card, render
 from scripts.emoji.things import MARGIN, SIDE, STYLES, Things
 
 MAX_GROUND_ERROR = 40.0
-"""Distance in RGB of the margin from a ground, its median."""
+"""Largest accepted distance in RGB of the margin from a ground: the median over its pixels."""
 MAX_ERROR = 0.5
 """Largest accepted error: the squared difference from the nearest thing, divided by that of a blank card."""
 BATCH = 256
 
 
 class Seen(NamedTuple):
-    """The content of an image, as the judge reads it. None: it is like no thing, style or ground."""
+    """The content of an image, as the judge reads it. None: the image is like no thing, style or ground."""
 
     thing: int | None
     style: str | None
@@ -56,7 +56,7 @@ class Judge:
         return [seen for seen in found if seen is not None]
 
     def _nearest(self, images: np.ndarray, ground: str) -> tuple[np.ndarray, np.ndarray]:
-        """int[n] the nearest template of each image, f32[n] the error as of MAX_ERROR."""
+        """int[n] the nearest template of each image, f32[n] its error, see MAX_ERROR."""
         templates = self._templates(ground)
         flat = _halved(images) - _halved(blank_card(ground)[None])
         squares = (templates**2).sum(1)
@@ -64,9 +64,9 @@ class Judge:
         best = errors.argmin(1)
         return best, np.maximum(errors.min(1), 0) / squares[best]
 
-    @functools.lru_cache(maxsize=len(GROUNDS))  # noqa: B019  as many as there are, and judges live as long as programs
+    @functools.lru_cache(maxsize=len(GROUNDS))  # noqa: B019  one per ground, and a judge lives as long as the program
     def _templates(self, ground: str) -> np.ndarray:
-        """f32[things * styles, pixels]: what differs from a blank card."""
+        """f32[things * styles, pixels]: the differences from a blank card."""
         shown = (
             render(self._things, Example(thing, style, ground))
             for thing in range(len(self._things.things))

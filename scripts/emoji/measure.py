@@ -1,4 +1,4 @@
-"""How good a model of emoji is: what the judge reads in what it samples, and sheets for a person to look at."""
+"""Measures a model of emoji: the judge reads its samples, and sheets show them to people."""
 
 import itertools
 import warnings
@@ -50,7 +50,7 @@ def psnr(images: np.ndarray, others: np.ndarray) -> float:
 
 
 def to_uint8(images: Any) -> np.ndarray:
-    """uint8 of f32 in [0, 1]."""
+    """Converts f32 in [0, 1] to uint8."""
     return (np.asarray(images) * 255 + 0.5).astype(np.uint8)
 
 
@@ -75,7 +75,7 @@ def measure_samples(model: Dalle, ranker: ClipRanker, things: Things, count: int
 
 
 def sample(model: Dalle, ranker: ClipRanker, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """uint8[n, S, S, 3] twice: the first candidate of each prompt, and the one that the ranker likes best."""
+    """uint8[n, S, S, 3] twice: the first candidate of each prompt, and the best by the ranker."""
     first, best = [], []
     for at in tqdm(range(0, len(prompts), AT_ONCE), desc=f"{AT_ONCE} prompts, {BEST_OF} images each", disable=None):
         some = prompts[at : at + AT_ONCE]
@@ -86,7 +86,7 @@ def sample(model: Dalle, ranker: ClipRanker, prompts: list[str]) -> tuple[np.nda
 
 
 def write_nearest(things: Things, images: np.ndarray, file: Path) -> dict[str, Any]:
-    """A sheet with rows of samples, below each the nearest image of training, and how near these are."""
+    """Writes rows of samples, each above its nearest training image; returns how near these are."""
     count = len(ROUND) * len(pairs(things.things, False))
     train = np.stack([render(things, make_example(things.things, "train", index)) for index in range(count)])
     flat = train.reshape(len(train), -1).astype(np.int16)
@@ -97,20 +97,20 @@ def write_nearest(things: Things, images: np.ndarray, file: Path) -> dict[str, A
         distances.append(float(errors.min()) / 255)
     both = np.full((2, -(-len(images) // COLUMNS) * COLUMNS, *images.shape[1:]), 255, np.uint8)
     both[0, : len(images)], both[1, : len(images)] = images, np.stack(near)
-    rows = both.reshape(2, -1, COLUMNS, *images.shape[1:]).swapaxes(0, 1)  # a row of samples, then one of nearest ones
+    rows = both.reshape(2, -1, COLUMNS, *images.shape[1:]).swapaxes(0, 1)  # a row of samples, a row of nearest images
     recipe.write_sheet(rows.reshape(-1, *images.shape[1:]), file, COLUMNS)
     return {"distance to the nearest training image": {
         "median": round(float(np.median(distances)), 4), "least": round(min(distances), 4)}}  # fmt: skip
 
 
 def write_visitors(model: Dalle, ranker: ClipRanker, file: Path) -> None:
-    """A sheet of what visitors type, the ranker's best of 16 each, in the order of visitor_prompts.txt.
+    """Writes a sheet for visitor_prompts.txt: the ranker's best of 16 for each prompt, in that order.
 
-    Beside it a text with what the unknown-word warning says to each.
+    Also writes a text file with the unknown-word warning for each prompt.
     """
     prompts = VISITOR_PROMPTS.read_text(encoding="utf-8").splitlines()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the text has them
+        warnings.simplefilter("ignore")  # the text file has them
         recipe.write_sheet(sample(model, ranker, prompts)[1], file, COLUMNS)
     known_words = model.tokenizer.known_words
     assert known_words is not None

@@ -1,6 +1,6 @@
-"""The packages that the emoji are taken from: fetched by npm, checked, and read where they lie. Nothing is unpacked.
+"""Fetches the packages of the emoji with npm, checks them, and reads them without unpacking.
 
-Of the two emoji-datasource packages the images have licences of their own, which only the README names: package.json
+The images of the two emoji-datasource packages have licenses of their own, which only the README names. package.json
 and LICENSE are about the data.
 """
 
@@ -21,11 +21,11 @@ class Package(NamedTuple):
     version: str
     sha256: str
     licence_file: str
-    """Where the licence of what is taken stands."""
+    """The file with the license of the part that is used."""
     licence_words: str
-    """Text that this file has."""
+    """Text that this file must have."""
     credit: str
-    """Who made what is taken, and its licence."""
+    """The authors of the part that is used, and its license."""
 
     @property
     def archive(self) -> str:
@@ -65,7 +65,7 @@ MAX_MEMBER_BYTES = 32 << 20
 def fetch_packages(folder: Path, packages: Iterable[Package] = PACKAGES) -> None:
     """Fetches the archives that are not in the folder yet, about 160 MB, and checks all of them.
 
-    Raises UsageError where npm is missing or fails, DataError as check_package.
+    Raises UsageError if npm is missing or fails, and DataError as check_package does.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for package in packages:
@@ -82,7 +82,7 @@ def fetch_packages(folder: Path, packages: Iterable[Package] = PACKAGES) -> None
 
 
 def check_package(folder: Path, package: Package) -> None:
-    """Raises DataError unless the archive is the known one, and its licence says what it said."""
+    """Raises DataError unless the archive is the known one, and its license has not changed."""
     path = folder / package.archive
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -94,7 +94,7 @@ def check_package(folder: Path, package: Package) -> None:
 
 
 def read_members(path: Path, names: list[str]) -> list[bytes]:
-    """The files of an archive, named below its folder package/, in the order asked for. Raises DataError."""
+    """The named files of an archive, from its folder package/, in the order of the names. Raises DataError."""
     places = {f"package/{name}": number for number, name in enumerate(names)}
     found: list[bytes | None] = [None] * len(names)
     with tarfile.open(path, "r:gz") as archive:

@@ -1,4 +1,4 @@
-"""The things: emoji that exist in all three styles, their images, names and keywords."""
+"""Reads the things: emoji that exist in all three styles, with their images, names and keywords."""
 
 import functools
 import io
@@ -16,17 +16,17 @@ from scripts.emoji.packages import EMOJIBASE, EMOJILIB, FLUENT, NOTO, TWEMOJI, r
 
 STYLES = ("noto", "flat", "3d")
 SIDE = 64
-"""Pixels of an image; MARGIN of them on each side are ground. Both are multiples of a code of the small VQGAN."""
+"""Side of an image in pixels; MARGIN pixels on each side are ground. Both are multiples of the side of a code."""
 MARGIN = 4
 LEFT_OUT = frozenset(("People & Body", "Flags", "Symbols", "Component"))
 CLOCK_FACES = range(0x1F550, 0x1F568)
 """Code points of 24 times of day, which are left out."""
 NEAR = 24.0
-"""Decibels: of two things that are this near to each other in any style, one is left out."""
+"""Decibels. If two things are nearer than this to each other in any style, one of them is left out."""
 MAX_WORDS = 2
 """The usual name of a thing has at most this many words, and so has a keyword."""
 ALL_OF = "Animals & Nature"
-"""Category of which all things are taken. Things of other categories need a name of one word: that is what people type,
+"""All things of this category are taken. Things of other categories need a name of one word: that is what people type,
 and training has no time for more images."""
 NO_KEYWORDS = frozenset("and no not of off on or the to with 3d flat noto style emoji above beside below".split())
 
@@ -36,9 +36,9 @@ class Thing(NamedTuple):
 
     emoji: str
     names: tuple[str, ...]
-    """The first is the usual one. No other thing has any of them."""
+    """The first is the usual name. No other thing has any of these names."""
     keywords: tuple[str, ...]
-    """Words that describe it; other things have them too."""
+    """Words that describe the thing; other things may have them too."""
 
 
 class Things(NamedTuple):
@@ -79,7 +79,7 @@ def read_things(packages: Path) -> Things:
 
 
 def read_image(data: bytes) -> np.ndarray:
-    """uint8[s, s, 4], premultiplied, so that what is transparent has no color that scaling could mix in."""
+    """Decodes an image: uint8[s, s, 4], premultiplied, so that scaling mixes in no color of transparent pixels."""
     inner = SIDE - 2 * MARGIN
     image = Image.open(io.BytesIO(data)).convert("RGBA").convert("RGBa")
     return np.asarray(image.resize((inner, inner), Image.Resampling.LANCZOS, reducing_gap=None))
@@ -92,7 +92,7 @@ def on_white(pixels: np.ndarray) -> np.ndarray:
 
 
 def _near_ones(pixels: np.ndarray, num_words: list[int]) -> frozenset[int]:
-    """Positions of the things that look like another that is kept: of two, the one whose name has fewer words."""
+    """Positions of the things to leave out: of two things that look alike, the name with fewer words is kept."""
     limit = 10 ** (-NEAR / 10)
     near = np.zeros((len(pixels), len(pixels)), bool)
     for style in range(len(STYLES)):
@@ -114,7 +114,7 @@ def _is_short(entry: dict[str, Any], names: list[str]) -> bool:
 def _texts(
     entry: dict[str, Any], labels: dict[str, Any], words: dict[str, list[str]]
 ) -> tuple[str, list[str], list[str]]:
-    """(emoji, names with the usual one first, keywords) as the packages have them."""
+    """(emoji, names with the usual name first, keywords) from the packages."""
     code = entry["unified"]
     emoji = "".join(chr(int(part, 16)) for part in code.split("-"))
     label = labels.get(code) or labels[code.replace("-FE0F", "")]
@@ -124,14 +124,14 @@ def _texts(
 
 
 def _clean(texts: list[str], digits: str = "") -> list[str]:
-    """Plain lower-case words, each text once: without accents, and without texts that have signs or other digits."""
+    """Plain lower-case texts, each once and without accents; texts with signs or other digits are left out."""
     plain = (unicodedata.normalize("NFKD", text.lower().replace("_", " ").replace("’", "'")) for text in texts)
     found = ("".join(letter for letter in text if not unicodedata.combining(letter)).strip() for text in plain)
     return list(dict.fromkeys(text for text in found if re.fullmatch(rf"[a-z{digits}][a-z{digits}' -]*[a-z]", text)))
 
 
 def _name_all(texts: list[tuple[str, list[str], list[str]]]) -> tuple[Thing, ...]:
-    """Things with names that no other has; the usual name of one is never a further name of another."""
+    """Makes things whose names are unique; the usual name of a thing is never a further name of another thing."""
     usual = {names[0] for _, names, _ in texts}
     further = [name for _, names, _ in texts for name in dict.fromkeys(names[1:])]
     things = []

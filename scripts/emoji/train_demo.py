@@ -56,27 +56,41 @@ license: apache-2.0
 
 # Emoji
 
-A small text-to-image model, with its ranker in `ranker/`: one of {things} things in one of three styles, 64 x 64
-pixels. Made from nothing by `scripts/emoji/train_demo.py`; no published weights and no photographs went
-into it.
+This is a small text-to-image model of emoji. It samples one of {things} things in one of three styles, as images of
+64 x 64 pixels. A CLIP model in `ranker/` orders its images. `scripts/emoji/train_demo.py` trained all parts from
+nothing. No published weights and no photographs went into it.
 
     mindalle sample "a parrot, 3d style" --model FOLDER --out DIR
 
-- Things: animals, plants, food, vehicles, buildings, tools, clothes, faces and others. `tokenizer/words.json` lists the
-  words. The model learned one image of each thing in each style, and samples little else.
-- Styles: {styles}. Without a style in the prompt, the candidates vary.
+## What it knows
+
+- Things: animals, plants, food, vehicles, buildings, tools, clothes, faces and more. `tokenizer/words.json` lists the
+  words.
+- Styles: {styles}. Without a style in the prompt, the candidates vary, and fewer of them are right.
 - Grounds: {grounds}. The thing is on a white card, which has the ground around it. Without a ground in the prompt,
   all is white.
-- Temperature 1 is 1 / {sharpness:g} of the model as trained, since its logits are multiplied by {sharpness:g}.
-- {heldout} pairs of a thing and a style were held out of training.
-- `metrics.json` says how often its images are right.
 
-The images that it was trained on, and their licences:
+## What it is for, and its limits
+
+It shows in seconds how the code works. It is not meant for anything else.
+
+- It saw one image of each thing in each style, and repeats these images.
+- It cannot combine: training never showed {heldout} pairs of a thing and a style, and the model rarely samples them
+  right.
+- It cannot sample two things in one image, or words that it does not know.
+- Its logits are multiplied by {sharpness:g}. So temperature 1 is 1 / {sharpness:g} of the temperature of training.
+
+`metrics.json` says how often its images are right. The program that measured this, `scripts/emoji/judge.py`, compares
+an image with all things in all styles.
+
+## Training data and licenses
+
+It was trained on these images and names:
 
 {credits}
 
-The weights are under Apache-2.0, like the code. Samples resemble these images. If you publish samples, give credit to
-the authors of the images, as CC-BY 4.0 asks.
+The weights are under Apache-2.0, like the code. Samples resemble the images above. If you publish samples, give credit
+to the authors of the images, as CC-BY 4.0 asks.
 """
 
 

@@ -1,9 +1,9 @@
-"""Captioned pictures of simple scenes, drawn on demand: to train and measure a small text-to-image model anywhere.
+"""Renders captioned images of simple scenes, to train and measure a small text-to-image model anywhere.
 
-A scene is one thing, or two beside or above each other, on a plain background. Every scene, its captions and its
-picture are functions of (split, index) and the same on every machine. scripts/scenes/judge.py reads a picture back.
+A scene is one thing, or two things beside or above each other, on a plain background. The scene, its captions and its
+image depend only on (split, index), and are the same on every machine. scripts/scenes/judge.py reads an image back.
 
-Lengths are in 64ths of the picture's side, so they are pixels of a picture of 64 x 64.
+Lengths are in 64ths of the side of the image, so they are pixels of an image of 64 x 64.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ from scripts.chance import Chance
 
 Split = Literal["train", "valid", "heldout"]
 SPLITS = ("train", "valid", "heldout")
-"""train and valid share no description; in both nothing of heldout is ever seen: HELDOUT_LOOKS, HELDOUT_PAIRS."""
+"""train and valid share no description, and neither has a part of heldout: HELDOUT_LOOKS, HELDOUT_PAIRS."""
 Style = Literal["flat", "tiled"]
 STYLES = ("flat", "tiled")
-"""tiled: a quarter of the background, every other square of every other row, has another colour."""
+"""tiled: a quarter of the background, every other square of every other row, has another color."""
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "diamond")
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (222, 36, 40),
     "orange": (248, 136, 20),
     "yellow": (250, 222, 40),
@@ -46,25 +46,25 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 """Name -> RGB."""
 STRIPES = (20, 18, 22)
-"""RGB of every other band of what is striped: one for all, so that what is learned of it serves every colour."""
+"""RGB of every other band of a striped thing: the same for all, so that what is learned for one color serves all."""
 BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "white": ((246, 246, 246), (132, 132, 132)),
     "grey": ((132, 132, 132), (246, 246, 246)),
     "sky": ((150, 200, 255), (132, 132, 132)),
 }
-"""Name -> RGB, and RGB of the squares of the style "tiled". No name of a thing's colour is among them."""
+"""Name -> RGB, and RGB of the squares of the style "tiled". No name is also a color of things."""
 SIZES = {"small": 16, "large": 24}
 """Name -> width and height of the box around a thing, which a shape fills in at least one direction."""
 RELATIONS = ("left of", "above")
-"""Of the first thing to the second. "right of" and "below" are the same scenes, told from the second thing."""
+"""Where the first thing is, seen from the second. "right of" and "below" are these scenes, told in the other order."""
 MARGIN = 2
 """Least distance of a thing from the edge."""
 GAP = 4
 """Least distance of two things."""
 STEP = 16
-"""Centres are multiples of this, and of a code of the small VQGAN: a thing looks the same to it wherever it is."""
+"""Centers are multiples of this and of the side of a code, so a thing looks the same to the VQGAN everywhere."""
 BAND = 4
-"""Height of a stripe; the first begins at a multiple of STEP."""
+"""Height of a stripe; the first starts at a multiple of STEP."""
 MAX_THINGS = 2
 
 HELDOUT_LOOKS = frozenset(
@@ -79,24 +79,27 @@ HELDOUT_LOOKS = frozenset(
         ("pink", "square"),
     }
 )
-"""Colours and shapes that only the split heldout puts together."""
+"""Pairs of a color and a shape that only the split heldout has."""
 HELDOUT_PAIRS = frozenset(
     pair for number, pair in enumerate(itertools.product(SHAPES, RELATIONS, SHAPES)) if number % 11 == 3
 )
-"""Shapes in relations that only the split heldout has: 9 of 98."""
+"""Pairs of shapes in a relation that only the split heldout has: 9 of 98."""
 
 ONE_THING = 0.4
 """Share of the scenes with one thing."""
 STRIPED = 0.4
 VALID_SHARE = 16
-"""One description in so many is of the split valid."""
+"""One description in this many belongs to the split valid."""
 FORMAT_VERSION = 6
 MANIFEST = "scenes.json"
 
 
 @dataclass(frozen=True)
 class Thing:
-    """What a caption says of a thing."""
+    """The attributes of a thing that a caption names.
+
+    The names of the fields of Thing and Scene are in the seeds of captions and splits, so they cannot change.
+    """
 
     shape: str
     colour: str
@@ -106,28 +109,28 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says, and where things are."""
+    """One or two things, their relation, their places, and the background."""
 
     things: tuple[Thing, ...]
-    """One or two; of two the left or upper one is the first."""
+    """One or two; the left or upper one comes first."""
     relation: str | None
-    """Of RELATIONS, for two things."""
+    """One of RELATIONS for two things; None for one thing."""
     background: str
     centres: tuple[tuple[int, int], ...]
     """(x, y) of each thing, from the upper left corner."""
 
     def description(self) -> str:
-        """All but the centres: scenes with the same captions have the same description."""
+        """Everything but the centers: scenes with the same captions have the same description."""
         return repr((self.things, self.relation, self.background))
 
 
 def make_scene(split: Split, index: int) -> Scene:
-    """Scene `index` of a split, which has no end. Raises UsageError."""
+    """Scene `index` of a split; a split has no end. Raises UsageError."""
     if split not in SPLITS or index < 0:
         raise UsageError(f"split must be one of {', '.join(SPLITS)} and index at least 0, not {split!r} and {index}")
     chance = Chance(f"{split} {index}")
     num_things = 1 if chance.share(ONE_THING) else 2
-    while True:  # one draw in 4 is of heldout, one in 20 of valid
+    while True:  # one scene in 4 belongs to heldout, one in 20 to valid
         scene = _any_scene(chance, num_things)
         if _split(scene) == split:
             return scene
@@ -136,8 +139,8 @@ def make_scene(split: Split, index: int) -> Scene:
 def make_contrast(index: int) -> Scene:
     """A scene of train that differs from make_scene("train", index) in one way, with things at the same places.
 
-    One attribute of a thing is another, or two things have exchanged one, or all. CLIP learns from such pairs in one
-    batch what captions say beside which words are in them.
+    One thing has another attribute, or two things have exchanged one attribute or all. From such pairs in one batch
+    CLIP learns more of captions than which words are in them.
     """
     scene, chance = make_scene("train", index), Chance(f"contrast {index}")
     while True:
@@ -160,18 +163,19 @@ def make_contrast(index: int) -> Scene:
 
 
 def heldout_parts(scene: Scene) -> set[tuple[str, ...]]:
-    """The HELDOUT_LOOKS and HELDOUT_PAIRS of a scene; empty for those of train and valid."""
+    """The HELDOUT_LOOKS and HELDOUT_PAIRS of a scene; empty for scenes of train and valid."""
     looks = {(thing.colour, thing.shape) for thing in scene.things}
     pairs = {(scene.things[0].shape, scene.relation, scene.things[1].shape)} if scene.relation else set()
     return {*(looks & HELDOUT_LOOKS), *(pairs & HELDOUT_PAIRS)}
 
 
 def captions(scene: Scene, count: int = 2) -> list[str]:
-    """Different captions of a scene, at most 20 words in lower case; the first names the background, most others too.
+    """Different captions of a scene, at most 20 words in lower case.
 
-    Each tells all of every thing and the relation; what is not called striped is plain. Raises UsageError.
+    The first caption names the background, and so do most of the rest. Each names all attributes of every thing, and
+    the relation; a thing that is not called striped is plain. Raises UsageError.
     """
-    if not 1 <= count <= 8:  # of a single thing little more can be said
+    if not 1 <= count <= 8:  # a single thing has few more different captions
         raise UsageError(f"count must be from 1 to 8, not {count}")
     chance = Chance(f"captions {scene}")
     found: list[str] = []
@@ -183,36 +187,36 @@ def captions(scene: Scene, count: int = 2) -> list[str]:
     return found
 
 
-def draw(scene: Scene, size: int = 64, style: Style = "flat") -> np.ndarray:
+def render(scene: Scene, size: int = 64, style: Style = "flat") -> np.ndarray:
     """uint8[size, size, 3], antialiased. size: a multiple of 16, at least 64. Raises UsageError."""
     _check(size, style)
     pixel = size // 64 if size % 64 == 0 else size / 64
-    picture = background_picture(scene.background, size, style).astype(np.float32)
+    image = background_image(scene.background, size, style).astype(np.float32)
     for thing, (x, y) in zip(scene.things, scene.centres, strict=True):
         mask = thing_mask(thing.shape, thing.size, size)  # [h, h]
         left, top = round(x * pixel) - len(mask) // 2, round(y * pixel) - len(mask) // 2
         rows, columns = slice(top, top + len(mask)), slice(left, left + len(mask))
-        colours = np.array((COLOURS[thing.colour], STRIPES), np.float32)
+        colors = np.array((COLORS[thing.colour], STRIPES), np.float32)
         bands = (np.arange(top, top + len(mask)) // (size // 16) % 2) * thing.striped
         alpha = mask[:, :, None]
-        picture[rows, columns] += alpha * (colours[bands][:, None] - picture[rows, columns])
-    return (picture + 0.5).astype(np.uint8)
+        image[rows, columns] += alpha * (colors[bands][:, None] - image[rows, columns])
+    return (image + 0.5).astype(np.uint8)
 
 
 @functools.cache
-def background_picture(background: str, size: int, style: Style) -> np.ndarray:
-    """uint8[size, size, 3] without things. Not to be changed."""
+def background_image(background: str, size: int, style: Style) -> np.ndarray:
+    """uint8[size, size, 3] without things. Do not change the array."""
     main, other = BACKGROUNDS[background]
     odd = np.arange(size) // (size // 8) % 2 == 1
     tiles = odd[:, None] & odd & (style == "tiled")
-    picture = np.where(tiles[:, :, None], other, main).astype(np.uint8)
-    picture.setflags(write=False)
-    return picture
+    image = np.where(tiles[:, :, None], other, main).astype(np.uint8)
+    image.setflags(write=False)
+    return image
 
 
 @functools.cache
 def thing_mask(shape: str, thing_size: str, size: int) -> np.ndarray:
-    """f32[h, h] in [0, 1]: the part of each pixel that a thing covers, its centre in the middle. h is even."""
+    """f32[h, h] in [0, 1]: the part of each pixel that a thing covers, with its center in the middle. h is even."""
     radius = SIZES[thing_size] * size / 128  # pixels
     half, fine = math.ceil(radius), 8
     steps = ((np.arange(2 * half * fine) + 0.5) / fine - half) / radius
@@ -233,12 +237,12 @@ def write_scenes(
     classes: bool = False,
     contrasts: bool = False,
 ) -> None:
-    """Writes pictures of the scenes first to first + count - 1 as a data set that data/folders.py reads.
+    """Writes images of the scenes first to first + count - 1 as a data set that data/folders.py reads.
 
-    A file is named after the index: make_scene(split, index) is what 000123.png shows. metadata.jsonl has the captions.
-    classes: write only scenes of one thing, about 4 in 10, into a folder for each shape and without captions.
-    contrasts: of train, beside each of them 000123-contrast.png with make_contrast(123).
-    Nothing is done if the folder holds just this already. Raises OutputError if it holds anything else, or UsageError.
+    A file is named after the index: 000123.png shows make_scene(split, 123). metadata.jsonl has the captions.
+    classes: write only scenes of one thing, about 4 in 10, without captions, into one folder per shape.
+    contrasts: for train only, write 000123-contrast.png with make_contrast(123) beside each image.
+    Does nothing if the folder holds exactly this already. Raises OutputError if it holds anything else, or UsageError.
     """
     _check(size, style)
     if contrasts and (split != "train" or classes):
@@ -252,7 +256,7 @@ def write_scenes(
     with new_folder(folder, overwrite=folder.is_dir() and not any(folder.iterdir())) as new:
         rows = []
         if classes:
-            for shape in SHAPES:  # also where no scene is: a label is the position of a name among all
+            for shape in SHAPES:  # also without scenes: a label is the position of a name among all
                 (new / shape).mkdir()
         for index in tqdm(range(first, first + count), desc=folder.name, unit="scene", disable=None):
             scene = make_scene(split, index)
@@ -263,7 +267,7 @@ def write_scenes(
                 shown[f"{index:06}-contrast.png"] = make_contrast(index)
             for name, one in shown.items():
                 place = new / one.things[0].shape if classes else new
-                Image.fromarray(draw(one, size, style)).save(place / name)
+                Image.fromarray(render(one, size, style)).save(place / name)
                 rows.append({"file_name": name, "text": captions(one), "split": split, "index": index})
         if not classes:
             (new / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -278,7 +282,7 @@ def _check(size: int, style: str) -> None:
 
 
 def _read_manifest(path: Path) -> Any:
-    """None if there is none."""
+    """The content of the file; None if it does not exist."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except (OSError, ValueError):
@@ -287,18 +291,18 @@ def _read_manifest(path: Path) -> Any:
 
 _VALUES: dict[str, tuple[Any, ...]] = {
     "shape": SHAPES,
-    "colour": tuple(COLOURS),
+    "colour": tuple(COLORS),
     "size": tuple(SIZES),
     "striped": (False, True),
 }
-"""Attribute of a thing -> what it can be."""
+"""Attribute of a thing -> its possible values."""
 
 
 def _any_scene(chance: Chance, num_things: int) -> Scene:
-    """A scene of whatever split."""
+    """A scene of any split."""
     things = [_any_thing(chance) for _ in range(num_things)]
     while num_things == 2 and (things[0].shape, things[0].colour) == (things[1].shape, things[1].colour):
-        things[1] = _any_thing(chance)  # two that a caption tells apart
+        things[1] = _any_thing(chance)  # a caption must tell the two apart
     relation = chance.of(RELATIONS) if num_things == 2 else None
     background = chance.of(tuple(BACKGROUNDS))
     centres = chance.of(_centres(tuple(thing.size for thing in things), relation))
@@ -306,7 +310,7 @@ def _any_scene(chance: Chance, num_things: int) -> Scene:
 
 
 def _any_thing(chance: Chance) -> Thing:
-    return Thing(chance.of(SHAPES), chance.of(tuple(COLOURS)), chance.of(tuple(SIZES)), chance.share(STRIPED))
+    return Thing(chance.of(SHAPES), chance.of(tuple(COLORS)), chance.of(tuple(SIZES)), chance.share(STRIPED))
 
 
 def _split(scene: Scene) -> str:
@@ -318,7 +322,7 @@ def _split(scene: Scene) -> str:
 
 @functools.cache
 def _centres(sizes: tuple[str, ...], relation: str | None) -> list[tuple[tuple[int, int], ...]]:
-    """Every place of things of these sizes: inside and apart, two of them in one row or one column."""
+    """Every position of things of these sizes: inside the image and apart, two things in one row or one column."""
     radii = [SIZES[size] // 2 for size in sizes]
 
     def places(radius: int) -> list[tuple[int, int]]:
@@ -326,7 +330,7 @@ def _centres(sizes: tuple[str, ...], relation: str | None) -> list[tuple[tuple[i
         return list(itertools.product(steps, steps))
 
     if relation is None:
-        return [(centre,) for centre in places(radii[0])]
+        return [(center,) for center in places(radii[0])]
     along, across = (0, 1) if relation == "left of" else (1, 0)
     return [
         (first, second)
@@ -336,7 +340,7 @@ def _centres(sizes: tuple[str, ...], relation: str | None) -> list[tuple[tuple[i
 
 
 def _caption(scene: Scene, chance: Chance, background: bool) -> str:
-    """A caption in one of the orders of words."""
+    """A caption with its words in one of the possible orders."""
     phrases = [_phrase(thing, chance) for thing in scene.things]
     if scene.relation is None:
         text = phrases[0]
@@ -346,17 +350,17 @@ def _caption(scene: Scene, chance: Chance, background: bool) -> str:
         text = f"{one} {chance.of(_WORDS[scene.relation][swap])} {other}"
     if not background:
         return text
-    colour = scene.background
+    ground = scene.background
     if chance.share(0.3):
-        return f"{chance.of((f'on {colour}', f'on a {colour} background', f'{colour} background'))}, {text}"
-    return f"{text} {chance.of((f'on a {colour} background', f'on {colour}', f'against a {colour} background'))}"
+        return f"{chance.of((f'on {ground}', f'on a {ground} background', f'{ground} background'))}, {text}"
+    return f"{text} {chance.of((f'on a {ground} background', f'on {ground}', f'against a {ground} background'))}"
 
 
 _WORDS = {
     "left of": (("to the left of", "left of"), ("to the right of", "right of")),
     "above": (("above", "over"), ("below", "under")),
 }
-"""Relation -> for each thing that can be mentioned first: words between the two, words after the second."""
+"""Relation -> words between the things if the first one is named first, and if the second one is."""
 
 
 def _phrase(thing: Thing, chance: Chance) -> str:
@@ -401,4 +405,4 @@ _OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "ring": lambda x, y: (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.5**2),
     "diamond": lambda x, y: np.abs(x) / 0.72 + np.abs(y) <= 1,
 }
-"""Shape -> whether the points (x, y) are in it; the box around a thing is [-1, 1], y goes down."""
+"""Shape -> whether the points (x, y) are inside; the box around a thing is [-1, 1], and y points down."""

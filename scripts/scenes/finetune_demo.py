@@ -1,9 +1,9 @@
-"""Fine-tunes the model in the package in minutes on CPU, and draws with it before and after.
+"""Fine-tunes demo-scenes in minutes on a CPU, and samples from it before and after.
 
     python -m scripts.scenes.finetune_demo --kind captions --out DIR
 
-DIR/pictures is what it learns from, DIR/run the run of `mindalle finetune` and in the end the model, DIR/before.png and
-DIR/after.png what it draws. Every part goes on where it was interrupted when the same command is given again.
+DIR/pictures has the images to train on, DIR/run the run of `mindalle finetune` and in the end the model, DIR/before.png
+and DIR/after.png the samples. If it is interrupted, the same command resumes it.
 """
 
 import argparse
@@ -20,15 +20,15 @@ from mindalle_jax.cli.parser import HelpFormatter, path
 from mindalle_jax.errors import MindalleError
 from mindalle_jax.training.finetune import read_finetune
 from scripts.recipe import CONFIGS, write_sheet
-from scripts.scenes.accuracy import accuracy, draw_scenes
+from scripts.scenes.accuracy import accuracy, sample_scenes
 from scripts.scenes.dataset import SHAPES, Style, write_scenes
 
-NUM_PICTURES = 2000
+NUM_IMAGES = 2000
 COLUMNS, ROWS = 10, len(SHAPES)
 
 
 class Kind(NamedTuple):
-    """What is learned, and from which pictures."""
+    """One kind of fine-tuning: its preset, and the images to train on."""
 
     config: str
     style: Style
@@ -43,48 +43,51 @@ KINDS = {
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Pictures, before, the run, after."""
+    """Renders images, samples, runs `mindalle finetune`, and samples again."""
     kind, out = KINDS[arguments.kind], arguments.out
     config = CONFIGS / "scenes" / kind.config
-    write_scenes(out / "pictures", "train", 0, NUM_PICTURES, style=kind.style, classes=kind.classes)
+    write_scenes(out / "pictures", "train", 0, NUM_IMAGES, style=kind.style, classes=kind.classes)
 
     if not (out / "before.png").exists():
         read, base = read_finetune(config, arguments.overrides)
         if read.image_only:
-            draw_images(ImageGPT.from_upstream(base, read.model_config()), out / "before.png")
+            write_samples(ImageGPT.from_upstream(base, read.model_config()), out / "before.png")
         else:
-            draw_captions(Dalle.from_pretrained(base), kind.style, out / "before.png")
+            write_judged(Dalle.from_pretrained(base), kind.style, out / "before.png")
     run = out / "run"
     if mindalle(
         ["finetune", "--config", str(config), "--out", str(run), f"data.train={out}/pictures", *arguments.overrides]
     ):
-        raise MindalleError("mindalle finetune did not come to its end; the same command goes on")
+        raise MindalleError("mindalle finetune did not finish; the same command resumes it")
     if arguments.kind == "captions":
-        draw_captions(Dalle.from_pretrained(run), kind.style, out / "after.png")
+        write_judged(Dalle.from_pretrained(run), kind.style, out / "after.png")
     else:
-        draw_images(ImageGPT.from_pretrained(run), out / "after.png")
+        write_samples(ImageGPT.from_pretrained(run), out / "after.png")
 
 
-def draw_captions(model: Dalle, style: Style, path: Path) -> None:
-    """Pictures of captions that training has not seen, and how many the judge finds right in that style."""
-    drawn = draw_scenes(model, "valid", COLUMNS * ROWS, style=style)
-    right = accuracy(one.first_verdict for one in drawn)
-    print(f"{path.name}: of {len(drawn)} pictures {right['all']:.0%} right in everything, {right}")
-    write_sheet([one.first for one in drawn], path, COLUMNS)
+def write_judged(model: Dalle, style: Style, path: Path) -> None:
+    """Samples captions that training has not seen, and prints how many images the judge finds right in that style."""
+    judged = sample_scenes(model, "valid", COLUMNS * ROWS, style=style)
+    right = accuracy(one.first_verdict for one in judged)
+    print(f"{path.name}: {right['all']:.0%} of {len(judged)} images right in everything, {right}")
+    write_sheet([one.first for one in judged], path, COLUMNS)
 
 
-def draw_images(model: ImageGPT, path: Path) -> None:
-    """A row for each class, or as many pictures of none."""
+def write_samples(model: ImageGPT, path: Path) -> None:
+    """Writes a row of samples per class, or as many rows without a class."""
     classes: range | list[None] = range(model.num_classes) if model.num_classes else [None] * ROWS
     rows = [model.generate(label, num_candidates=COLUMNS, seed=i).images for i, label in enumerate(classes)]
     write_sheet(np.concatenate(rows), path, COLUMNS)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
-        "--kind", choices=list(KINDS), required=True, help="to captions in a new style, or without text"
+        "--kind",
+        choices=list(KINDS),
+        required=True,
+        help="what the model learns to sample from",
     )
     parser.add_argument("--out", required=True, type=path, metavar="DIR", help="where everything goes")
     text = "changes to the configuration, as optimizer.max_steps=100"

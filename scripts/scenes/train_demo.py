@@ -1,10 +1,9 @@
-"""Makes the small model that ships in the package, from nothing: pictures, tokenizers, VQGAN, transformer, CLIP.
+"""Trains demo-scenes, a small model in the package, from nothing: images, tokenizers, VQGAN, transformer, CLIP.
 
     python -m scripts.scenes.train_demo --work DIR
 
-Every stage goes on where it was interrupted when the same command is given again, and what is complete is not done
-again: remove DIR/demo to have it packed and measured anew. DIR/demo is then the model with its ranker and card, and
-DIR/demo/metrics.json what was measured of it.
+If it is interrupted, the same command resumes it, and skips the stages that are complete. The result is DIR/demo: the
+model with its ranker, its card, and metrics.json with its accuracy. Remove DIR/demo to pack and measure it again.
 """
 
 import argparse
@@ -23,13 +22,13 @@ from mindalle_jax.pipeline import Dalle
 from mindalle_jax.ranking.ranker import ClipRanker
 from scripts import recipe
 from scripts.scenes import dataset as scenes
-from scripts.scenes.accuracy import accuracy, draw_scenes, nearest
-from scripts.scenes.dataset import captions, draw, make_scene, write_scenes
+from scripts.scenes.accuracy import accuracy, nearest, sample_scenes
+from scripts.scenes.dataset import captions, make_scene, render, write_scenes
 from scripts.scenes.judge import judge
 
 NUM_TRAIN, NUM_VALID = 40_000, 500
 BEST_OF = 16
-# What a size changes in the configurations of configs/scenes. That of a GPU was chosen by arithmetic, and never run.
+# Size -> changes to the presets in configs/scenes. The changes for a GPU were chosen by arithmetic, and never run.
 CHANGES: dict[str, dict[str, list[str]]] = {
     "cpu": {},
     "gpu": {
@@ -44,7 +43,7 @@ CHANGES: dict[str, dict[str, list[str]]] = {
         "clip": ["experiment.total_batch_size=512", "optimizer.max_steps=1500", "training.warmup_steps=100"],
     },
 }  # fmt: skip
-ABOUT = "draws one or two coloured shapes on a plain background"
+ABOUT = "samples one or two colored shapes on a plain background"
 EXAMPLES = (
     "a large striped green circle to the left of a small red heart on a grey background",
     "a large yellow star above a small blue ring on white",
@@ -59,16 +58,20 @@ license: apache-2.0
 
 # Scenes
 
-A small text-to-image model, with its ranker in `ranker/`: one or two coloured shapes on a plain background, 64 x 64
-pixels. Made from nothing by `scripts/scenes/train_demo.py`; no published weights and no photographs went into it.
+This is a small text-to-image model of colored shapes. It samples one or two shapes on a plain background, as images of
+64 x 64 pixels. A CLIP model in `ranker/` orders its images. `scripts/scenes/train_demo.py` trained all parts from
+nothing. No published weights and no photographs went into it.
 
     mindalle sample "{caption}" --model FOLDER --out DIR
 
-- Things: {shapes}; small or large; plain or striped; {colours}. Two of them left of, right of, above or below each
-  other, on {backgrounds}.
+- Shapes: {shapes}. They are small or large, and plain or striped.
+- Colors: {colours}.
+- Two shapes are left of, right of, above or below each other.
+- Backgrounds: {backgrounds}.
 - It knows no other words.
-- metrics.json: how often its pictures are right.
-- Licence: Apache-2.0, as the code.
+
+It is an experiment whose answers a program can check exactly. `metrics.json` says how often its images are right. The
+weights are under Apache-2.0, like the code.
 """
 
 
@@ -79,56 +82,56 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def make_scenes(work: Path) -> None:
-    """Pictures with captions, to train on, CLIP on pairs that differ little, and to validate by."""
+    """Renders images with captions for training and validation, and for CLIP pairs that differ little."""
     write_scenes(work / "scenes", "train", 0, NUM_TRAIN)
     write_scenes(work / "scenes-clip", "train", 0, NUM_TRAIN // 2, contrasts=True)
     write_scenes(work / "scenes-valid", "valid", 0, NUM_VALID)
 
 
 def pack(work: Path) -> None:
-    """The folder that ships."""
+    """Packs the folder that ships."""
     card = CARD.format(
         caption=captions(make_scene("valid", 1))[0],
         shapes=", ".join(scenes.SHAPES),
-        colours=", ".join(scenes.COLOURS),
+        colours=", ".join(scenes.COLORS),
         backgrounds=", ".join(scenes.BACKGROUNDS),
     )
     recipe.pack_model(work / "transformer", work / "clip", work / "demo", card=card, about=ABOUT, examples=EXAMPLES)
 
 
 def measure(work: Path, count: int) -> None:
-    """Writes metrics.json: what the judge finds in what the model draws, and how near that is to training pictures."""
+    """Writes metrics.json: how often samples are right by the judge, and how near they are to training images."""
     demo = work / "demo"
     file = demo / "metrics.json"
     if file.exists() and json.loads(file.read_text(encoding="utf-8"))["prompts"] == count:
         return
     mesh = Mesh(np.array(jax.devices()), ("data",))
     model, ranker = Dalle.from_pretrained(demo, mesh=mesh), ClipRanker.from_pretrained(demo / "ranker", mesh=mesh)
-    figures: dict[str, Any] = {"prompts": count, "defaults": "top_k 256, temperature 1, seed 0"}
+    metrics: dict[str, Any] = {"prompts": count, "defaults": "top_k 256, temperature 1, seed 0"}
     for split in ("valid", "heldout"):
-        pictures = np.stack([draw(make_scene(split, index)) for index in range(count)])
+        images = np.stack([render(make_scene(split, index)) for index in range(count)])
         scenes = [make_scene(split, index) for index in range(count)]
-        decoded = model.decode_codes(model.encode_images(pictures))
+        decoded = model.decode_codes(model.encode_images(images))
         again = (np.asarray(decoded) * 255 + 0.5).astype(np.uint8)
-        figures[f"{split}: pictures of the generator"] = accuracy(map(judge, pictures, scenes))
-        figures[f"{split}: reconstructions by the VQGAN"] = accuracy(map(judge, again, scenes))
-        share = max(1, BEST_OF // mesh.size)  # of candidates, to each device
-        drawn = draw_scenes(model, split, count, ranker=ranker, num_candidates=BEST_OF, batch_size=share)
-        figures[f"{split}: one picture a prompt"] = accuracy(one.first_verdict for one in drawn)
-        figures[f"{split}: best of {BEST_OF}"] = accuracy(one.best_verdict for one in drawn)
+        metrics[f"{split}: pictures of the generator"] = accuracy(map(judge, images, scenes))
+        metrics[f"{split}: reconstructions by the VQGAN"] = accuracy(map(judge, again, scenes))
+        share = max(1, BEST_OF // mesh.size)  # candidates per device
+        judged = sample_scenes(model, split, count, ranker=ranker, num_candidates=BEST_OF, batch_size=share)
+        metrics[f"{split}: one picture a prompt"] = accuracy(one.first_verdict for one in judged)
+        metrics[f"{split}: best of {BEST_OF}"] = accuracy(one.best_verdict for one in judged)
         if split == "valid":
-            train = np.stack([draw(make_scene("train", index)) for index in tqdm(range(NUM_TRAIN), desc="nearest")])
-            for name, some in (("drawn", np.stack([one.first for one in drawn])), ("of the generator", pictures)):
+            train = np.stack([render(make_scene("train", index)) for index in tqdm(range(NUM_TRAIN), desc="nearest")])
+            for name, some in (("drawn", np.stack([one.first for one in judged])), ("of the generator", images)):
                 distances = nearest(some[:50], train)
-                figures[f"distance to the nearest training picture: {name}"] = {
+                metrics[f"distance to the nearest training picture: {name}"] = {
                     "median": round(float(np.median(distances)), 4), "least": round(float(distances.min()), 4)
                 }  # fmt: skip
-        recipe.write_sheet([one.first for one in drawn[:50]], work / f"{split}.png", 10)
-    recipe.write_metrics(file, figures)
+        recipe.write_sheet([one.first for one in judged[:50]], work / f"{split}.png", 10)
+    recipe.write_metrics(file, metrics)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of the command line."""
     return recipe.make_parser(__doc__, CHANGES)
 
 

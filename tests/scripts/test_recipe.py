@@ -21,9 +21,7 @@ def test_stages_run_in_order_or_alone(capsys, wanted, expected):
 
 
 def test_a_command_that_fails_ends_the_recipe(tmp_path, capsys):
-    with pytest.raises(
-        MindalleError, match="mindalle train-tokenizer did not come to its end; the same command goes on"
-    ):
+    with pytest.raises(MindalleError, match="mindalle train-tokenizer did not finish; the same command resumes it"):
         recipe.run("train-tokenizer", tmp_path / "none", "--out", tmp_path / "x", "--vocab-size", 100, "--kind", "clip")
     assert f"$ mindalle train-tokenizer {tmp_path}/none --out" in capsys.readouterr().err
 

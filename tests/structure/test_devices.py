@@ -191,7 +191,7 @@ def test_an_update_of_fsdp(script, need_cuda, request, flash_attention):
     config = request.config.rootpath / "configs" / "finetune-captions.yaml"
     overrides = ["sharding.strategy=fsdp", "data.train=photos"]
     overrides.append(f"training.flash_attention={str(flash_attention).lower()}")
-    *_, compiled = plan_training.compile_update(config, overrides, list(devices))
+    *_, compiled = plan_training.compile_step(config, overrides, list(devices))
     text = compiled.as_text() or ""
     assert bool(re.search(r",(319,319|320,320)\]", text)) != flash_attention
     assert ("fmhaSoftmaxBackward" in text) == flash_attention

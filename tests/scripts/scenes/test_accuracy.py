@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scripts.scenes.accuracy import accuracy, draw_scenes, nearest
-from scripts.scenes.dataset import Scene, captions, draw, make_scene
+from scripts.scenes.accuracy import accuracy, nearest, sample_scenes
+from scripts.scenes.dataset import Scene, captions, make_scene, render
 from scripts.scenes.judge import ThingVerdict, Verdict
 
 RIGHT = ThingVerdict(True, True, True, True)
@@ -66,8 +66,8 @@ class Stage:
     def generate(self, caption: str, *, num_candidates: int, ranker: Any, **options: Any) -> Any:
         self.asked.append((caption, num_candidates, ranker, options))
         scene = self.scenes[caption]
-        images = np.stack([draw(other_scene(scene))] * num_candidates)
-        images[self.right] = draw(scene)
+        images = np.stack([render(other_scene(scene))] * num_candidates)
+        images[self.right] = render(scene)
         order = np.roll(np.arange(num_candidates), -self.best) if ranker else np.arange(num_candidates)
         return SimpleNamespace(images=images, order=order)
 
@@ -75,13 +75,13 @@ class Stage:
 @pytest.mark.parametrize("split", ["valid", "heldout"])
 def test_the_first_and_the_rankers_best_are_judged(split):
     model: Any = Stage(split, right=2, best=2)
-    drawn = draw_scenes(model, split, COUNT, ranker=model, num_candidates=4, temperature=0.5)
+    drawn = sample_scenes(model, split, COUNT, ranker=model, num_candidates=4, temperature=0.5)
     assert model.asked == [(caption, 4, model, {"temperature": 0.5}) for caption in model.scenes]
     assert [one.scene for one in drawn] == [make_scene(split, index) for index in range(COUNT)]
     for one in drawn:
         assert one.caption == captions(one.scene)[0]
-        np.testing.assert_array_equal(one.best, draw(one.scene))
-        np.testing.assert_array_equal(one.first, draw(other_scene(one.scene)))
+        np.testing.assert_array_equal(one.best, render(one.scene))
+        np.testing.assert_array_equal(one.first, render(other_scene(one.scene)))
     figures = accuracy(one.best_verdict for one in drawn)
     assert set(figures) == {"count", "background", "relation", "shape", "colour", "size", "striped", "all"}
     assert set(figures.values()) == {1.0}
@@ -91,18 +91,18 @@ def test_the_first_and_the_rankers_best_are_judged(split):
 def test_a_wrong_choice_counts_as_wrong():
     """The right picture is there, but not what the ranker puts first; no shape in the one it does is right."""
     model: Any = Stage("valid", right=2, best=1)
-    drawn = draw_scenes(model, "valid", COUNT, ranker=model, num_candidates=4)
+    drawn = sample_scenes(model, "valid", COUNT, ranker=model, num_candidates=4)
     figures = accuracy(one.best_verdict for one in drawn)
     assert figures["all"] == figures["shape"] == 0.0
 
 
 def test_without_a_ranker_the_first_picture_is_the_best():
     model: Any = Stage("valid", right=0, best=0)
-    drawn = draw_scenes(model, "valid", COUNT)
+    drawn = sample_scenes(model, "valid", COUNT)
     assert accuracy(one.best_verdict for one in drawn)["all"] == 1.0
     assert {(candidates, ranker) for _, candidates, ranker, _ in model.asked} == {(1, None)}
     model = Stage("valid", right=1, best=0)
-    assert accuracy(one.best_verdict for one in draw_scenes(model, "valid", COUNT, num_candidates=2))["all"] == 0.0
+    assert accuracy(one.best_verdict for one in sample_scenes(model, "valid", COUNT, num_candidates=2))["all"] == 0.0
 
 
 # Distances

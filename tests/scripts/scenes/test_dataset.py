@@ -13,7 +13,7 @@ from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import OutputError, UsageError
 from scripts.scenes.dataset import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     HELDOUT_LOOKS,
     HELDOUT_PAIRS,
     MARGIN,
@@ -24,12 +24,12 @@ from scripts.scenes.dataset import (
     STRIPES,
     Scene,
     Thing,
-    background_picture,
+    background_image,
     captions,
-    draw,
     heldout_parts,
     make_contrast,
     make_scene,
+    render,
     thing_mask,
     write_scenes,
 )
@@ -78,7 +78,7 @@ def test_every_held_out_part_is_drawn_and_its_words_are_in_train(scenes):
         counts = Counter(getattr(thing, field) for thing in things)
         assert min(counts.values()) > share * len(things), field
     seen = {(thing.colour, thing.shape) for thing in things}
-    assert len(seen) == len(COLOURS) * len(SHAPES) - len(HELDOUT_LOOKS)
+    assert len(seen) == len(COLORS) * len(SHAPES) - len(HELDOUT_LOOKS)
 
 
 def test_valid_has_no_description_of_train(scenes):
@@ -153,7 +153,7 @@ def understood(caption: str) -> tuple[list[Thing], str | None, str | None]:
         part = words[start : shape + 1]
         striped = "striped" in part or words[shape + 1 : shape + 3] == ["with", "stripes"]
         assert not ("plain" in part and striped)
-        (colour,) = [word for word in part if word in COLOURS]
+        (colour,) = [word for word in part if word in COLORS]
         things.append(Thing(words[shape], colour, SIZE_WORDS[part[0]], striped))
     if len(things) == 1:
         return things, None, background
@@ -195,10 +195,10 @@ def test_captions_vary_and_their_number_has_bounds(scenes):
 @pytest.mark.parametrize("size", [64, 80, 96, 128])
 def test_a_thing_has_its_colour_where_it_is_and_nothing_elsewhere(size):
     scene = Scene((Thing("square", "red", "large", False),), None, "sky", ((24, 40),))
-    picture = draw(scene, size)
+    picture = render(scene, size)
     assert picture.shape == (size, size, 3) and picture.dtype == np.uint8
     x, y = 24 * size // 64, 40 * size // 64
-    assert tuple(picture[y, x]) == COLOURS["red"]
+    assert tuple(picture[y, x]) == COLORS["red"]
     changed = np.argwhere((picture != BACKGROUNDS["sky"][0]).any(2))
     half = 14 * size / 64
     assert (np.abs(changed + 0.5 - (y, x)) <= half + 0.5).all()
@@ -212,21 +212,21 @@ def test_the_same_picture_at_any_size():
     """
     for index in range(20):
         scene = make_scene("train", index)
-        halved = draw(scene, 128).reshape(64, 2, 64, 2, 3).mean((1, 3))
-        assert np.abs(halved - draw(scene, 64)).max() <= 1 + 255 / 16
+        halved = render(scene, 128).reshape(64, 2, 64, 2, 3).mean((1, 3))
+        assert np.abs(halved - render(scene, 64)).max() <= 1 + 255 / 16
 
 
 def test_stripes_are_two_bands_of_four_pixels():
     scene = Scene((Thing("square", "blue", "large", True),), None, "white", ((32, 32),))
-    column = draw(scene)[:, 32]
+    column = render(scene)[:, 32]
     for y in range(21, 44):
-        assert tuple(column[y]) == (COLOURS["blue"], STRIPES)[y // 4 % 2]
+        assert tuple(column[y]) == (COLORS["blue"], STRIPES)[y // 4 % 2]
 
 
 def test_tiles_change_a_quarter_of_the_background_alone():
     scene = Scene((Thing("circle", "red", "large", False),), None, "sky", ((32, 32),))
-    flat, tiled = draw(scene), draw(scene, style="tiled")
-    assert (background_picture("sky", 64, "flat") != background_picture("sky", 64, "tiled")).any(2).mean() == 0.25
+    flat, tiled = render(scene), render(scene, style="tiled")
+    assert (background_image("sky", 64, "flat") != background_image("sky", 64, "tiled")).any(2).mean() == 0.25
     assert (flat[24:40, 24:40] == tiled[24:40, 24:40]).all() and (flat != tiled).any()
 
 
@@ -243,7 +243,7 @@ def test_masks_differ():
 @pytest.mark.parametrize(("size", "style", "message"), [(60, "flat", "multiple of 16"), (64, "oil", "flat, tiled")])
 def test_other_sizes_and_styles_are_refused(size, style, message):
     with pytest.raises(UsageError, match=message):
-        draw(make_scene("train", 0), size, style)
+        render(make_scene("train", 0), size, style)
 
 
 # Data sets
@@ -257,7 +257,7 @@ def test_what_is_written_is_read_as_a_data_set_of_text(tmp_path):
     for sample, row in zip(source.samples, rows, strict=True):
         scene = make_scene(row["split"], row["index"])
         assert sample.id == f"{row['index']:06}.png" and list(sample.captions) == captions(scene)
-        assert (np.asarray(Image.open(tmp_path / "set" / sample.id)) == draw(scene)).all()
+        assert (np.asarray(Image.open(tmp_path / "set" / sample.id)) == render(scene)).all()
 
 
 def test_contrasts_stand_beside_their_scenes(tmp_path):
@@ -269,7 +269,7 @@ def test_contrasts_stand_beside_their_scenes(tmp_path):
         assert (one.id, two.id) == (f"{index:06}-contrast.png", f"{index:06}.png")
         for sample, scene in ((one, make_contrast(index)), (two, make_scene("train", index))):
             assert list(sample.captions) == captions(scene)
-            assert (np.asarray(Image.open(tmp_path / "set" / sample.id)) == draw(scene)).all()
+            assert (np.asarray(Image.open(tmp_path / "set" / sample.id)) == render(scene)).all()
     with pytest.raises(UsageError, match="contrasts are of the split train, with captions"):
         write_scenes(tmp_path / "other", "valid", 0, 3, contrasts=True)
 
@@ -284,7 +284,7 @@ def test_class_folders_are_read_as_a_data_set_of_classes(tmp_path):
     for sample in source.samples:
         shape, name = sample.id.split("/")
         assert expected[name].things[0].shape == shape == source.classes[sample.label]
-        assert (np.asarray(Image.open(tmp_path / "set" / sample.id)) == draw(expected[name], 80, "tiled")).all()
+        assert (np.asarray(Image.open(tmp_path / "set" / sample.id)) == render(expected[name], 80, "tiled")).all()
 
 
 def test_a_complete_folder_is_kept_and_any_other_refused(tmp_path):

@@ -18,7 +18,7 @@ def script(request) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         from scripts.scenes import finetune_demo
 
-        patch.setattr(finetune_demo, "NUM_PICTURES", 40)
+        patch.setattr(finetune_demo, "NUM_IMAGES", 40)
         patch.setattr(finetune_demo, "COLUMNS", 2)
         yield finetune_demo
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from mindalle_jax.errors import UsageError
-from scripts.scenes.dataset import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing, captions, draw, make_scene
+from scripts.scenes.dataset import BACKGROUNDS, COLORS, SHAPES, Scene, Thing, captions, make_scene, render
 from scripts.scenes.judge import compare, judge, read_scene
 
 COUNT = 1_000
@@ -61,7 +61,7 @@ def changed(scene: Scene, number: int, **fields: object) -> Scene:
 
 def test_every_held_out_scene_is_read_right():
     """The bar is 99 in 100; all were right when this was written."""
-    right = [judge(draw(scene), scene).all_right for scene in (make_scene("heldout", i) for i in range(COUNT))]
+    right = [judge(render(scene), scene).all_right for scene in (make_scene("heldout", i) for i in range(COUNT))]
     assert np.mean(right) >= 0.99
 
 
@@ -70,7 +70,7 @@ def test_damage_of_a_small_network_is_forgiven(damage):
     """All were right when this was written; two in a hundred are left to other versions of Pillow and its blur."""
     rng = np.random.default_rng(0)
     scenes = [make_scene("heldout", index) for index in range(100)]
-    right = [judge(DAMAGE[damage](draw(scene), rng), scene).all_right for scene in scenes]
+    right = [judge(DAMAGE[damage](render(scene), rng), scene).all_right for scene in scenes]
     assert np.mean(right) >= 0.98
 
 
@@ -78,20 +78,20 @@ def test_damage_of_a_small_network_is_forgiven(damage):
 def test_other_sizes_and_styles_are_read(size, style):
     for index in range(60):
         scene = make_scene("valid", index)
-        assert judge(draw(scene, size, style), scene, style=style).all_right, index
+        assert judge(render(scene, size, style), scene, style=style).all_right, index
 
 
 def test_centres_and_everything_of_a_thing_are_read():
-    reading = read_scene(draw(SCENE))
+    reading = read_scene(render(SCENE))
     assert reading.background == "grey"
     large, small = reading.things
     assert (large.shape, large.colour, large.size, large.striped) == ("circle", "blue", "large", False)
     assert (small.shape, small.colour, small.size, small.striped) == ("star", "red", "small", True)
-    assert (large.centre, small.centre) == ((44, 36), (16, 28))
+    assert (large.center, small.center) == ((44, 36), (16, 28))
 
 
 def test_floats_are_read_as_bytes_are():
-    picture = draw(SCENE)
+    picture = render(SCENE)
     assert read_scene(picture) == read_scene(picture.astype(np.float32) / 255)
 
 
@@ -103,14 +103,14 @@ def test_one_other_attribute_of_a_thing_is_refused(number):
     """All shapes, colours and sizes, and stripes, on every background; the other thing stays right."""
     thing = SCENE.things[number]
     others = [("shape", shape) for shape in SHAPES if shape != thing.shape]
-    others += [("colour", colour) for colour in COLOURS if colour != thing.colour]
+    others += [("colour", colour) for colour in COLORS if colour != thing.colour]
     others += [("size", "large" if thing.size == "small" else "small"), ("striped", not thing.striped)]
     for background in BACKGROUNDS:
         scene = dataclasses.replace(SCENE, background=background)
         for field, value in others:
             # Room for two large things.
             drawn = changed(dataclasses.replace(scene, centres=((16, 28), (48, 36))), number, **{field: value})
-            verdict = judge(draw(drawn), scene)
+            verdict = judge(render(drawn), scene)
             assert verdict.count and verdict.background and verdict.relation and not verdict.all_right
             for place, seen in enumerate(verdict.things):
                 expected = {name: (place, name) != (number, field) for name in ("shape", "colour", "size", "striped")}
@@ -121,45 +121,45 @@ def test_random_other_scenes_are_refused():
     """Whatever differs in the description: a judge that says yes too easily would praise any model."""
     scenes = [make_scene("train", index) for index in range(150)]
     for scene, other in zip(scenes, scenes[1:], strict=False):
-        assert judge(draw(other), scene).all_right == (other.description() == scene.description())
+        assert judge(render(other), scene).all_right == (other.description() == scene.description())
 
 
 def test_things_that_changed_places_are_refused():
     (x0, y0), (x1, y1) = SCENE.centres
     swapped = dataclasses.replace(SCENE, centres=((x1, y1), (x0, y0)))
-    verdict = judge(draw(swapped), SCENE)
+    verdict = judge(render(swapped), SCENE)
     assert verdict.relation is False and not verdict.all_right
     assert all(all(vars(thing).values()) for thing in verdict.things)
     above = dataclasses.replace(SCENE, centres=((32, 14), (36, 44)))
-    assert judge(draw(above), SCENE).relation is False
-    assert judge(draw(above), dataclasses.replace(SCENE, relation="above")).all_right
+    assert judge(render(above), SCENE).relation is False
+    assert judge(render(above), dataclasses.replace(SCENE, relation="above")).all_right
 
 
 def test_exchanged_colours_are_refused():
     """Both colours are in the picture, on the wrong things."""
     drawn = changed(changed(SCENE, 0, colour="blue"), 1, colour="red")
-    assert not judge(draw(drawn), SCENE).all_right
+    assert not judge(render(drawn), SCENE).all_right
 
 
 def test_missing_and_additional_things_are_refused():
     one = dataclasses.replace(SCENE, things=SCENE.things[1:], centres=SCENE.centres[1:], relation=None)
-    verdict = judge(draw(one), SCENE)
+    verdict = judge(render(one), SCENE)
     assert not verdict.count and verdict.relation is False
     assert not any(vars(verdict.things[0]).values()) and all(vars(verdict.things[1]).values())
-    verdict = judge(draw(SCENE), one)
+    verdict = judge(render(SCENE), one)
     assert not verdict.count and not verdict.all_right and all(vars(verdict.things[0]).values())
     verdict = judge(background := np.full((64, 64, 3), 132, np.uint8), SCENE)
     assert not verdict.count and verdict.background and read_scene(background).things == ()
 
 
 def test_specks_are_ignored():
-    picture = draw(SCENE).copy()
+    picture = render(SCENE).copy()
     picture[2:7, 55:60] = 255
     assert judge(picture, SCENE).all_right
 
 
 def test_a_background_matters_where_it_is_named():
-    drawn = draw(dataclasses.replace(SCENE, background="sky"))
+    drawn = render(dataclasses.replace(SCENE, background="sky"))
     assert judge(drawn, SCENE).background is False
     assert judge(drawn, SCENE, captions(SCENE)[0]).background is False
     unnamed = judge(drawn, SCENE, "a small striped red star left of a large blue circle")
@@ -172,13 +172,13 @@ def test_what_is_like_nothing_drawn_is_none():
     assert not judge(noise, SCENE).all_right
     assert read_scene(np.full((64, 64, 3), (90, 200, 60), np.uint8)).background is None
     picture = np.full((64, 64, 3), 246, np.uint8)
-    picture[30:36, 4:60] = COLOURS["red"]
+    picture[30:36, 4:60] = COLORS["red"]
     (thing,) = read_scene(picture).things
     assert thing.shape is None and thing.size is None
 
 
 def test_a_reading_can_be_compared_with_several_scenes():
-    reading = read_scene(draw(SCENE))
+    reading = read_scene(render(SCENE))
     assert compare(reading, SCENE).all_right
     assert not compare(reading, changed(SCENE, 0, shape="heart")).all_right
 
@@ -193,5 +193,5 @@ def test_a_reading_can_be_compared_with_several_scenes():
     ],
 )
 def test_other_arrays_are_refused(picture):
-    with pytest.raises(UsageError, match="a picture must be"):
+    with pytest.raises(UsageError, match="an image must be"):
         read_scene(picture)

@@ -118,7 +118,7 @@ def test_a_recipe_that_is_stopped_at_every_turn_ends_the_same(made, script, tmp_
 
         monkeypatch.setattr(run, "make_batch", stop)
     for verb in ("train-vqgan", "finetune", "train-clip"):
-        with pytest.raises(MindalleError, match=f"mindalle {verb} did not come to its end; the same command goes on"):
+        with pytest.raises(MindalleError, match=f"mindalle {verb} did not finish; the same command resumes it"):
             make(script, tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ClipRanker, "save_pretrained", interrupt)
