@@ -75,7 +75,8 @@ def test_a_page_that_is_wrong_is_found(tmp_path):
     """A missing file, a missing heading, and an option that does not exist."""
     page = tmp_path / "a.md"
     page.write_text(
-        f"# One, two\n[p]({REPOSITORY}/blob/main/README.md) [q]({REPOSITORY}/blob/main/no.md)\n[x](b.md) [y](#one-two) [z](#three) `[code](c.md)` [w](https://example.org)\n\n"
+        f"# One, two\n[p]({REPOSITORY}/blob/main/README.md) [q]({REPOSITORY}/blob/main/no.md)\n"
+        "[x](b.md) [y](#one-two) [z](#three) `[code](c.md)` [w](https://example.org)\n\n"
         "    mindalle sample 'a cat' \\\n      --sed 1\n    other\n"
     )
     assert dead_links(page) == [f"{REPOSITORY}/blob/main/no.md", "b.md", "#three"]

@@ -21,7 +21,7 @@ def test_the_command_in_a_process(tmp_path, tiny_folder):
     done = python("-m", "mindalle_jax", "sample", "a cat", "--out", tmp_path / "out")
     assert (done.returncode, done.stdout) == (6, "")
     out = tmp_path / "out"
-    assert message(done.stderr) == f"{out}: {out} is not a folder that can be written to; name another place"
+    assert message(done.stderr) == f"{out}: {out} is not a folder that can be written to; name another folder"
 
 
 def test_ctrl_c_in_a_process(tmp_path):

@@ -256,7 +256,7 @@ def test_guidance_of_a_model_without_caption_dropout(panel, demo, monkeypatch):
     ("control", "value", "message"),
     [
         ("prompt", " ", "the prompt is blank; type what to sample"),
-        ("prompt", "star " * 600, "has 3,000 characters; at most 2,000 are taken"),
+        ("prompt", "star " * 600, "has 3,000 characters; the limit is 2,000"),
         ("top_k", "99999", "top_k must be an integer in [1, 1024] (the number of codes), or off (None); not 99999"),
         ("top_k", "<b>", "top-k must be a whole number, or off; not &#x27;&lt;b&gt;&#x27;"),
         ("batch_size", "0", "batch_size must be an integer in [1, 4096], not 0"),

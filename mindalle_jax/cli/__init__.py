@@ -29,7 +29,7 @@ VERBS = {
     "sample": Verb(
         sample.add_sample_arguments,
         sample.run_sample,
-        "images of prompts, written to a folder",
+        "sample images of prompts, and write them to a folder",
         sample.EXAMPLE,
     ),
     "show": Verb(
@@ -71,7 +71,7 @@ VERBS = {
     "prepare-codes": Verb(
         prepare_codes.add_prepare_codes_arguments,
         prepare_codes.run_prepare_codes,
-        "compute the codes of a data set once, so that fine-tuning need not run the VQGAN in every step",
+        "compute the codes of a data set once, so that no step runs the VQGAN",
         prepare_codes.EXAMPLE,
     ),
     "convert": Verb(

@@ -1,4 +1,4 @@
-"""`mindalle convert`: its arguments, and which conversion they ask for."""
+"""`mindalle convert`: defines its arguments and calls the conversion that they ask for."""
 
 import argparse
 from pathlib import Path
@@ -14,46 +14,45 @@ mindalle convert models/mindalle exported --to torch
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `mindalle convert`, shared with the scripts in convert/."""
+    """Adds the arguments of `mindalle convert`; the scripts in convert/ use it too."""
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="a folder in the original's format, a transfer or VQGAN .ckpt, a converted folder, a CLIP model (a folder "
-        "of Hugging Face or a .pt of OpenAI), or a name (minDALL-E/1.3B, or OWNER/NAME on the Hugging Face hub, is "
-        "downloaded); with --to torch a converted folder",
+        help="a folder in the original's format, the .ckpt of a transfer or a VQGAN, a converted folder, a CLIP model "
+        "(a Hugging Face folder or OpenAI's .pt), or a model to download: minDALL-E/1.3B, OpenAI's name of a CLIP "
+        "model such as ViT-B/32, or OWNER/NAME on the Hugging Face hub. With --to torch only a converted folder",
     )
     add_path(parser, "target", metavar="DST", help="the folder to make")
     parser.add_argument("--to", choices=["jax", "torch"], default="jax", help="the format to make")
     parser.add_argument(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],
-        help="of the weights in DST (default: that of a converted SRC, else float32)",
+        help="number type of the weights in DST (default: as in SRC if it is a converted folder, else float32)",
     )
-    add_path(parser, "--config", metavar="FILE", help="config.yaml, where it is not beside the weights")
+    add_path(parser, "--config", metavar="FILE", help="config.yaml of the model, if it is not beside the weights")
     add_path(
         parser,
         "--tokenizer",
         metavar="PATH",
-        help="of a CLIP model that has none, as OpenAI's .pt: a Hugging Face folder that has, or "
+        help="tokenizer for a CLIP model without one, such as OpenAI's .pt: a Hugging Face folder with a tokenizer, or "
         "bpe_simple_vocab_16e6.txt.gz",
     )
-    add_path(parser, "--adapters", metavar="FILE", help="add adapters.safetensors of a run that began from SRC")
-    parser.add_argument(
-        "--download-from", metavar="URL", help="another source of the same archive: a URL or a local file"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace DST, if it is a folder of such a model")
+    add_path(parser, "--adapters", metavar="FILE", help="add the adapters.safetensors of a run that started from SRC")
+    text = "take the archive of minDALL-E/1.3B from this URL or local file instead"
+    parser.add_argument("--download-from", metavar="URL", help=text)
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it is a folder with such a model")
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
-    """Finds out what SRC is and calls the conversion that makes DST of it."""
+    """Runs `mindalle convert`: finds out what SRC is, and calls the conversion that makes DST from it."""
     from mindalle_jax.hub.resolve import find_source
     from mindalle_jax.interop.clip import CLIP_MARKS, is_clip
     from mindalle_jax.storage.model_folder import MODEL_MARKS
 
-    # Before gigabytes are downloaded. Each conversion checks again for the marks of its own kind alone.
+    # Checked here, before gigabytes are downloaded. Each conversion checks again, for the marks of its own kind only.
     check_output(arguments.target, arguments.overwrite, (*MODEL_MARKS, *CLIP_MARKS))
     if arguments.dtype and arguments.to == "torch":
-        raise UsageError("--dtype goes with --to jax; the original's format is float32")
+        raise UsageError("--dtype works only with --to jax; the original's format is float32")
     if arguments.adapters:
         _add_adapters(arguments)
         return
@@ -71,12 +70,12 @@ def _convert_model(arguments: argparse.Namespace, source: Path) -> None:
 
     target, overwrite = arguments.target, arguments.overwrite
     if arguments.tokenizer:
-        raise UsageError(f"--tokenizer goes with a CLIP model, and {source} is none; its tokenizer lies in tokenizer/")
+        raise UsageError(f"--tokenizer is only for CLIP models; {source} is none, and has its tokenizer in tokenizer/")
     if arguments.to == "torch":
         print(export_checkpoint(source, target, overwrite=overwrite))
     elif (source / weights.MANIFEST).is_file():
         if arguments.config:
-            raise UsageError(f"--config goes with weights from PyTorch; {source} holds a config.yaml")
+            raise UsageError(f"--config is only for weights from PyTorch; {source} has its own config.yaml")
         print(copy_model(source, target, dtype=arguments.dtype, overwrite=overwrite))
     else:
         dtype = arguments.dtype or "float32"
@@ -87,9 +86,9 @@ def _convert_clip(arguments: argparse.Namespace, source: Path) -> None:
     from mindalle_jax.interop.clip import convert_clip
 
     if arguments.to == "torch":
-        raise UsageError(f"{source} is a CLIP model, which is written in Hugging Face's format; leave out --to torch")
+        raise UsageError(f"{source} is a CLIP model, and is written in Hugging Face's format; leave out --to torch")
     if arguments.config:
-        raise UsageError(f"--config goes with a model of minDALL-E; {source} is a CLIP model, with sizes of its own")
+        raise UsageError(f"--config is only for models of minDALL-E; {source} is a CLIP model and has its own sizes")
     dtype = arguments.dtype or "float32"
     print(convert_clip(source, arguments.target, arguments.tokenizer, arguments.overwrite, dtype))
 
@@ -100,8 +99,8 @@ def _add_adapters(arguments: argparse.Namespace) -> None:
     from mindalle_jax.storage.model_folder import copy_model
 
     if arguments.to == "torch" or arguments.config or arguments.download_from or arguments.tokenizer:
-        raise UsageError("--adapters goes with --dtype and --overwrite alone; convert what it makes once more")
-    folder = find_model(arguments.source)  # as the run did
+        raise UsageError("--adapters works only with --dtype and --overwrite; convert its result in a second command")
+    folder = find_model(arguments.source)  # found as in the run, so that both use the same weights
     adapters = load_adapters(arguments.adapters, folder)
     target, overwrite = arguments.target, arguments.overwrite
     print(copy_model(folder, target, dtype=arguments.dtype, adapters=adapters, overwrite=overwrite))

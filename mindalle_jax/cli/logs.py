@@ -1,4 +1,4 @@
-"""What the libraries below us log while a verb runs: nothing that we say ourselves, unless --verbose asks for it."""
+"""Hides the logs of some libraries while a verb runs, unless --verbose is given."""
 
 import contextlib
 import logging
@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 QUIET = ("absl", "orbax", "grain", "tensorstore", "asyncio")
-"""Loggers of libraries whose errors reach us as exceptions, each of which becomes one message. Orbax and Grain log as
-absl. On a full disk they wrote 340 lines of tracebacks beside that message."""
+"""Loggers that are hidden. The errors of these libraries reach us as exceptions, and each becomes one message. Orbax
+and Grain log as absl. On a full disk they logged 340 lines of tracebacks beside that message."""
 LOOP_CLOSED = "Event loop is closed"
-"""TensorStore has Python print this traceback when a write that failed ends after Orbax has given up on it."""
+"""The message of a RuntimeError that Python prints when a write of TensorStore fails after Orbax has stopped waiting
+for it."""
 
 
 class _Format(logging.Formatter):
-    """`warning: message`, as the warnings of `mindalle` look; tracebacks below it, where there are some."""
+    """Formats a record as `warning: message`, like the warnings of `mindalle`, with any traceback below it."""
 
     def format(self, record: logging.LogRecord) -> str:
         return f"{record.levelname.lower()}: {super().format(record)}"
@@ -22,9 +23,9 @@ class _Format(logging.Formatter):
 
 @contextlib.contextmanager
 def quiet_libraries(verbose: bool) -> Iterator[None]:
-    """Within the block, logs go to standard error in one format, and those of QUIET libraries nowhere.
+    """Sends logs to standard error in one format within the block, and drops the logs of the QUIET libraries.
 
-    verbose: everything is shown, from level INFO. What was set before is set again afterwards.
+    verbose: shows the logs of all libraries, from level INFO. The end of the block restores the previous settings.
     """
     root = logging.getLogger()
     handler, level, hook = logging.StreamHandler(sys.stderr), root.level, sys.excepthook

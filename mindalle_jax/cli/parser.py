@@ -1,4 +1,4 @@
-"""How commands are parsed, and how a mistake in one is told: one line, with the option as it is typed there."""
+"""Parses commands. A mistake in a command becomes one line that names the option as it is typed."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ from mindalle_jax.errors import UsageError, did_you_mean, printable
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, but not None, which the help explains, nor that a switch is off; keeps the lines of examples."""
+    """Formats --help: shows defaults other than None, False and an empty list, and keeps the lines of examples."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         hidden = action.default is None or action.default is False or action.default == []
@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
     """The parser of one verb. Options are not abbreviated; arguments and options come in any order."""
 
     def __init__(self, prog: str, description: str, example: str = ""):
-        """example: commands, one per line, for the end of the help; "" if they stand in the description."""
+        """Makes a parser. example: commands for the end of the help, one per line; "" for none."""
         lines = [f"  {line}" for line in example.strip().splitlines()]
         super().__init__(
             prog=prog,
@@ -34,7 +34,10 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """The arguments. What comes after `--` is no option. Exits with code 2 and one line for a mistake."""
+        """Returns the arguments. For a mistake, prints one line and exits with code 2.
+
+        Everything after `--` is an argument of the first kind that takes any number of values, and no option.
+        """
         argv, rest = list(argv), []
         many = [action for action in self._actions if not action.option_strings and action.nargs == "*"]
         if many:
@@ -53,28 +56,28 @@ class Parser(argparse.ArgumentParser):
         return arguments
 
     def error(self, message: str) -> NoReturn:
-        """One line, where argparse prints the usage first."""
+        """Prints one line and exits with code 2; argparse would print the usage before it."""
         print(printable(f"{self.prog}: {message}; {self.prog} --help lists the options"), file=sys.stderr)
         raise SystemExit(UsageError.exit_code)
 
     def as_typed(self, message: str) -> str:
-        """A message in which names of Python's options are those of this command: top_k becomes --top-k."""
+        """Replaces the names of Python's options in a message by those of this command: top_k becomes --top-k."""
         options = {action.dest: action.option_strings[-1] for action in self._actions if action.option_strings}
         if "preview_every" in options:
             options["every"] = options["preview_every"]
-        # A name of one word is also a word of the language: it is the option where it must be something.
+        # A name without "_", such as seed, is also an English word. It is the option in "seed must be ...".
         names = "|".join(name if "_" in name else rf"^{name}(?= must )" for name in options)
-        # What is in quotes, or part of a path, is somebody's own.
+        # Text in quotes and parts of a path come from the user and stay as they are.
         pattern = rf"'[^']*'|\"[^\"]*\"|(?<![\w./~-])({names})(?![\w./-])"
         typed = re.sub(pattern, lambda match: options[match[1]] if match[1] else match[0], message)
         return re.sub(r" \(None\)|, or None\b", "", typed)
 
 
 def path(text: str) -> Path:
-    """The type of arguments that are paths: `~` is expanded where the shell did not."""
+    """Returns the path of an argument; expands `~` if the shell did not."""
     return Path(os.path.expanduser(text))
 
 
 def add_path(group: Any, *names: str, **settings: Any) -> None:
-    """An argument that is a path."""
+    """Adds an argument that is a path to a parser or to a group of arguments."""
     group.add_argument(*names, type=path, **settings)

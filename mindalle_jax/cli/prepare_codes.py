@@ -1,4 +1,4 @@
-"""`mindalle prepare-codes`: its arguments, and the codec that it loads for them."""
+"""`mindalle prepare-codes`: defines its arguments, loads a VQGAN and computes the codes of a data set."""
 
 import argparse
 import sys
@@ -6,28 +6,32 @@ import sys
 from mindalle_jax.cli.parser import add_path
 
 EXAMPLE = "mindalle prepare-codes --model models/mindalle --data photos --out photos-codes"
-NOTES = """Train with the folder --out as data.train. Images are cropped in the middle, where training on images crops
-at random: random crops are gone. All captions are kept. An interrupted run resumes when the same command is given
-again; codes of another model or of other data are never mixed in or overwritten."""
+NOTES = """Then train with data.train set to the folder --out. Each image is cropped in the
+middle. Random crops, which training on images makes, are not possible with
+codes. All captions are kept. If the run is interrupted, the same command
+resumes it. Codes of another model or of other data are never mixed in or
+overwritten."""
 
 
 def add_prepare_codes_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `mindalle prepare-codes`."""
+    """Adds the arguments of `mindalle prepare-codes`."""
     parser.description = f"{parser.description}\n\n{NOTES}"
-    parser.add_argument("-m", "--model", required=True, help="as mindalle sample takes it; its VQGAN alone is loaded")
-    parser.add_argument("--data", required=True, help="a folder of images, or tars: cc3m-{00000..00331}.tar")
-    add_path(parser, "-o", "--out", required=True, metavar="DIR", help="a new folder, or one to resume")
+    text = "the model, as for mindalle sample; only its VQGAN is loaded"
+    parser.add_argument("-m", "--model", required=True, help=text)
+    parser.add_argument("--data", required=True, help="a folder of images, or tar files: cc3m-{00000..00331}.tar")
+    add_path(parser, "-o", "--out", required=True, metavar="DIR", help="folder for the codes: new, or one to resume")
     parser.add_argument(
         "--task",
         choices=["text", "class", "unconditional"],
         default="text",
-        help="samples without captions, or without a label, are left out; unconditional takes all",
+        help="text takes images with captions, class those with a label, unconditional all",
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images encoded at once")
 
 
 def run_prepare_codes(arguments: argparse.Namespace) -> None:
-    """Loads the VQGAN alone and writes the codes."""
+    """Runs `mindalle prepare-codes`: loads only the VQGAN and writes the codes."""
     import jax.numpy as jnp
 
     from mindalle_jax.config.file import load_config

@@ -1,4 +1,4 @@
-"""`mindalle sample`: its arguments, and what is read and written for them."""
+"""`mindalle sample`: defines its arguments, checks and reads the files they name, and writes the images."""
 
 import argparse
 import contextlib
@@ -25,23 +25,23 @@ OPTIONS = ("num_candidates", "seed", "top_k", "top_p", "temperature", "guidance_
            "jacobi", "ranker")  # fmt: skip
 """Fields of SamplingOptions that have an argument of the same name."""
 OUT = Path("out")
-"""Where images go if nobody says where."""
+"""The folder for images if --out is not given; each command makes a new folder in it."""
 
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `mindalle sample`."""
+    """Adds the arguments of `mindalle sample`."""
     what = parser.add_argument_group("what to sample")
     what.add_argument("prompts", nargs="*", metavar="PROMPT", help="a text in quotes; each prompt gets its own images")
-    text = "the same as PROMPT; may be given more than once"
+    text = "another prompt; the option can be repeated"
     what.add_argument("--prompt", action="append", default=[], metavar="PROMPT", dest="more_prompts", help=text)
-    add_path(what, "--prompts-file", metavar="FILE", help="more prompts, one per line, UTF-8")
+    add_path(what, "--prompts-file", metavar="FILE", help="a UTF-8 text file with more prompts, one per line")
     what.add_argument("--class-id", type=int, metavar="C", help=FIELDS["class_id"].metadata["doc"])
     _add_option(what, "num_candidates", "-n", type=int, metavar="N")
     _add_option(what, "seed", metavar="S")
-    add_path(what, "--image", metavar="FILE", help="complete this image below its --keep-rows")
-    text = "as --image, for a PNG that mindalle wrote, from the codes in it; its prompt is the default"
+    add_path(what, "--image", metavar="FILE", help="keep the top of this image and sample the rest")
+    text = "like --image, for a PNG that mindalle wrote; uses the codes in the file, and its prompt if none is given"
     add_path(what, "--vary", metavar="FILE", help=text)
-    text = "rows of codes to keep from the top of --image or --vary"
+    text = "number of rows of codes to keep from the top of --image or --vary; a code stands for a patch of the image"
     what.add_argument("--keep-rows", type=int, metavar="K", help=text)
 
     how = parser.add_argument_group("how to sample")
@@ -49,12 +49,12 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         "-m",
         "--model",
         default=DEMO,
-        help="demo (small, in the package: emoji), demo-scenes (shapes), a converted folder, one in the original's "
-        "format, minDALL-E/1.3B, or OWNER/NAME on the Hugging Face hub (its cache alone with HF_HUB_OFFLINE=1 in the "
-        "environment)",
+        help="demo (a small model of emoji in the package), demo-scenes (one of colored shapes), minDALL-E/1.3B (the "
+        "published weights), a model folder (converted, or in the original's format), or OWNER/NAME on the Hugging "
+        "Face hub (only from its cache if HF_HUB_OFFLINE=1 is in the environment)",
     )
     how.add_argument("--revision", metavar="REV", help="branch, tag or commit of a --model on the hub")
-    default = "(default: 256, or all codes where there are fewer)"
+    default = "(default: 256, or all codes if there are fewer)"
     _add_option(how, "top_k", type=_or_off(int), metavar="K", default=argparse.SUPPRESS, after=default)
     _add_option(how, "top_p", type=_or_off(float), metavar="P", default="off")
     _add_option(how, "temperature", type=float, metavar="T")
@@ -62,45 +62,46 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     _add_option(how, "batch_size", type=int, metavar="B")
     _add_option(how, "mixed_batches", action="store_true")
     _add_option(how, "jacobi", action="store_true")
-    text = "compute dtype (default: float32 on CPU, bfloat16 elsewhere)"
+    text = "number type of the computation (default: float32 on CPU, bfloat16 elsewhere)"
     how.add_argument("--dtype", choices=["bfloat16", "float32"], help=text)
-    text = "int8 for the transformer's matrices, and for keys and values of the images being sampled: half the memory"
+    text = "keep the transformer's matrices as int8; with +cache also the keys and values of the images being sampled. "
+    text += "int8 takes half the memory of bfloat16"
     how.add_argument("--quantize", choices=["weights", "weights+cache"], help=text)
 
     output = parser.add_argument_group("what to write")
-    text = "a new folder for the images (default: out/PROMPT-seedS, with a number if that exists)"
+    text = "a new folder for the images (default: out/PROMPT-seedS; a number is appended if that exists)"
     add_path(output, "-o", "--out", metavar="DIR", help=text)
-    output.add_argument("--overwrite", action="store_true", help="replace the images that are in --out")
-    text = "sample once and keep nothing, to compile what the other options take; needs no prompt"
+    output.add_argument("--overwrite", action="store_true", help="replace the images in the folder --out")
+    text = "only compile the programs that the other options need: samples once, writes nothing, needs no prompt"
     output.add_argument("--warmup", action="store_true", help=text)
     _add_option(output, "ranker")
-    output.add_argument("--best", type=int, metavar="K", help="write at most the K best of each prompt (default: all)")
-    text = "after every N codes rewrite preview.png in --out (default: never)"
+    output.add_argument("--best", type=int, metavar="K", help="write the K best images of each prompt (default: all)")
+    text = "rewrite preview.png in the folder --out after every N codes (default: never)"
     output.add_argument("--preview-every", type=int, metavar="N", help=text)
 
 
 def _add_option(group: Any, name: str, *short: str, after: str = "", **settings: Any) -> None:
-    """An argument from a field of SamplingOptions: its name, default and doc, in which (None) is Python's word."""
+    """Adds an argument with the name, default and doc of a field of SamplingOptions, without Python's "(None)"."""
     doc = FIELDS[name].metadata["doc"].replace(" (None)", "")
     settings = {"default": FIELDS[name].default, "help": f"{doc} {after}".rstrip()} | settings
     group.add_argument(*short, f"--{name.replace('_', '-')}", **settings)
 
 
 def run_sample(arguments: argparse.Namespace) -> None:
-    """Runs `mindalle sample`: checks, cheapest first; then the model; then prompt by prompt."""
+    """Runs `mindalle sample`: makes all checks, the cheapest first, then loads the model and samples."""
     from mindalle_jax.sampling.image_file import read_image_record
 
     given = [name for name in ("image", "vary") if getattr(arguments, name) is not None]
     if len(given) == 2:
-        raise UsageError("--image and --vary exclude each other")
+        raise UsageError("--image and --vary cannot be used together")
     if given and arguments.keep_rows is None:
         raise UsageError(f"--{given[0]} needs --keep-rows, the number of rows of codes to keep from the top")
     if arguments.keep_rows is not None and not given:
-        raise UsageError("--keep-rows goes with --image or --vary, whose top is kept")
+        raise UsageError("--keep-rows works only with --image or --vary, whose top rows are kept")
     if arguments.overwrite and arguments.out is None:
-        raise UsageError("--overwrite goes with --out; without it the folder is always a new one")
+        raise UsageError("--overwrite works only with --out; without --out the folder is always new")
     if arguments.preview_every is not None and arguments.mixed_batches:
-        raise UsageError("--preview-every shows one prompt after the other; it goes without --mixed-batches")
+        raise UsageError("--preview-every cannot be used with --mixed-batches: it shows one prompt at a time")
     if arguments.best is not None and arguments.best < 1:
         raise UsageError(f"--best must be at least 1, not {arguments.best}")
     record = read_image_record(arguments.vary) if arguments.vary else None
@@ -126,7 +127,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
             arguments.class_id = record.settings.get("class_id")
     check_every(arguments.preview_every, config.stage1)
     tokenizer = None
-    if not config.image_only and (folder / "tokenizer").is_dir():  # a VQGAN has none, and is refused below
+    if not config.image_only and (folder / "tokenizer").is_dir():  # a VQGAN has no tokenizer, and is refused below
         tokenizer = TextTokenizer(folder / "tokenizer", config.dataset.context_length, config.stage2.vocab_size_txt)
     request = dataclasses.replace(options, prompts=tuple(prompts), class_id=arguments.class_id)
     options = dataclasses.replace(request.check(config, tokenizer), progress=True)
@@ -136,7 +137,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
         image = (
             _read_image(arguments.image, config.stage1) if record is None else _codes(record, folder, arguments.vary)
         )
-    # Whatever can be wrong is told before gigabytes are loaded, and before the place to write to is looked at.
+    # All errors in the arguments are reported before gigabytes are loaded and before the output folder is checked.
     if options.ranker not in ("auto", "likelihood", None):
         from mindalle_jax.ranking.ranker import ClipRanker
 
@@ -155,7 +156,10 @@ def _run_model(
     out: Path | None,
     arguments: argparse.Namespace,
 ) -> None:
-    """Loads the model, and samples into `out`; without it warms up. image: whose rows are kept, or its codes."""
+    """Loads the model and samples into the folder `out`; if `out` is None, only compiles.
+
+    image: the image, or its codes, whose top rows are kept; None without one.
+    """
     from mindalle_jax.runtime.signals import stop_on_signals
 
     start = time.perf_counter()
@@ -164,7 +168,7 @@ def _run_model(
         revision=arguments.revision,
         dtype=arguments.dtype,
         quantize=arguments.quantize,
-        local_files_only=True,  # it was found above
+        local_files_only=True,  # find_model has downloaded it
     )
     _say_device(model, time.perf_counter() - start)
     if image is not None:
@@ -172,8 +176,8 @@ def _run_model(
     if out is None:
         _warm_up(model, subjects[0], options)
         return
-    with stop_on_signals("finishing this row of codes, then writing; once more stops at once") as stop:
-        if arguments.interrupts.requested:  # and got lost
+    with stop_on_signals("finishing this row of codes, then writing; a second signal stops at once") as stop:
+        if arguments.interrupts.requested:  # before stop_on_signals was in place
             raise KeyboardInterrupt
         written = _write_images(model, subjects, options, out, arguments, stop)
         if stop.requested:
@@ -186,7 +190,7 @@ def _run_model(
 def _write_images(
     model: Any, subjects: Sequence[Any], options: SamplingOptions, out: Path, arguments: argparse.Namespace, stop: Any
 ) -> int:
-    """Samples and writes until stop.requested; returns how many candidates were finished."""
+    """Samples and writes images until stop.requested; returns the number of finished candidates."""
     options = dataclasses.replace(options, callback=lambda _: stop.requested)
     places = [out] if len(subjects) == 1 else [out / f"{i:03d}-{_slug(text)}" for i, text in enumerate(subjects)]
     finished = 0
@@ -196,7 +200,7 @@ def _write_images(
             finished += _write(generation.of_prompt(p), place, arguments)
         return finished
     for subject, place in zip(subjects, places, strict=True):
-        # Written prompt by prompt: a long list needs no more memory than one, and an interruption loses one.
+        # Written prompt by prompt: a long list needs no more memory than one prompt, and an interruption loses one.
         preview = place / "preview.png"
         for generation in model.stream(subject, every=arguments.preview_every, **options.keywords()):
             if generation.codes.min() < 0 and not stop.requested:
@@ -209,10 +213,10 @@ def _write_images(
 
 
 def _prompts(arguments: argparse.Namespace, record: Any) -> list[str]:
-    """The prompts of the command, of the file, or else of the image to vary."""
+    """Returns the prompts of the command and of its file; if there are none, the prompt of the image to vary."""
     words = [prompt for prompt in arguments.prompts if len(prompt.split()) == 1]
     if len(words) > 1 and len(words) == len(arguments.prompts):
-        text = f"{len(words)} prompts: {', '.join(words)}; if one was meant, put it in quotes"
+        text = f"{len(words)} prompts: {', '.join(words)}; if you meant one prompt, put it in quotes"
         print(f"mindalle sample: {text}", file=sys.stderr)
     prompts = [*arguments.prompts, *arguments.more_prompts]
     if arguments.prompts_file:
@@ -223,23 +227,27 @@ def _prompts(arguments: argparse.Namespace, record: Any) -> list[str]:
 
 
 def _check_kind(arguments: argparse.Namespace, image_only: bool, prompts: list[str]) -> None:
-    """Raises UsageError for arguments that are for the other kind of model."""
+    """Raises UsageError for arguments that this kind of model does not take."""
     if not image_only and arguments.class_id is not None:
-        raise UsageError(f"{arguments.model} draws from text; --class-id is for image-only models")
+        raise UsageError(f"{arguments.model} samples from prompts; --class-id is for image-only models")
     if not image_only and not prompts:
         raise UsageError("no prompt was given; write one in quotes, or name a file with --prompts-file")
     if image_only and (arguments.prompts or arguments.more_prompts or arguments.prompts_file):
-        raise UsageError(f"{arguments.model} draws without text; it takes --class-id at most, not a prompt")
+        text = "samples without text; it takes no prompt, only --class-id if it has classes"
+        raise UsageError(f"{arguments.model} {text}")
 
 
 @contextlib.contextmanager
 def _place(arguments: argparse.Namespace, subjects: Sequence[Any], seed: int | None) -> Iterator[Path]:
-    """The folder to write to: --out, or a new one below `out`, which goes if nothing is written. Raises OutputError."""
+    """Yields the output folder: --out, or a new folder in `out`, which is removed if nothing is written into it.
+
+    Raises OutputError if the folder cannot be written to, or is not empty and --overwrite is not given.
+    """
     if arguments.out is not None:
         out: Path = arguments.out
         check_writable(out)
         if not arguments.overwrite and out.exists() and any(out.iterdir()):
-            raise OutputError(f"{out} exists and is not empty; name another place or pass --overwrite")
+            raise OutputError(f"{out} exists and is not empty; name another folder or pass --overwrite")
         yield out
         return
     first = subjects[0] if isinstance(subjects[0], str) else f"class {subjects[0]}" if subjects[0] is not None else ""
@@ -255,18 +263,18 @@ def _place(arguments: argparse.Namespace, subjects: Sequence[Any], seed: int | N
         yield out
     finally:
         for folder in (out, OUT):
-            with contextlib.suppress(OSError):  # it holds something
+            with contextlib.suppress(OSError):  # the folder is not empty
                 folder.rmdir()
 
 
 def _write(generation: Any, place: Path, arguments: argparse.Namespace) -> int:
-    """Writes the finished images of a prompt, if there are any; returns how many there are."""
+    """Writes the finished images of a prompt, if there are any; returns their number."""
     finished = int((generation.codes >= 0).all(axis=1).sum())
     if finished:
         paths = generation.save(place, best=arguments.best, overwrite=arguments.overwrite)
         print(f"{len(paths)} image{'s' if len(paths) > 1 else ''}, {place / 'grid.png'} and {place / 'meta.json'}")
     else:
-        with contextlib.suppress(OSError):  # not there, or holds something
+        with contextlib.suppress(OSError):  # the folder does not exist, or is not empty
             place.rmdir()
     return finished
 
@@ -279,31 +287,32 @@ def _known_examples(folder: Path) -> Sequence[str]:
 
 
 def _codes(record: Any, folder: Path, path: Path) -> Any:
-    """The codes of an image that was sampled before; warns if by another model, whose codes may mean other patches."""
+    """Returns the codes in the record of an image; warns if another model, with other codes, sampled it."""
     from mindalle_jax.storage.weights import fingerprint, read_manifest
 
     if record.settings.get("model_sha256") != fingerprint(read_manifest(folder)["tensors"]):
-        warn(f"{path} was sampled by another model, whose codes may mean other patches")
+        warn(f"{path} was sampled by another model, whose codes may stand for other patches")
     return record.codes
 
 
 def _warm_up(model: Any, subject: Any, options: SamplingOptions) -> None:
-    """Samples what is sampled at once, which compiles everything, and throws it away."""
+    """Compiles all programs: samples one batch per device and discards the images."""
     start = time.perf_counter()
     at_once = options.batch_size or model.default_batch_size(options.num_candidates)
     count = min(options.num_candidates, at_once * model.mesh.size)
     model.generate(subject, **dataclasses.replace(options, num_candidates=count, batch_size=at_once).keywords())
-    print(f"compiled, or loaded, what samples {count} candidates at once: {time.perf_counter() - start:.1f} s")
+    elapsed = time.perf_counter() - start
+    print(f"compiled, or loaded, the programs that sample {count} candidates at once: {elapsed:.1f} s")
 
 
 def _read_image(path: Path, config: Any) -> Any:
-    """The image in a file, of the size of the model."""
+    """Reads an image file; raises UsageError if it cannot be read or does not have the size of the model's images."""
     from PIL import Image, ImageOps
 
     from mindalle_jax.sampling.options import check_image
 
     try:
-        # Sizes far beyond any model's are refused by their header, before they fill memory.
+        # A size far beyond that of any model is refused from the file's header, before the pixels fill the memory.
         with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
             if image.size == (config.hparams.resolution,) * 2:
                 image = ImageOps.exif_transpose(image)
@@ -312,12 +321,12 @@ def _read_image(path: Path, config: Any) -> Any:
         raise UsageError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
-    except Exception as error:  # Pillow raises what its decoders do
+    except Exception as error:  # Pillow passes on whatever its decoders raise
         raise UsageError(f"{path}: cannot be read as PNG, JPEG or WebP: {one_line(error)}") from None
 
 
 def _write_preview(generation: Any, path: Path) -> None:
-    """By one rename, so that a viewer never sees half a file."""
+    """Writes the sheet of partial images with one rename, so that a viewer never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     generation.grid().save(partial, format="PNG")
@@ -356,7 +365,7 @@ def _seed(text: str) -> int | None:
 
 
 def _or_off(kind: type) -> Callable[[str], Any]:
-    """An argument that is a number, or `off` for None."""
+    """Returns the type of an argument that is a number, or `off` for None."""
 
     def parse(text: str) -> Any:
         return None if text == "off" else kind(text)

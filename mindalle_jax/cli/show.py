@@ -1,4 +1,4 @@
-"""`mindalle show`: how an image was made, and the command that makes it again."""
+"""`mindalle show`: prints how an image was made, and the command that makes it again."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ EXAMPLE = "mindalle show out/a-red-apple-seed0/rank001_score0.9258_seed0_candida
 
 
 def add_show_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `mindalle show`."""
+    """Adds the arguments of `mindalle show`."""
     parser.add_argument("files", nargs="+", type=path, metavar="FILE", help="a PNG that mindalle wrote")
 
 
@@ -44,10 +44,10 @@ def run_show(arguments: argparse.Namespace) -> None:
 
 
 def remake_command(record: "ImageRecord", file: Path) -> str:
-    """The `mindalle sample` that makes the image of a record again, bit for bit on the same kind of device.
+    """Returns the `mindalle sample` command that makes an image again, bit for bit on the same kind of device.
 
-    It samples the candidates up to this one, which is the last of the files that it writes. Raises UsageError for
-    settings that no command can have.
+    The command samples all candidates up to this one; the image is the last file that it writes. Raises UsageError if
+    the record holds settings that no command can have.
     """
     from mindalle_jax.sampling.options import SamplingOptions, check_quantize
     from mindalle_jax.text.tokenizer import check_prompt
@@ -72,7 +72,7 @@ def remake_command(record: "ImageRecord", file: Path) -> str:
     except (KeyError, TypeError, UsageError) as error:
         raise UsageError(f"{file}: its settings are damaged: {error}") from None
     if "class_id" not in settings and not record.prompt.strip():
-        return "# no command: a blank prompt is sampled from Python alone, with allow_empty=True"
+        return "# no command: a blank prompt can be sampled only from Python, with allow_empty=True"
     words: list[Any] = ["mindalle", "sample"]
     if class_id is not None:
         words += ["--class-id", class_id]
@@ -96,9 +96,9 @@ def _listed(versions: Any) -> str:
 
 
 def _quoted(word: str) -> str:
-    """The word for a shell, without control characters in it: in bash's $'...' where there are some."""
+    """Quotes a word for a shell; control characters are escaped, in bash's $'...'."""
     if word.isprintable():
         return shlex.quote(word)
-    # No quote and no backslash of the word stays as it is: shells without $'...' see one quoted word.
+    # Quotes and backslashes are escaped too, so a shell without $'...' also reads one quoted word.
     plain = {c for c in word if c.isprintable() and c not in "'\\"}
     return "$'" + "".join(c if c in plain else "".join(f"\\x{b:02x}" for b in os.fsencode(c)) for c in word) + "'"

@@ -11,7 +11,7 @@ from mindalle_jax.cli.parser import add_path
 from mindalle_jax.errors import MindalleError, UsageError
 
 TRAINING_MODULES = ("optax", "orbax", "grain", "tensorboardX")
-"""Modules of the extra [train]."""
+"""Modules that pip install 'mindalle-jax[train]' adds."""
 FINETUNE_EXAMPLE = "mindalle finetune --config finetune-captions data.train=photos --out runs/cats"
 VQGAN_EXAMPLE = "mindalle train-vqgan --config emoji/vqgan data.train=photos --out runs/vqgan"
 CLIP_EXAMPLE = (
@@ -24,8 +24,8 @@ mindalle train-tokenizer photos --out clip-tokenizer --vocab-size 8192 --kind cl
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of a training run."""
-    text = "changes to the configuration, as data.train=photos"
+    """Adds the arguments of the verbs that train from a configuration file."""
+    text = "a change to the configuration, such as data.train=photos"
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=text)
     add_path(
         parser,
@@ -34,20 +34,21 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a YAML file, or the name of a preset; `mindalle configs` lists them",
     )
-    text = "folder of the run, in the end a model; a run that is there is resumed"
+    text = "folder of the run, which at the end is also a model; a run in it is resumed"
     add_path(parser, "-o", "--out", required=True, metavar="DIR", help=text)
-    text = "resume although the data set has changed since the checkpoint"
+    text = "resume even if the data set has changed since the checkpoint"
     parser.add_argument("--ignore-fingerprint", action="store_true", help=text)
-    text = "this is one of several processes with the same --out (docs/fine-tuning.md, Several processes)"
+    text = "run as one of several processes with the same --out (docs/fine-tuning.md, Several processes)"
     parser.add_argument("--distributed", action="store_true", help=text)
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `mindalle train-tokenizer`."""
-    parser.add_argument("data", metavar="DATA", help="a folder or tars of images with captions, as for finetune")
-    add_path(parser, "-o", "--out", required=True, metavar="DIR", help="where its files go; a new folder")
-    parser.add_argument("--vocab-size", required=True, type=int, metavar="N", help="tokens at most")
-    text = "for the transformer that samples codes, or for a CLIP model"
+    """Adds the arguments of `mindalle train-tokenizer`."""
+    parser.add_argument("data", metavar="DATA", help="a folder or tar files of images with captions, as for finetune")
+    add_path(parser, "-o", "--out", required=True, metavar="DIR", help="a new folder for the tokenizer")
+    text = "maximum number of tokens in the vocabulary"
+    parser.add_argument("--vocab-size", required=True, type=int, metavar="N", help=text)
+    text = "mindalle: for the transformer, which turns prompts into codes; clip: for a CLIP model, which ranks images"
     parser.add_argument("--kind", required=True, choices=["mindalle", "clip"], help=text)
 
 
@@ -83,7 +84,10 @@ def run_clip(arguments: argparse.Namespace) -> None:
 
 
 def _captions(config: Any, model: Path | None = None) -> list[str]:
-    """A caption of the data that was trained on; none where it cannot be read any more. model: whose codes it holds."""
+    """Returns [caption], with one caption of the training data; [] if the data cannot be read any more.
+
+    model: the model whose codes the data set may hold; None if it holds images.
+    """
     from mindalle_jax.data.codes import vqgan_digest
     from mindalle_jax.data.sources import first_caption
 
@@ -95,18 +99,18 @@ def _captions(config: Any, model: Path | None = None) -> list[str]:
 
 
 def _tell(what: str, *command: Any) -> None:
-    """Says what was made, and a command that uses it."""
+    """Prints what was made, and a command that uses it."""
     print(f"{what}; mindalle {shlex.join(map(str, command))}")
 
 
 def _run(train: Callable[..., bool], kind: type[Any], arguments: argparse.Namespace) -> Any:
-    """Trains, and returns the configuration of the run."""
+    """Trains, and returns the configuration of the run. Raises KeyboardInterrupt if the run was stopped early."""
     from mindalle_jax.config.file import load_config
     from mindalle_jax.training.run_dir import CONFIG_FILE
 
     if any("=" not in override for override in arguments.overrides):
         raise UsageError("overrides have the form section.key=value, such as data.train=photos")
-    for module in TRAINING_MODULES:  # before gigabytes are downloaded
+    for module in TRAINING_MODULES:  # checked here, before gigabytes are downloaded
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(f"No module named {module!r}", name=module)
     if arguments.distributed:
@@ -117,7 +121,7 @@ def _run(train: Callable[..., bool], kind: type[Any], arguments: argparse.Namesp
         arguments.config, arguments.overrides, arguments.out, ignore_fingerprint=arguments.ignore_fingerprint
     )
     if not complete:
-        raise KeyboardInterrupt  # so that a script does not continue as if there were a model
+        raise KeyboardInterrupt  # so that the exit code tells a script that no model was made
     return load_config(arguments.out / CONFIG_FILE, kind=kind)
 
 

@@ -6,7 +6,7 @@ import mindalle_jax
 
 
 def preset_files() -> dict[str, Path]:
-    """Name -> YAML file of each preset, sorted: `finetune-captions`, `emoji/vqgan`, ...
+    """Returns {name: YAML file} of all presets, sorted: `finetune-captions`, `emoji/vqgan`, ...
 
     A wheel holds them inside the package. In a checkout, also in an editable install of one, they lie beside it.
     """
@@ -17,6 +17,6 @@ def preset_files() -> dict[str, Path]:
 
 
 def first_line(file: Path) -> str:
-    """The first line of a preset, a comment that says what it is for."""
+    """Returns the first line of a preset, a comment that says what the preset is for."""
     with file.open(encoding="utf-8") as lines:
         return next(lines, "").removeprefix("#").strip()

@@ -1,7 +1,7 @@
 """The fields of config.yaml, their defaults, bounds and meaning.
 
-The file is the one that the original implementation writes and reads, so a published model's config.yaml works as it
-is. A file may leave any field out. Unknown fields and values of the wrong type are errors that name the nearest match.
+The original implementation has the same file, so the config.yaml of a published model works as it is. A file may leave
+out any field. Unknown fields and values of a wrong type are errors that name the nearest match.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ class DatasetConfig:
     """The data set that the model was trained on."""
 
     dataset: str | None = None
-    """Name of the training set; the transfer recipes say `imagenet`."""
+    """Name of the training set; `imagenet` in the transfer recipes."""
     transforms: str = "dalle-vqvae"
     """Read and ignored, as in the original."""
     tokenizer_type: Literal["CharBPE"] = "CharBPE"
     context_length: int = 64
-    """Text positions N: prompts are padded and cut to it, in tokens."""
+    """Number of text positions N. Prompts are padded or cut to this many tokens."""
     image_resolution: int = 256
     """Height and width of the images, in pixels."""
     bpe_pdrop: float | None = None
@@ -33,27 +33,27 @@ class Stage1Hparams:
     """Encoder and decoder of the VQGAN."""
 
     double_z: bool = False
-    """True is a variational encoder, which this model is not; only False is accepted."""
+    """Must be False. True would be a variational encoder, which this model does not have."""
     z_channels: int = 256
     resolution: int = 256
     """Height and width of the images, in pixels."""
     in_channels: int = 3
     out_ch: int = 3
     ch: int = 128
-    """Channels of the finest level; level l has ch * ch_mult[l]."""
+    """Number of channels of the finest level. Level l has ch * ch_mult[l] channels."""
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2
     num_groups: int = 32
-    """Groups of channels in each GroupNorm: 32 in the original, which has no such field. Narrow networks need fewer: a
-    channel that is a group by itself loses its mean, and with it the colors of the image."""
+    """Number of groups of channels in each GroupNorm: 32 in the original, which has no such field. Narrow networks need
+    fewer groups. A channel that is its own group loses its mean, and so the colors of the image."""
     attn_resolutions: tuple[int, ...] = (16,)
-    """Attention follows every residual block of the levels that work at these resolutions, in pixels."""
+    """Resolutions in pixels. In levels of these resolutions attention follows every residual block."""
     pdrop: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage1Config:
-    """The image tokenizer."""
+    """The VQGAN, which turns images into codes and back."""
 
     type: Literal["vqgan"] = "vqgan"
     embed_dim: int = 256
@@ -76,11 +76,11 @@ class Stage2Hparams:
     n_layers: int = 42
     n_heads: int = 24
     n_dense_layers: int | None = None
-    """Equal to n_layers (which it is when left out)."""
+    """Must equal n_layers, or be left out."""
     ctx_len_img: int = 256
-    """Image positions T: codes per image."""
+    """Number of image positions T: codes per image."""
     ctx_len_txt: int = 64
-    """Text positions N; the image-only model ignores it."""
+    """Number of text positions N. The image-only model ignores it."""
     embd_pdrop: float = 0.0
     resid_pdrop: float = 0.0
     attn_pdrop: float = 0.0
@@ -108,39 +108,39 @@ class Stage2Config:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Fine-tuning: the optimizer and its schedule."""
+    """The section `optimizer`, for training: the optimizer and its schedule."""
 
     opt_type: Literal["adamW", "muon"] = "adamW"
-    """muon: for the matrices between the first and the last layer, and AdamW for the rest. From nothing it learns far
-    more from each image."""
+    """muon: Muon for the matrices between the first and the last layer, and AdamW for the rest. From scratch it learns
+    far more per image."""
     base_lr: float = 1e-4
     weight_decay: float = 1e-4
     betas: tuple[float, ...] = (0.9, 0.99)
     grad_clip_norm: float = 1.0
     sched_type: Literal["cosine"] = "cosine"
     max_steps: int = 0
-    """Updates until the learning rate has reached min_lr; 0: (images // total_batch_size) * epochs."""
+    """Number of steps, after which the learning rate is min_lr; 0: (images // total_batch_size) * epochs."""
     min_lr: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    """Fine-tuning: batches and epochs."""
+    """The section `experiment`, for training: batches and epochs."""
 
     local_batch_size: int = 4
     total_batch_size: int = 512
     valid_batch_size: int = 32
     epochs: int = 10
     save_ckpt_freq: int = 2
-    """Epochs between checkpoints."""
+    """Number of epochs between checkpoints."""
     test_freq: int = 1
-    """Epochs between validations."""
+    """Number of epochs between validations."""
     use_amp: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole config.yaml."""
+    """The content of a config.yaml."""
 
     dataset: DatasetConfig = DatasetConfig()
     stage1: Stage1Config = Stage1Config()
@@ -154,7 +154,7 @@ class Config:
         return self.stage2.type == "igpt"
 
     def check(self) -> None:
-        """Raises ConfigError for values that contradict each other or that no model can have."""
+        """Raises ConfigError for values out of range, and for values that contradict each other."""
         check_stage1(self.stage1)
         _check_stage2(self)
         check_optimization(self.optimizer, self.experiment)
@@ -171,7 +171,7 @@ def _check_sizes(sizes: dict[str, int]) -> None:
 
 
 def check_stage1(stage1: Stage1Config) -> None:
-    """Raises ConfigError for a VQGAN that cannot be."""
+    """Raises ConfigError for sizes that no VQGAN can have."""
     h = stage1.hparams
     _check_sizes(
         {"stage1.embed_dim": stage1.embed_dim, "stage1.n_embed": stage1.n_embed}
@@ -198,7 +198,7 @@ def check_stage1(stage1: Stage1Config) -> None:
 
 
 def _check_stage2(config: Config) -> None:
-    """Stage 2, and how it goes with the VQGAN and the data."""
+    """Checks stage 2, and whether it fits the VQGAN and the data."""
     s1, s2 = config.stage1, config.stage2
     h1, h2 = s1.hparams, s2.hparams
     _check_sizes(
@@ -216,11 +216,11 @@ def _check_stage2(config: Config) -> None:
     _refuse(
         config.dataset.image_resolution != h1.resolution,
         f"dataset.image_resolution {config.dataset.image_resolution} and stage1.hparams.resolution {h1.resolution} "
-        "must be equal: the weights know one image size only",
+        "must be equal: a model has only one image size",
     )
     _refuse(
         h2.ctx_len_img != s1.code_size**2,
-        f"stage2.hparams.ctx_len_img {h2.ctx_len_img} must be the codes of an image: "
+        f"stage2.hparams.ctx_len_img {h2.ctx_len_img} must be the number of codes in an image: "
         f"{s1.code_size} x {s1.code_size} = {s1.code_size**2}",
     )
     _refuse(
@@ -248,7 +248,7 @@ def _check_stage2(config: Config) -> None:
 
 
 def check_optimization(optimizer: OptimizerConfig, experiment: ExperimentConfig) -> None:
-    """Raises ConfigError for values that no training can have."""
+    """Raises ConfigError for values of `optimizer` or `experiment` that are out of range."""
     for name in ("base_lr", "weight_decay", "max_steps", "min_lr", "grad_clip_norm"):
         value = getattr(optimizer, name)
         _refuse(not 0 <= value < math.inf, f"optimizer.{name} must be a finite number of at least 0, not {value}")

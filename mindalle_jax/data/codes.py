@@ -1,11 +1,11 @@
-"""Data sets of codes computed beforehand: what training reads when the VQGAN should not run in every step.
+"""Data sets of codes that are computed beforehand, so that the VQGAN need not run in every step of training.
 
 A folder holds
 
-    codes.json                    what the codes are: of which VQGAN, of which data, how many shards
-    00000.npy, 00000.json, ...    a shard: codes uint16 or int32 [n, T]; their CRC-32 and id, captions, label of each
+    codes.json                    describes the codes: their VQGAN, their data, their number
+    00000.npy, 00000.json, ...    a shard: codes uint16 or int32 [n, T]; its CRC-32, and id, captions, label per sample
 
-A shard exists once its .json does, which is written last.
+The .json of a shard is written last, so a shard is complete if its .json exists.
 """
 
 import contextlib
@@ -31,56 +31,58 @@ from mindalle_jax.storage.weights import read_manifest
 MANIFEST = "codes.json"
 FORMAT_VERSION = 1
 SHARD_SAMPLES = 4_096
-"""Samples a shard, before damaged ones are left out: what an interruption can cost."""
+"""Number of samples per shard, before damaged images are left out. An interruption loses at most one shard."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """codes.json."""
+    """The content of codes.json."""
 
     format_version: int
     vqgan: str
     """vqgan_digest of the model."""
     data: str
-    """Fingerprint of the images' source."""
+    """Fingerprint of the source of the images."""
     image_size: int
     codes: int
-    """T"""
+    """T: number of codes per image."""
     dtype: str
     samples: int
-    """In the source, damaged ones included."""
+    """Number of samples in the source, with damaged images."""
     shard_samples: int
     classes: list[str] | None
 
 
 def vqgan_digest(model: Path) -> str:
-    """Hexadecimal digest of the VQGAN of a model folder: the CRC-32s of its weights and its section of config.yaml."""
+    """Returns a hexadecimal digest of the VQGAN of a model folder, from the CRC-32s of its weights and its config."""
     parts = [read_manifest(model)["tensors"]["stage1"], asdict(load_config(model / "config.yaml").stage1)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 class Codec(Protocol):
-    """The encoder of a VQGAN: sampling/codec.py has one."""
+    """The encoder of a VQGAN. ImageCodec in sampling/codec.py is one."""
 
     size: int
     """Height and width of the images, in pixels."""
     side: int
-    """h and w."""
+    """Height and width of the codes of an image."""
     vocab_size: int
 
     def encode(self, images: Any, *, batch_size: int) -> np.ndarray:
-        """Codes int32[n, h, w] of images uint8[n, size, size, 3]."""
+        """Returns codes int32[n, side, side] of images uint8[n, size, size, 3]."""
         ...
 
 
 def write_codes(
     source: Source, codec: Codec, out: Path, *, vqgan: str, batch_size: int, threads: int | None = None
 ) -> None:
-    """Writes the codes of every image of a source, or goes on where an earlier call was interrupted.
+    """Writes the codes of every image of a source into the folder `out`, or resumes an earlier call there.
 
-    Images are cropped in the middle, so training on codes has no random crops. vqgan: vqgan_digest of the model.
-    batch_size, threads: as Loader. Damaged images are left out. Raises OutputError if `out` holds anything else than
-    the beginning of the same work, DataError if too many images are damaged.
+    Images are cropped in the middle, so training on codes has no random crops. Damaged images are left out.
+    vqgan: vqgan_digest of the model. batch_size, threads: as for Loader.
+
+    Raises OutputError if `out` holds anything but shards of the same codes, or cannot be written to. Raises DataError
+    if too many images are damaged.
     """
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -112,14 +114,15 @@ def write_codes(
 
 
 def code_samples(folder: Path, vqgan: str | None) -> tuple[Iterator[Sample], list[str] | None]:
-    """The samples of a folder that write_codes wrote, their codes views of mapped files, and names of the classes.
+    """Reads a folder that write_codes wrote; returns its samples, and the names of the classes or None.
 
-    vqgan: vqgan_digest of the model that is to be trained. Raises DataError if the codes are of another one, are not
-    all there, or are damaged; UsageError without a digest.
+    The codes of the samples are views of memory-mapped files. vqgan: vqgan_digest of the model to train. Raises
+    DataError if the codes are those of another VQGAN, are incomplete, or are damaged. Raises UsageError if vqgan is
+    None.
     """
     manifest = _read_manifest(folder)
     if vqgan is None:
-        raise UsageError(f"{folder} holds codes, and nothing says of which VQGAN they should be")
+        raise UsageError(f"{folder} holds codes, which only mindalle finetune reads; name a data set of images")
     if vqgan != manifest.vqgan:
         raise DataError(
             f"{folder}: codes of another VQGAN ({manifest.vqgan[:8]}) than that of the model ({vqgan[:8]}); "
@@ -129,20 +132,20 @@ def code_samples(folder: Path, vqgan: str | None) -> tuple[Iterator[Sample], lis
     missing = [shard for shard in range(num_shards) if not (folder / f"{shard:05}.json").exists()]
     if missing:
         raise DataError(
-            f"{folder}: {len(missing)} of {num_shards} shards are not there; the same mindalle prepare-codes command "
-            "resumes where it was interrupted"
+            f"{folder}: {len(missing)} of {num_shards} shards are missing; run the same mindalle prepare-codes command "
+            "again to resume"
         )
     samples = (sample for shard in range(num_shards) for sample in _read_shard(folder, shard, manifest))
     return samples, manifest.classes
 
 
 def _start(out: Path, manifest: Manifest) -> None:
-    """Makes the folder with its manifest, or finds them. Raises OutputError for another one."""
+    """Makes the folder with its manifest, unless it exists. Raises OutputError if it has another manifest."""
     if (out / MANIFEST).exists():
         found, wanted = asdict(_read_manifest(out)), asdict(manifest)
         if odd := [key for key in wanted if found[key] != wanted[key]]:
             raise OutputError(
-                f"{out}: holds codes that differ from these in {', '.join(odd)}; name another place, or remove it"
+                f"{out}: holds codes that differ from these in {', '.join(odd)}; name another folder, or remove it"
             )
         return
     check_output(out, overwrite=out.is_dir())  # an empty folder may be used
@@ -184,7 +187,7 @@ _AGAIN = "remove its .json and run the same mindalle prepare-codes command again
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the name `path` once it is complete and on the disk."""
+    """Yields a file, which is renamed to `path` when it is complete and on the disk."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as file:
         yield file

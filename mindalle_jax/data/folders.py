@@ -1,4 +1,4 @@
-"""Samples of folders: captions or classes beside the images, a metadata file, or what `datasets` saved."""
+"""Samples of folders: images with captions or classes, a metadata file, or a data set that `datasets` saved."""
 
 import csv
 import dataclasses
@@ -14,11 +14,11 @@ from mindalle_jax.errors import DataError, install_hint, one_line
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 OTHER_FORMATS = (".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg")
-"""Images that are not read, but whose owner would miss them."""
+"""Formats of images that are not read. Such files are counted in the report, so that their owner knows."""
 
 
 def folder_samples(folder: Path, task: DataTask, report: DatasetReport) -> Iterator[Sample]:
-    """Every image below a folder, with the lines of name.txt as captions for the task "text"."""
+    """Yields every image below a folder. For the task "text" the lines of name.txt are its captions."""
     files = _walk(folder)
     texts = {name for name in files if name.endswith(".txt")}
     used = set()
@@ -37,25 +37,26 @@ def folder_samples(folder: Path, task: DataTask, report: DatasetReport) -> Itera
 
 
 def class_names(folder: Path, known: list[str] | None) -> list[str]:
-    """Names of the classes of a folder with one subfolder a class, sorted: the label is the position.
+    """Returns the names of the classes of a folder that has one subfolder per class, sorted. A label is a position.
 
-    known: the names of the training data, which are returned if these are among them. Raises DataError if not.
+    known: the names of the training data's classes, for validation data. They are returned instead. Raises DataError
+    if the folder has a class that is not among them, or has no subfolders.
     """
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise DataError(f"{folder}: holds no folders; the task 'class' needs one folder of images per class")
+        raise DataError(f"{folder}: holds no subfolders; the task 'class' needs one folder of images per class")
     if known is None:
         return names
     if unknown := [name for name in names if name not in known]:
         raise DataError(
-            f"{folder}: has classes that the training data has not: {', '.join(unknown[:5])}; "
+            f"{folder}: has classes that the training data does not have: {', '.join(unknown[:5])}; "
             f"the training data has {len(known)}: {', '.join(known[:5])}, ..."
         )
     return known
 
 
 def class_samples(folder: Path, classes: list[str], report: DatasetReport) -> Iterator[Sample]:
-    """Every image below a folder; its label is the position of the topmost subfolder in `classes`."""
+    """Yields every image below a folder. Its label is the position of its topmost subfolder in `classes`."""
     labels = {name: label for label, name in enumerate(classes)}
     files = _walk(folder)
     for name in _images(files, report):
@@ -65,22 +66,23 @@ def class_samples(folder: Path, classes: list[str], report: DatasetReport) -> It
 
 
 def find_metadata(folder: Path) -> Path | None:
-    """metadata.jsonl or metadata.csv, if the folder has one. Raises DataError for both."""
+    """Returns metadata.jsonl or metadata.csv of a folder, or None. Raises DataError if it has both."""
     found = [folder / name for name in METADATA if (folder / name).exists()]
     if len(found) > 1:
-        raise DataError(f"{folder}: holds both {METADATA[0]} and {METADATA[1]}; move one away")
+        raise DataError(f"{folder}: holds both {METADATA[0]} and {METADATA[1]}; move one to another folder")
     return found[0] if found else None
 
 
 def metadata_samples(metadata: Path, report: DatasetReport) -> Iterator[Sample]:
-    """The images that a metadata file lists: file_name, text (in a .jsonl also a list of captions), label.
+    """Yields the images that a metadata file lists, sorted by name.
 
-    A image listed on several lines is one sample with all their captions.
+    Its fields are file_name, text (in a .jsonl also a list of captions) and label. An image on several lines is one
+    sample with all captions of these lines. Raises DataError if the file cannot be read.
     """
     rows: dict[str, Sample] = {}
     for place, row in _rows(metadata, report):
         name, text, label = row.get("file_name"), row.get("text"), row.get("label")
-        if isinstance(label, str):  # a .csv knows text only
+        if isinstance(label, str):  # a .csv has only text
             label = int(label) if label.strip().isdecimal() else label or None
         captions = [text] if isinstance(text, str) else [] if text is None else text
         if not isinstance(name, str) or not name:
@@ -102,32 +104,33 @@ def metadata_samples(metadata: Path, report: DatasetReport) -> Iterator[Sample]:
 
 
 class Row(NamedTuple):
-    """The image of a row of a data set of the library `datasets`."""
+    """The image in one row of a data set of the library `datasets`."""
 
     dataset: Any
     number: int
 
     def read(self) -> bytes:
-        """The encoded image. Raises OSError."""
+        """Returns the encoded image. Raises OSError."""
         image = self.dataset[self.number]["image"]
         return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
 
 def saved_samples(folder: Path) -> tuple[Iterator[Sample], list[str] | None]:
-    """The rows of what `Dataset.save_to_disk` wrote, and names of the classes: columns image, text or caption, label.
+    """Reads a folder that `Dataset.save_to_disk` wrote; returns its rows as samples, and the names of its classes.
 
-    Raises DataError if the library is missing, or the columns are others.
+    The columns are image, text or caption, and label. The names are None if the labels have none. Raises DataError if
+    the library is missing, the folder cannot be opened, or it has no column of images.
     """
     if (folder / "dataset_dict.json").exists():
         splits = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         raise DataError(f"{folder}: holds several splits; name the folder of one: {', '.join(splits)}")
     try:
-        import datasets  # an extra
+        import datasets  # in the extra [datasets]
     except ImportError:
         raise DataError(f"{folder}: saved by the library datasets: {install_hint('datasets')}") from None
     try:
         dataset: Any = datasets.load_from_disk(str(folder))
-    except Exception as error:  # whatever the library raises
+    except Exception as error:  # the library raises errors of many kinds
         raise DataError(f"{folder}: cannot be opened by the library datasets: {one_line(error)}") from None
     features = dataset.features
     if not isinstance(features.get("image"), datasets.Image):
@@ -144,16 +147,16 @@ def saved_samples(folder: Path) -> tuple[Iterator[Sample], list[str] | None]:
             text = None if texts is None else texts[number]
             captions = [text] if isinstance(text, str) else text or ()
             label = None if labels is None else labels[number]
-            # Sizes would mean to read the images; the library's own digest stands for them.
+            # The library's own digest replaces the sizes of the images, for which all of them would have to be read.
             yield Sample(f"{dataset._fingerprint}/{number}", Row(images, number), captions=captions, label=label)
 
     return samples(), getattr(features.get("label"), "names", None)
 
 
 def _walk(folder: Path) -> dict[str, int]:
-    """Path below the folder, with slashes -> size in bytes, of all regular files; hidden ones are left out.
+    """Returns {path below the folder, with slashes: size in bytes} of all regular files that are not hidden.
 
-    Links are followed, but no folder is entered twice, so links in a circle end.
+    Links are followed. No folder is entered twice, so a circle of links does no harm.
     """
     files: dict[str, int] = {}
     waiting, seen = [""], set()
@@ -175,7 +178,7 @@ def _walk(folder: Path) -> dict[str, int]:
 
 
 def _images(files: dict[str, int], report: DatasetReport) -> Iterator[str]:
-    """The names of images, sorted; those in other formats are counted."""
+    """Yields the names of images, sorted; counts images in other formats."""
     for name in sorted(files):
         extension = os.path.splitext(name)[1].lower()
         if extension in EXTENSIONS:
@@ -185,7 +188,7 @@ def _images(files: dict[str, int], report: DatasetReport) -> Iterator[str]:
 
 
 def _read_captions(path: Path, report: DatasetReport, name: str) -> list[str] | None:
-    """The lines of a file; None, counted under the image's name, if it is no text."""
+    """Returns the lines of a caption file. If it is no text, counts its image and returns None."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_TEXT_BYTES + 1)
@@ -199,7 +202,7 @@ def _read_captions(path: Path, report: DatasetReport, name: str) -> list[str] | 
 
 
 def _rows(metadata: Path, report: DatasetReport) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("line 3", fields) of each line of a metadata file. Raises DataError if the file is no such thing."""
+    """Yields ("line 3", fields) per line of a metadata file. Raises DataError if the file cannot be read."""
     try:
         with open(metadata, encoding="utf-8-sig", newline="") as file:
             if metadata.suffix == ".csv":
@@ -207,7 +210,7 @@ def _rows(metadata: Path, report: DatasetReport) -> Iterator[tuple[str, dict[str
                 if "file_name" not in (table.fieldnames or ()):
                     raise DataError(f"{metadata}: its first line must name the columns, among them file_name and text")
                 for row in table:
-                    if None in row:  # DictReader's key for what is left over
+                    if None in row:  # DictReader's key for the fields left over
                         report.drop("lines with more fields than columns (quote captions)", f"line {table.line_num}")
                     else:
                         yield f"line {table.line_num}", row
@@ -226,9 +229,9 @@ def _rows(metadata: Path, report: DatasetReport) -> Iterator[tuple[str, dict[str
 
 
 def _find(folder: Path, name: str, report: DatasetReport) -> Stored | None:
-    """The image of a line of a metadata file, not outside the folder; None, counted, if there is none."""
+    """Returns the image that a line of a metadata file names. If it cannot be used, counts the line; returns None."""
     if os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
-        report.drop("lines whose file_name leads out of the folder", name)
+        report.drop("lines whose file_name points outside the folder", name)
         return None
     if not name.lower().endswith(EXTENSIONS):
         report.drop("in a format other than JPEG, PNG and WebP", name)

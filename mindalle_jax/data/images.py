@@ -1,6 +1,6 @@
-"""Image files -> pixels: JPEG, PNG and WebP of any colour mode, and the crops of training and validation.
+"""Image files -> pixels: JPEG, PNG and WebP of any color mode, and the crops of training and validation.
 
-Colour profiles are ignored, as the original ignores them.
+Color profiles are ignored, as in the original.
 """
 
 import io
@@ -14,14 +14,14 @@ from mindalle_jax.errors import DataError, one_line
 FORMATS = ("JPEG", "PNG", "WEBP")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 64 << 20
-"""Larger images are refused before they are decoded: 201 MB as RGB, one for each thread that reads."""
+"""Larger images are refused before they are decoded. This many pixels take 201 MB as RGB, per thread that reads."""
 MIN_SIDE = 8
-"""Pixels; what is smaller is a placeholder and no image."""
+"""Shortest side in pixels; a smaller file is a placeholder and no image."""
 MAX_ASPECT = 20
-"""Long side over short side. A 10000 x 1 banner would become 2,560,000 x 256 pixels before it is cropped."""
+"""Largest ratio of long side to short side. A 10000 x 1 banner would become 2,560,000 x 256 pixels before the crop."""
 
 _ORIENTATION = 0x0112
-"""The EXIF tag."""
+"""The EXIF tag of the orientation."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -31,19 +31,19 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what puts the image upright."""
+"""EXIF orientation -> the turn that puts the image upright."""
 
 
 class ImageError(DataError):
-    """A image cannot be read. The message is the reason alone; who knows its name puts it in front."""
+    """An image cannot be read. The message is the reason alone; the caller puts the name in front."""
 
 
 def decode_image(source: bytes | str | Path) -> Image.Image:
-    """The image upright and in RGB, 8 bits a channel, from the bytes of a file or its path.
+    """Decodes an image file, given as bytes or as a path, to an upright RGB image with 8 bits per channel.
 
-    What is transparent is laid over white; 16 bits are scaled to 8; of an animation it is the first frame. Raises
-    ImageError for other formats, for sizes outside MIN_SIDE, MAX_PIXELS and MAX_ASPECT (before decoding), and for files
-    that are truncated or damaged.
+    Transparent images are laid over white. 16 bits are scaled to 8. Of an animation the first frame is taken. Raises
+    ImageError for other formats, for files that are truncated or damaged, and, before decoding, for sizes outside
+    MIN_SIDE, MAX_PIXELS and MAX_ASPECT.
     """
     try:
         file = io.BytesIO(source if isinstance(source, bytes) else Path(source).read_bytes())
@@ -62,15 +62,15 @@ def decode_image(source: bytes | str | Path) -> Image.Image:
         raise ImageError(f"not one of {', '.join(FORMATS)}, or its beginning is damaged") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's limit, while opening
         raise ImageError(f"too many pixels: {one_line(error)}") from None
-    except Exception as error:  # decoders raise anything: OSError, SyntaxError, ValueError, struct.error
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise ImageError(f"truncated or damaged: {one_line(error)}") from None
 
 
 def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None) -> np.ndarray:
-    """uint8[size, size, 3] of an RGB image: its short side scaled to `size`, and a square cut out of the long one.
+    """Scales the short side of an RGB image to `size` and crops the long side; returns uint8[size, size, 3].
 
-    Scaled by bilinear interpolation, antialiased. The square lies anywhere with a generator (training), in the middle
-    with None (validation). Both as torchvision's Resize with RandomCrop or CenterCrop do it.
+    Scaling is bilinear with antialiasing. The crop is at a random place with a generator `rng` (training), and in the
+    middle with None (validation). Both are as torchvision's Resize with RandomCrop or CenterCrop.
     """
     width, height = image.size
     short = min(width, height)
@@ -96,17 +96,17 @@ def _check_size(width: int, height: int) -> None:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF data says nothing about the pixels
+    except Exception:  # the pixels may be good although the EXIF data is damaged
         return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip to white
+    if image.mode.startswith("I"):  # 16-bit gray, which convert("RGB") would clip to white
         grey = np.asarray(image)
         transparent = image.info.get("transparency")
         if isinstance(transparent, int):
             grey = np.where(grey == transparent, 65535, grey)
-        # The high byte, as Pillow scales 16-bit colour.
+        # The high byte, as Pillow scales 16-bit color.
         return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")

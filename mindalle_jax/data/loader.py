@@ -1,7 +1,7 @@
 """Batches for training and validation, read ahead by threads.
 
-What a row is depends on its position in the stream and the seed only, so the position of the next row is the whole
-state, and any number of threads, processes or restarts gives the same rows.
+A row depends only on its position in the stream and on the seed. So the state of a loader is the position of the next
+row, and any number of threads, processes or restarts gives the same rows.
 """
 
 import logging
@@ -19,24 +19,29 @@ from mindalle_jax.errors import CheckpointError, DataError, UsageError, install_
 from mindalle_jax.text.tokenizer import TextTokenizer
 
 MAX_BAD_FRACTION = 0.05
-"""The run stops when more of the images tried than this cannot be read, taking the first 1,000 as a whole."""
+"""The run stops if a larger share of the images tried cannot be read. Before 1,000 images are tried, the share is that
+of 1,000."""
 MIN_BAD_ALLOWED = 3
+"""Number of images that may always be unreadable."""
 MAX_THREADS = 16
 
 log = logging.getLogger(__name__)
 
 
 class Loader:
-    """Training: an endless stream of batches, every sample once an epoch. Validation: one pass in order.
+    """Iterates over batches. Training: endless, with every sample once per epoch. Validation: one pass in order.
 
-    A batch is a dict of arrays, B = batch_size / process_count:
+    A batch is a dict of arrays, with B = batch_size / process_count:
 
-        index   int64[B]            position in the stream; of the rows of a whole batch, process p has p, p + P, ...
+        index   int64[B]            position in the stream; process p of P has rows p, p + P, ... of a complete batch
         sample  int32[B]            index into the source
-        image   uint8[B, S, S, 3]   or codes int32[B, T], where the source holds codes
+        image   uint8[B, S, S, 3]   pixels; absent if the source holds codes
+        codes   int32[B, T]         only if the source holds codes
         text    int32[B, N]         task "text", with a tokenizer: one of the captions, in validation the first
         label   int32[B]            task "class"
         valid   bool[B]             validation only: False for rows that fill the last batch, and for damaged images
+
+    An image that cannot be read is logged and counted. In training the next readable image replaces it.
     """
 
     def __init__(
@@ -53,17 +58,19 @@ class Loader:
         threads: int | None = None,
         group_size: int = 1,
     ):
-        """batch_size: rows of all processes together. seed: in [0, 2**32), of shuffling, captions and crops.
+        """Sets up the stream of batches.
 
-        image_size: S in pixels, unless the source holds codes. threads: None is one a CPU, up to 16; each holds a batch
-        of this process in memory, and as many are kept ready. group_size: samples in a row of the source that stay in a
-        row when others are shuffled.
-        Raises UsageError for values out of range, DataError if there are fewer samples than a batch or no whole groups
-        (training).
+        batch_size: number of rows of all processes together. seed: in [0, 2**32), for shuffling, choice of captions and
+        crops. image_size: S in pixels; not needed if the source holds codes. threads: number of threads that read; None
+        is one per CPU, up to 16. Each thread holds one batch of this process in memory, and one more per thread waits
+        ready. group_size: number of consecutive samples of the source that stay together when samples are shuffled.
+
+        Raises UsageError for values out of range. In training, raises DataError for fewer samples than a batch, and for
+        a number of samples that is no multiple of group_size.
         """
         _check(source, batch_size, train, seed, image_size, process_count, threads, group_size)
         try:
-            import grain  # an extra, and a second to import
+            import grain  # in the extra [train]; the import takes a second
         except ImportError:
             raise UsageError(f"reading training data needs grain: {install_hint('train')}") from None
         self.train, self._rows = train, _Rows(source, train, seed, image_size, tokenizer)
@@ -74,7 +81,7 @@ class Loader:
         else:
             dataset = grain.MapDataset.range(-(-len(source) // batch_size) * batch_size)
         threads = threads or min(os.cpu_count() or 1, MAX_THREADS)
-        # Its state is one index; plain iterators restore wrong data when the number of workers changes.
+        # The state of this iterator is one index. Plain iterators restore wrong data if the number of workers changes.
         self._batches: Any = grain.experimental.ElasticIterator(
             dataset.map_with_index(self._rows),
             batch_size,
@@ -83,21 +90,21 @@ class Loader:
         )
 
     def __iter__(self) -> Self:
-        """Training goes on where it was, validation starts again."""
+        """Starts a validation again from the first batch; training continues with the next batch."""
         if not self.train:
             self.set_state({"next_index": 0})
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """The next batch. Raises DataError when too many images cannot be read."""
+        """Returns the next batch. Raises DataError if too many images cannot be read."""
         return next(self._batches)
 
     def get_state(self) -> dict[str, int]:
-        """The state from which set_state resumes after the last batch given out, in any number of processes."""
+        """Returns the state after the last batch. set_state resumes from it, in any number of processes."""
         return {"next_index": self._batches.get_state()["global_next_index"]}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Goes to a state of get_state. Raises CheckpointError for anything else."""
+        """Continues from a state of get_state. Raises CheckpointError if `state` is not such a state."""
         index = state.get("next_index")
         if type(index) is not int or index < 0:
             raise CheckpointError(f"the state of the training data must be {{'next_index': n >= 0}}, not {state!r:.80}")
@@ -105,7 +112,7 @@ class Loader:
 
     @property
     def counts(self) -> dict[str, int]:
-        """images_read, by this process, those read ahead included; bad_images among them, each counted once."""
+        """Counts of this process, with images read ahead: images_read, and bad_images, each of which counts once."""
         return {"images_read": self._rows.images_read, "bad_images": len(self._rows.bad)}
 
 
@@ -118,10 +125,10 @@ class _Rows:
         self.images_read, self.bad = 0, set[int]()
         self._lock = threading.Lock()
         self.order: Callable[[int], int] = lambda index: index % len(source)
-        """Position in the stream -> number of the sample, before damaged ones are replaced."""
+        """Position in the stream -> number of the sample, before damaged images are replaced."""
 
     def __call__(self, index: int, _: int) -> dict[str, Any]:
-        """index: position in the stream."""
+        """Returns the row at the position `index` of the stream."""
         rng = np.random.default_rng([self.seed, index]) if self.train else None
         valid = index < len(self.source)  # meaningful in validation
         number = self.order(index)
@@ -146,7 +153,7 @@ class _Rows:
         return row if self.train else row | {"valid": np.bool_(valid)}
 
     def _find_image(self, number: int) -> tuple[int, Image.Image | None]:
-        """The first sample from `number` on whose image can be read; in validation there is no other, but None."""
+        """Returns the first sample from `number` on with a readable image; validation looks only at `number`."""
         for candidate in range(number, number + len(self.source)):
             candidate %= len(self.source)
             image = self._decode(candidate)
@@ -155,7 +162,7 @@ class _Rows:
         raise DataError(f"{self.source.path}: none of the {len(self.source)} images can be read")
 
     def _decode(self, number: int) -> Image.Image | None:
-        """The image of a sample; None, counted, if it cannot be read. Raises DataError for too many of them."""
+        """Returns the image of a sample. If it cannot be read, counts it and returns None; DataError if too many."""
         sample = self.source[number]
         assert sample.image is not None
         image, problem = None, ""
@@ -202,7 +209,7 @@ def _check(
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, not {threads}")
     if train and (group_size < 1 or len(source) % group_size):
-        raise DataError(f"{source.path}: {len(source):,} samples are no multiple of data.group_size {group_size}")
+        raise DataError(f"{source.path}: {len(source):,} samples are not a multiple of data.group_size {group_size}")
     if image_size is None and not source.has_codes:
         raise UsageError(f"{source.path} holds images: image_size must be given")
     if train and len(source) < batch_size:

@@ -1,4 +1,4 @@
-"""Computes the codes of a data set once and checks what was written: the work of `mindalle prepare-codes`."""
+"""Computes the codes of a data set once, and checks the files that were written. `mindalle prepare-codes` uses it."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from mindalle_jax.errors import UsageError
 
 
 def open_images(data: str, task: DataTask) -> Source:
-    """The images of a data set whose codes are to be computed. Raises UsageError if it holds codes, DataError."""
+    """Opens a data set of images. Raises UsageError if it holds codes already, and DataError as open_source."""
     source = open_source(data, task)
     if source.has_codes:
         raise UsageError(f"{data} holds codes already")
@@ -17,9 +17,9 @@ def open_images(data: str, task: DataTask) -> Source:
 
 
 def prepare_codes(source: Source, codec: Codec, out: Path, *, vqgan: str, batch_size: int = 8) -> DatasetReport:
-    """Writes the codes of a source into the folder `out`, or resumes there, and reads them back.
+    """Writes the codes of a source into the folder `out`, or resumes there. Then reads them back.
 
-    Returns the report of what was read back: every CRC-32 is checked. Arguments and errors: as write_codes.
+    Reading back checks every CRC-32. Returns its report. Arguments and errors are as in write_codes.
     """
     write_codes(source, codec, out, vqgan=vqgan, batch_size=batch_size)
     return open_source(str(out), source.task, vqgan=vqgan).report

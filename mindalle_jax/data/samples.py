@@ -1,4 +1,4 @@
-"""The samples of a data set, reached by number, and a report of what was left out. Nothing here reads pixels."""
+"""The samples of a data set, by number, and a report of what was left out. Nothing here reads pixels."""
 
 import copy
 import dataclasses
@@ -14,30 +14,30 @@ from mindalle_jax.errors import DataError, UsageError
 from mindalle_jax.text.tokenizer import check_prompt
 
 DataTask = Literal["text", "class", "unconditional"]
-"""The condition of a model: each sample must have captions, a label, or neither."""
+"""The condition of a model. Each sample must have captions for "text", a label for "class", and neither otherwise."""
 TASKS = ("text", "class", "unconditional")
 MAX_TEXT_BYTES = 64 << 10
-"""Size limit of a file with captions or a label; a longer file is something else."""
+"""Size limit of a file with captions or a label; a longer file is no caption."""
 
 
 class Location(Protocol):
-    """Where the encoded image of a sample is."""
+    """The place of the encoded image of a sample."""
 
     def read(self) -> bytes:
-        """The bytes of the file. Raises OSError."""
+        """Returns the bytes of the image file. Raises OSError."""
         ...
 
 
 class Stored(NamedTuple):
-    """Part of a file: a whole image, or a member of a tar."""
+    """A range of bytes in a file: a complete image file, or a member of a tar."""
 
     file: str
     offset: int
     size_bytes: int
 
     def read(self) -> bytes:
-        """The bytes; fewer where the file has become shorter. Raises OSError."""
-        # Opened each time: no file position is shared by threads, and any number of tars can be used.
+        """Returns the bytes; fewer than size_bytes if the file has become shorter. Raises OSError."""
+        # Opened each time: so threads share no file position, and the number of tars has no limit.
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.offset)
             return file.read(self.size_bytes)
@@ -45,34 +45,35 @@ class Stored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """One image, encoded or as codes, and what is known of it."""
+    """One image, encoded or as codes, with its captions and label."""
 
     id: str
-    """Stable and unique: the path below the data set."""
+    """The path of the image below the data set, which is stable and unique."""
     image: Location | None
+    """None if the sample holds codes."""
     codes: np.ndarray | None = None
-    """[T], when the codes were computed beforehand; then there is no image."""
+    """uint16 or int32 [T], if the codes were computed beforehand."""
     captions: Sequence[str] = ()
     label: int | None = None
 
 
 class DatasetReport:
-    """How many samples there are, and what was left out while a data set was opened, and why."""
+    """Counts the samples of a data set, and what was left out when it was opened, with the reasons."""
 
     def __init__(self) -> None:
         self.kept = 0
         self.dropped: Counter[str] = Counter()
-        """Reason -> how many."""
+        """Reason -> number of samples or files left out."""
         self.first: dict[str, str] = {}
-        """Reason -> the first one left out for it."""
+        """Reason -> name of the first sample or file left out."""
 
     def drop(self, reason: str, name: str) -> None:
-        """Counts what is left out."""
+        """Counts a sample or file that is left out."""
         self.dropped[reason] += 1
         self.first.setdefault(reason, name)
 
     def __str__(self) -> str:
-        """One line."""
+        """Returns the report in one line."""
         reasons = [f"{count:,} {reason} (first: {self.first[reason]!r})" for reason, count in self.dropped.items()]
         return f"{self.kept:,} samples" + (f"; left out: {', '.join(reasons)}" if reasons else "")
 
@@ -92,8 +93,8 @@ class Source:
     ):
         """Keeps the samples that have what the task needs, and counts the rest in the report.
 
-        classes: names of the labels, where they have names. Raises DataError if nothing is left, or if labels are not
-        in [0, num_classes).
+        num_classes: number of classes of the model, for the task "class". classes: names of the labels, if they have
+        names. Raises DataError if no sample is left, or if a label is not in [0, num_classes).
         """
         self.path, self.report, self.classes = path, report, classes
         self.task: DataTask = task
@@ -116,20 +117,20 @@ class Source:
         return self.samples[number]
 
     def part(self, first: int, last: int) -> "Source":
-        """The samples in [first, last)."""
+        """Returns a source with the samples [first, last)."""
         part = copy.copy(self)
         part.samples = self.samples[first:last]
         return part
 
     @property
     def has_codes(self) -> bool:
-        """Whether the samples are codes, and not images."""
+        """Whether the samples hold codes and no images."""
         return self.samples[0].codes is not None
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest of task, ids, sizes, captions and labels, in order: another one means other data.
+        """Returns a hexadecimal digest of task, ids, sizes, captions and labels, in order. It changes with the data.
 
-        Reads no images, so one that changed and kept its size goes unseen.
+        It reads no images. So it does not notice an image that changed and kept its size.
         """
         digest = hashlib.sha256(json.dumps([self.task, self.classes]).encode())
         for sample in self.samples:
@@ -139,7 +140,7 @@ class Source:
 
 
 def _fit(sample: Sample, task: DataTask, report: DatasetReport) -> Sample | None:
-    """The sample without captions that cannot be used, or None, counted, if it lacks what the task needs."""
+    """Returns the sample without unusable captions. If it lacks what the task needs, counts it and returns None."""
     try:
         sample.id.encode()
     except UnicodeEncodeError:

@@ -1,15 +1,15 @@
 """Opens a data set on disk.
 
-What a path holds is found out from its content, and serves these tasks:
+The format is found out from the content of the path. It decides for which tasks the data can be used:
 
-    name.jpg (or .jpeg, .png, .webp) beside name.txt, one caption a line; in nested folders too    text
-    metadata.jsonl or metadata.csv with file_name and text, label                                  text, class
-    one folder a class                                                                             class
-    images alone, in nested folders too                                                          unconditional
-    tars as webdataset writes them: key.jpg with key.txt, key.json or key.cls                      text, class
-    codes that mindalle prepare-codes wrote; what `datasets` saved to disk                       text, class
+    name.jpg (or .jpeg, .png, .webp) and name.txt with one caption per line; in nested folders too   text
+    metadata.jsonl or metadata.csv with file_name and text, label                                    text, class
+    one folder per class                                                                             class
+    images alone, in nested folders too                                                              unconditional
+    tar files as webdataset writes them: key.jpg with key.txt, key.json or key.cls                   text, class
+    codes that mindalle prepare-codes wrote; a data set that `datasets` saved to disk                text, class
 
-Each of them can be used for unconditional images too.
+All of them can be used for the task "unconditional" too.
 """
 
 import os
@@ -29,12 +29,14 @@ def open_source(
     classes: list[str] | None = None,
     vqgan: str | None = None,
 ) -> Source:
-    """Finds out what `path` holds and opens it: a folder, a .tar, or a pattern of tars such as "cc3m-{00..31}.tar".
+    """Opens a data set: a folder, a .tar, or a pattern of tar files such as "cc3m-{00..31}.tar".
 
-    num_classes: of the model, for the task "class". classes: names of the training data's classes, which are given to
-    validation data so that folders get the same labels. vqgan: codes.vqgan_digest of the model, to hold codes against.
-    Raises DataError if there is nothing that the task can use, with counts of what was left out; UsageError for
-    arguments out of range.
+    num_classes: number of classes of the model, for the task "class". classes: for validation data the names of the
+    training data's classes, so that folders get the same labels. vqgan: codes.vqgan_digest of the model, with which
+    codes are compared.
+
+    Raises DataError if the data cannot be read or the task can use no sample; the message counts what was left out.
+    Raises UsageError for an unknown task, and for codes without `vqgan`.
     """
     if task not in TASKS:
         raise UsageError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
@@ -42,14 +44,14 @@ def open_source(
     try:
         samples, names = _find_samples(path, task, classes, vqgan, report)
         if classes is not None and names is not None and names != classes:
-            raise DataError(f"{path}: its {len(names)} classes are not the {len(classes)} of the training data")
+            raise DataError(f"{path}: its {len(names)} classes are not the {len(classes)} classes of the training data")
         return Source(path, task, samples, report, num_classes=num_classes, classes=names)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
 def first_caption(path: str | Path, vqgan: str | None = None) -> str | None:
-    """A caption of the data set, the first that is found; reads no more of it than that takes. As open_source."""
+    """Returns the first caption of a data set, or None, and reads no further. Arguments, errors: as open_source."""
     samples, _ = _find_samples(os.path.expanduser(path), "text", None, vqgan, DatasetReport())
     return next((caption.strip() for sample in samples for caption in sample.captions if caption.strip()), None)
 
@@ -57,7 +59,7 @@ def first_caption(path: str | Path, vqgan: str | None = None) -> str | None:
 def _find_samples(
     path: str, task: DataTask, classes: list[str] | None, vqgan: str | None, report: DatasetReport
 ) -> tuple[Iterator[Sample], list[str] | None]:
-    """The samples, and names of the classes where they have names; arguments as open_source."""
+    """Returns the samples, and the names of the classes if they have names. Arguments are as in open_source."""
     folder = Path(path)
     if files := tars.find_tars(path):
         return tars.tar_samples(files, report), None

@@ -1,6 +1,6 @@
-"""Samples in tars as webdataset writes them. Only headers, captions and labels are read; nothing is ever extracted.
+"""Samples in tar files as webdataset writes them. Opening reads headers, captions and labels, and extracts nothing.
 
-Members with the same name up to the first dot of its last part are one sample: 000/17.jpg, 000/17.txt.
+Members of one folder whose file names are the same up to the first dot are one sample: 000/17.jpg, 000/17.txt.
 """
 
 import glob
@@ -17,13 +17,14 @@ from mindalle_jax.errors import DataError, one_line
 from mindalle_jax.storage.files import BoundedHeader
 
 CAPTION_KEYS = ("caption", "text")
-"""Field of key.json with the caption: a text, or a list of texts."""
+"""Fields of key.json that may hold the caption: a text, or a list of texts."""
 
 
 def find_tars(name: str) -> list[str]:
-    """The tars that a path stands for: a .tar, those in a folder, or a pattern with {00..31}, {a,b}, * or ?.
+    """Returns the tar files that a path stands for, sorted; none if it stands for something else.
 
-    Sorted; empty if the path stands for something else. Raises DataError for a pattern that fits no file.
+    The path may be a .tar, a folder of them, or a pattern with {00..31}, {a,b}, *, ? or [ab]. Raises DataError if no
+    .tar matches a part of the pattern.
     """
     path = Path(name)
     if path.is_dir():
@@ -35,12 +36,12 @@ def find_tars(name: str) -> list[str]:
     patterns = _expand_braces(name)
     found = {pattern: [file for file in glob.glob(pattern) if file.endswith(".tar")] for pattern in patterns}
     if missing := [pattern for pattern in patterns if not found[pattern]]:
-        raise DataError(f"{name}: no .tar fits {missing[0]} ({len(missing)} of {len(patterns)} patterns fit none)")
+        raise DataError(f"{name}: no .tar matches {missing[0]} ({len(missing)} of {len(patterns)} patterns match none)")
     return sorted(set(itertools.chain(*found.values())))
 
 
 def tar_samples(files: list[str], report: DatasetReport) -> Iterator[Sample]:
-    """The samples of each tar, in the order of their images. Raises DataError for a damaged or compressed tar."""
+    """Yields the samples of each tar, in the order of its members. Raises DataError for a damaged or compressed tar."""
     for file in files:
         short = Path(file).name
         for key, parts in _index(file, report).items():
@@ -50,18 +51,18 @@ def tar_samples(files: list[str], report: DatasetReport) -> Iterator[Sample]:
                 continue
             try:
                 captions, label = _texts(parts)
-            except (ValueError, RecursionError):  # UnicodeDecodeError and JSONDecodeError among them
+            except (ValueError, RecursionError):  # ValueError includes UnicodeDecodeError and JSONDecodeError
                 report.drop("with a caption or label that cannot be read", f"{short}/{key}")
                 continue
             yield Sample(f"{short}/{key}.{images[0]}", parts[images[0]], captions=captions, label=label)
 
 
 def _index(file: str, report: DatasetReport) -> dict[str, dict[str, Stored]]:
-    """key -> extension -> where, of the regular files of a tar; all else is counted and left alone."""
+    """Returns {key: {extension: place}} of the regular files of a tar; counts all other members."""
     index: dict[str, dict[str, Stored]] = {}
     short = Path(file).name
     try:
-        # "r:" takes no compression, which has no random access.
+        # "r:" refuses compressed tars, which have no random access.
         with tarfile.open(file, "r:", tarinfo=BoundedHeader) as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] - tarfile would keep every header
@@ -73,7 +74,7 @@ def _index(file: str, report: DatasetReport) -> dict[str, dict[str, Stored]]:
                     report.drop("members of a tar that are no regular files", place)
                     continue
                 if name.startswith("/") or ".." in name.split("/"):
-                    report.drop("members of a tar whose name leads out of it", place)
+                    report.drop("members of a tar whose name points outside it", place)
                     continue
                 folder, slash, last = name.rpartition("/")
                 stem, _, extension = last.partition(".")
@@ -82,7 +83,7 @@ def _index(file: str, report: DatasetReport) -> dict[str, dict[str, Stored]]:
                     report.drop("members of a tar with the same name", place)
                     continue
                 parts[extension.lower()] = Stored(file, member.offset_data, member.size)
-            # At a damaged header tarfile stops without a word; a tar that is all there ends with blocks of zeros.
+            # At a damaged header tarfile stops without an error. A complete tar ends with blocks of zeros.
             if Stored(file, tar.offset, tarfile.BLOCKSIZE).read() != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no member and no end at byte {tar.offset}")
     except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
@@ -93,7 +94,7 @@ def _index(file: str, report: DatasetReport) -> dict[str, dict[str, Stored]]:
 
 
 def _texts(parts: dict[str, Stored]) -> tuple[list[str], int | None]:
-    """Captions and label of a sample. Raises ValueError for what cannot be read as such."""
+    """Returns captions and label of a sample. Raises ValueError if one cannot be read."""
     captions: list[str] = []
     label = None
     if "txt" in parts:
@@ -121,7 +122,7 @@ def _read_text(stored: Stored) -> str:
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    """All that a pattern stands for: a-{00..02}.tar gives a-00.tar, a-01.tar, a-02.tar; {a,b}.tar a.tar and b.tar."""
+    """Expands a pattern: a-{00..02}.tar to a-00.tar, a-01.tar and a-02.tar; {a,b}.tar to a.tar and b.tar."""
     match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if match is None:
         return [pattern]

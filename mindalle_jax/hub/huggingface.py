@@ -1,7 +1,7 @@
-"""Repositories of the Hugging Face hub, by way of the local cache that huggingface_hub keeps of them.
+"""Repositories of the Hugging Face hub, through the local cache of huggingface_hub.
 
-Where the cache lies, which hub is asked and who asks is said as to any program of Hugging Face: HF_HOME, HF_ENDPOINT,
-`hf auth login`. huggingface_hub is imported when it is needed: most models are folders.
+The usual settings of Hugging Face apply: HF_HOME for the cache, HF_ENDPOINT for the hub, `hf auth login` for the user.
+huggingface_hub is imported only when it is needed, because most models are folders.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from mindalle_jax.errors import DownloadError, one_line
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether the hub may have a repository of that name: OWNER/NAME in the characters that it allows."""
+    """Returns whether the hub could have a repository of that name: OWNER/NAME, in the characters that it allows."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -25,12 +25,13 @@ def is_repo_id(name: str) -> bool:
 def fetch_repo(
     repo_id: str, patterns: Sequence[str], *, revision: str | None = None, local_files_only: bool = False
 ) -> Path:
-    """Folder with the files of a repository that match one of `patterns`; only those not in the cache are downloaded.
+    """Returns a folder with the files of a repository that match one of `patterns`. Downloads only missing files.
 
-    The files may be links. revision: a branch, a tag or a commit; None is the main branch. local_files_only: nothing is
-    downloaded, nor asked for; so it is too with HF_HUB_OFFLINE=1. Where the hub cannot be reached the cache has to do.
+    The files may be links. revision: a branch, a tag or a commit; None is the main branch. local_files_only: uses only
+    the cache and makes no connection, as with HF_HUB_OFFLINE=1. If the hub cannot be reached, the cache is used too.
 
-    Raises DownloadError: no such repository or revision, not readable, unreachable and not in the cache, disk full.
+    Raises DownloadError if the repository or revision does not exist or may not be read, if the hub cannot be reached
+    and the cache is incomplete, or if the disk is full.
     """
     from huggingface_hub import constants, errors, snapshot_download
 
@@ -39,7 +40,7 @@ def fetch_repo(
         folder = snapshot_download(
             repo_id, revision=revision, allow_patterns=list(patterns), local_files_only=local_files_only
         )
-    except errors.GatedRepoError:  # one of the next kind
+    except errors.GatedRepoError:  # a subclass of the next error
         raise DownloadError(f"{url} is gated: accept its terms there, then run `hf auth login`") from None
     except errors.RepositoryNotFoundError:
         raise DownloadError(
@@ -55,8 +56,8 @@ def fetch_repo(
             f"{what} is no folder here and not complete in the cache {constants.HF_HUB_CACHE}: {why}; "
             "load it once with a connection to the hub"
         ) from error
-    except Exception as error:  # of its HTTP and Xet libraries too, which differ from version to version
+    except Exception as error:  # also errors of its HTTP and Xet libraries, which differ between versions
         raise DownloadError(f"cannot download {url}: {one_line(error)}") from error
-    if not Path(folder).is_dir():  # snapshot_download makes none where no file matches
+    if not Path(folder).is_dir():  # snapshot_download makes none if no file matches
         raise DownloadError(f"{url} holds no model: none of {', '.join(patterns)}")
     return Path(folder)

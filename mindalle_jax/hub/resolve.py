@@ -1,6 +1,6 @@
-"""From what a person calls a model, a path or a name, to the folder or file that holds it.
+"""Finds the folder or file of a model from its path or its name.
 
-`find_model` and `find_clip` give what can be loaded, `find_source` what is to be converted.
+`find_model` and `find_clip` return a path that can be loaded, and `find_source` a path to convert.
 """
 
 import contextlib
@@ -32,10 +32,11 @@ RESNETS = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")
 def find_model(
     path_or_name: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
 ) -> Path:
-    """The converted folder of a model: of a path, else of a known name, else of a repository of the Hugging Face hub.
+    """Returns the converted folder of a model. It is named by a path, a known name, or a repository OWNER/NAME.
 
-    Downloads, unless local_files_only, and converts, into the caches, as needed. revision: of the repository.
-    Raises UsageError for the revision of something else; otherwise see Dalle.from_pretrained.
+    A path that exists comes first, then known names, then the Hugging Face hub. Downloads and converts into the caches
+    as needed. revision: branch, tag or commit of a repository. local_files_only: never downloads. Raises UsageError for
+    a revision of anything but a repository; for other errors see Dalle.from_pretrained.
     """
     if not isinstance(path_or_name, (str, os.PathLike)) or not str(path_or_name):
         raise UsageError(f"a model is named by a path or a name, not {path_or_name!r}")
@@ -63,7 +64,7 @@ def find_model(
     if (path / weights.MANIFEST).is_file():
         return path
     if (path / "run.yaml").is_file():
-        raise CheckpointError(f"{name}: a training run that is not complete; the command that began it resumes it")
+        raise CheckpointError(f"{name}: a training run that is not complete; the command that started it resumes it")
     try:
         return _converted(path)
     except CheckpointError as error:
@@ -74,15 +75,15 @@ def find_model(
 def find_clip(
     path_or_name: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
 ) -> Path:
-    """The folder or file of a CLIP model: of a path, else of a model in the package its ranker, else of the hub.
+    """Returns the folder or file of a CLIP model. It is named by a path, a model in the package, or a hub repository.
 
-    Names of OpenAI (CLIP_NAMES) stand for their repositories. Of a repository one weights file is fetched, the first
-    there is of WEIGHT_FILES.
-    revision, local_files_only: as fetch_repo. Raises CheckpointError, DownloadError, or UsageError for the revision of
-    a path.
+    A path that exists comes first. The name of a model in the package means its ranker. Names of OpenAI (CLIP_NAMES)
+    stand for their repositories. From a repository only one weights file is fetched, the first of WEIGHT_FILES that
+    exists. revision, local_files_only: as for fetch_repo. Raises CheckpointError, DownloadError, or UsageError for the
+    revision of a path.
     """
     if not str(path_or_name):
-        raise UsageError("the name of the ranker is empty; off takes none")
+        raise UsageError("the name of the ranker is empty; off uses no ranker")
     path, name = Path(os.path.expanduser(path_or_name)), str(path_or_name)
     if path.exists():
         if revision is not None:
@@ -105,14 +106,14 @@ def find_clip(
             folder = fetch_repo(name, wanted, revision=revision, local_files_only=local_files_only)
             if (folder / file).is_file():
                 break
-    return folder  # read_clip says what is missing
+    return folder  # read_clip reports missing files
 
 
 def find_source(path_or_name: str, download_from: str | None = None) -> Path:
-    """The folder or file to convert, in whatever format it is: of a path, a known name, or a repository of the hub.
+    """Returns the folder or file to convert, in any format. It is named by a path, a known name or a hub repository.
 
-    download_from: another source of the archive of a known name. Raises DownloadError, or UsageError for download_from
-    with something else.
+    download_from: another source (URL or file) of the archive of a known name. Raises DownloadError, and UsageError for
+    download_from with any other name.
     """
     path = Path(os.path.expanduser(path_or_name))
     if path_or_name in IN_PACKAGE and not path.exists():
@@ -122,16 +123,16 @@ def find_source(path_or_name: str, download_from: str | None = None) -> Path:
     if path_or_name in RELEASES and not path.exists():
         return fetch_release(path_or_name, source=download_from)
     if download_from:
-        raise UsageError(f"--download-from goes with a name to download ({', '.join(RELEASES)}), not {path_or_name!r}")
+        raise UsageError(f"--download-from works only with {' or '.join(RELEASES)} as the source, not {path_or_name!r}")
     if path.exists() or not is_repo_id(path_or_name):
-        return path  # who reads it says what is missing
+        return path  # the function that reads it reports errors
     folder = fetch_repo(path_or_name, [*MODEL_FILES, "config.json"])
     return find_clip(path_or_name) if is_clip(folder) else folder
 
 
 @contextlib.contextmanager
 def _naming_the_nearest(name: str, known: Collection[str]) -> Iterator[None]:
-    """Adds the nearest of the known names to a DownloadError: a name with a slip is a repository that is not there."""
+    """Adds the nearest known name to a DownloadError, since a misspelled name looks like a missing repository."""
     try:
         yield
     except DownloadError as error:
@@ -140,8 +141,11 @@ def _naming_the_nearest(name: str, known: Collection[str]) -> Iterator[None]:
 
 
 def _converted(path: Path) -> Path:
-    """The folder in the cache with what `path` holds in the original's format, converted now if it is not there."""
-    # A file may be a link, as in the cache of the hub: it is its own name that lies beside config.yaml.
+    """Returns the converted copy of `path` in the cache; converts it now if the cache does not have it.
+
+    path: a model in the original's format.
+    """
+    # A file may be a link, as in the cache of the hub. Then config.yaml is beside the link, not beside its target.
     source = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
     folder = source if source.is_dir() else source.parent
     files = [*(source.glob("*.*") if source.is_dir() else [source, *folder.glob("config.yaml")])]
@@ -153,6 +157,6 @@ def _converted(path: Path) -> Path:
         try:
             import_checkpoint(source, target)
         except OutputError:
-            if not (target / weights.MANIFEST).is_file():  # it is there if another process was quicker
+            if not (target / weights.MANIFEST).is_file():  # another process may have written it meanwhile
                 raise
     return target

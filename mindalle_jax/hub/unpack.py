@@ -1,4 +1,4 @@
-"""Unpacks a published tar.gz without trusting it: known names, regular files, checked to the last byte."""
+"""Unpacks a published tar.gz without trusting it: only regular files with known names, checked to the last byte."""
 
 import gzip
 import io
@@ -29,7 +29,7 @@ FILES = (
     "stage1_last.ckpt",
     "stage2_last.ckpt",
 )
-"""The files of an unpacked release: all of them, and nothing else."""
+"""The files of a release. An unpacked release has all of them and no other file."""
 CHUNK_BYTES = 1 << 20
 MAX_UNPACKED_BYTES = 16 << 30
 MAX_MEMBERS = 64
@@ -38,10 +38,11 @@ LARGER_CACHE = "set MINDALLE_CACHE to a folder on a larger disk"
 
 
 def unpack(archive: Path, folder: Path, *, root: str) -> None:
-    """Copies the FILES below `root`/ of a tar.gz to `folder`, which must not exist and appears only when complete.
+    """Copies the FILES below `root`/ of a tar.gz to `folder`, which must not exist. It appears only when complete.
 
-    Only regular files with exactly these names are written; links, devices, other names, duplicates and more than
-    MAX_UNPACKED_BYTES are refused. Raises CheckpointError (damaged, refused, incomplete) and OutputError (disk).
+    Only regular files with exactly these names are written. Links, devices, other names, duplicates and more than
+    MAX_UNPACKED_BYTES are refused. Raises CheckpointError if the archive is damaged, refused or incomplete, and
+    OutputError if `folder` exists or cannot be written.
     """
     if os.path.lexists(folder):
         raise OutputError(f"{folder} exists already; remove it or choose another folder")
@@ -49,7 +50,7 @@ def unpack(archive: Path, folder: Path, *, root: str) -> None:
     try:
         with disk_errors(temporary):
             (temporary / "tokenizer").mkdir(parents=True)
-        # gzip.open and not tarfile's own "r|gz", which ignores the checksum that ends a gzip file.
+        # gzip.open, because tarfile's own "r|gz" ignores the checksum at the end of a gzip file.
         with open(archive, "rb") as raw, gzip.open(raw) as stream:
             _copy_members(archive, raw, stream, temporary, root)
         with disk_errors(folder):
@@ -59,11 +60,11 @@ def unpack(archive: Path, folder: Path, *, root: str) -> None:
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise CheckpointError(f"{archive}: not a tar.gz, or damaged: {reason(error)}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # After the rename there is nothing by that name.
+        shutil.rmtree(temporary, ignore_errors=True)  # After the rename it does not exist.
 
 
 def progress(name: str, total_bytes: int, done_bytes: int = 0) -> tqdm:
-    """A bar on a terminal, nothing in a log."""
+    """Returns a progress bar, which shows only on a terminal. total_bytes: negative if it is unknown."""
     total = None if total_bytes < 0 else total_bytes
     return tqdm(desc=name, total=total, initial=done_bytes, unit="B", unit_scale=True, disable=None)
 
@@ -89,13 +90,13 @@ def _copy_members(archive: Path, raw: BinaryIO, stream: gzip.GzipFile, folder: P
             if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
                 raise CheckpointError(f"{archive}: {name} is not a regular file (tar type {member.type!r})")
             if name in seen:
-                raise CheckpointError(f"{archive}: {name} is there twice")
+                raise CheckpointError(f"{archive}: {name} appears twice")
             if member.size < 0 or total_bytes > MAX_UNPACKED_BYTES:
                 raise CheckpointError(f"{archive}: {name} would unpack to {total_bytes / 1e9:.1f} GB or more")
             seen.add(name)
             check_free_disk(folder, member.size, f"unpacking {name}", LARGER_CACHE)
             with _create(wanted[name]) as file:
-                source = tar.extractfile(member)  # Never None for a regular file; raises where the data is cut short.
+                source = tar.extractfile(member)  # Never None for a regular file; raises if the data is truncated.
                 while source and (block := source.read(CHUNK_BYTES)):
                     write_all(file, block)
                     bar.update(raw.tell() - bar.n)
@@ -108,7 +109,7 @@ def _copy_members(archive: Path, raw: BinaryIO, stream: gzip.GzipFile, folder: P
 
 
 def _create(path: Path) -> io.FileIO:
-    """A new file, never through a link; unbuffered, so that no write is left for close()."""
+    """Makes a new file, never through a link. It is unbuffered, so close() has nothing left to write."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)  # not on Windows
     with disk_errors(path):
         return io.FileIO(path, "w", opener=lambda name, _: os.open(name, flags, 0o666))

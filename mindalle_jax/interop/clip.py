@@ -1,7 +1,7 @@
-"""CLIP models on disk: reads Hugging Face's folders and OpenAI's files, writes Hugging Face's folders.
+"""CLIP models on disk: reads Hugging Face's folders and OpenAI's files, and writes Hugging Face's folders.
 
-Neither PyTorch nor transformers is needed. Every tensor is accounted for: what is missing, unexpected or of another
-shape is listed, all at once.
+Neither PyTorch nor transformers is needed. Every tensor must fit. One error lists all tensors that are missing,
+unexpected or of another shape.
 """
 
 import dataclasses
@@ -30,26 +30,26 @@ from mindalle_jax.storage.weights import DiskDType, nest, numpy_dtype
 from mindalle_jax.text.clip_tokenizer import read_clip_tokenizer
 
 CLIP_MARKS = ("preprocessor_config.json",)
-"""A folder that holds this is a CLIP model, and may be replaced by another."""
+"""A folder that holds this file is a CLIP model, so another CLIP model may replace it."""
 
 CLIP_KEYS = ("visual.", "vision_model.", "text_model.")
-"""Some key of every torch file of a CLIP model starts with one of these, and none of minDALL-E or of a VQGAN does."""
+"""Starts of keys that every torch file of a CLIP model has, and no file of minDALL-E or of a VQGAN."""
 WEIGHT_FILES = ("model.safetensors", "flax_model.msgpack", "pytorch_model.bin")
-"""Names of the weights in a Hugging Face folder, in the order of preference."""
+"""Names of the weights in a Hugging Face folder, the preferred name first."""
 
 
 class ClipModel(NamedTuple):
-    """All that is needed to score images with texts."""
+    """A CLIP model, which scores images with texts."""
 
     config: ClipConfig
     params: dict[str, Any]
     """Nested by Flax name, float32 arrays of NumPy."""
     tokenizer: Tokenizer
-    """Gives the ids of a text with its start and end token, neither padded nor cut."""
+    """Returns the ids of a text with its start and end token, neither padded nor cut."""
 
 
 def is_clip(path: Path) -> bool:
-    """Whether a path holds a CLIP model and no model of ours: by its config.json, or by the keys of a torch file."""
+    """Returns whether a path holds a CLIP model: a folder with config.json, or a torch file with keys of CLIP."""
     if path.is_dir():
         return (path / "config.json").is_file() and not (path / "config.yaml").exists()
     if not path.is_file():
@@ -57,21 +57,22 @@ def is_clip(path: Path) -> bool:
     try:
         with TorchArchive(path) as archive:
             return any(key.startswith(CLIP_KEYS) for key in archive.state_dict())
-    except CheckpointError:  # who reads it says what is wrong with it
+    except CheckpointError:  # the function that reads the file reports the error
         return False
 
 
 def read_clip(path: str | Path, tokenizer: str | Path | None = None) -> ClipModel:
-    """Reads a CLIP model, in float32 whatever the file has. `path` is one of
+    """Reads a CLIP model and converts it to float32. `path` is one of
 
-      - a folder of Hugging Face: config.json, tokenizer.json (or vocab.json and merges.txt), and the first there is of
-        model.safetensors, flax_model.msgpack and pytorch_model.bin;
-      - a .pt file of OpenAI with a Vision Transformer, TorchScript as published or a saved state_dict(). Its sizes are
-        those of its tensors, with heads of 64 and quick-GELU as all of OpenAI's; files of OpenCLIP have the same keys
-        but often other heads or GELU, which no tensor tells, so those are to be taken from their Hugging Face folders.
+      - a folder of Hugging Face: config.json, tokenizer.json (or vocab.json and merges.txt), and weights. The weights
+        are the first of model.safetensors, flax_model.msgpack and pytorch_model.bin that exists.
+      - a .pt file of OpenAI with a Vision Transformer: TorchScript as published, or a saved state_dict(). Its sizes
+        follow from its tensors. Heads are 64 wide and the activation is quick-GELU, as in all models of OpenAI. Files
+        of OpenCLIP have the same keys, but often other heads or GELU, which no tensor shows. Use their Hugging Face
+        folders instead.
 
-    tokenizer: another folder with the tokenizer's files, or OpenAI's bpe_simple_vocab_16e6.txt.gz; a .pt file has none.
-    Raises CheckpointError.
+    tokenizer: another folder with a tokenizer's files, or OpenAI's bpe_simple_vocab_16e6.txt.gz. It is needed for a .pt
+    file, which has none. Raises CheckpointError.
     """
     path = Path(os.path.expanduser(path))
     if not path.is_dir():
@@ -84,7 +85,7 @@ def read_clip(path: str | Path, tokenizer: str | Path | None = None) -> ClipMode
 def write_clip(folder: str | Path, model: ClipModel, overwrite: bool = False, dtype: DiskDType = "float32") -> None:
     """Writes a folder for Hugging Face's CLIPModel, AutoTokenizer and CLIPImageProcessor, and for read_clip.
 
-    dtype: of the weights. Raises OutputError; nothing half-written is left behind.
+    dtype: number type of the written weights. Raises OutputError. If it fails, no part of the folder stays.
     """
     folder, (config, params, tokenizer) = Path(os.path.expanduser(folder)), model
     leaves = flax.traverse_util.flatten_dict(params, sep="/")
@@ -144,7 +145,7 @@ def write_clip(folder: str | Path, model: ClipModel, overwrite: bool = False, dt
         for name, content in files.items():
             (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         words.save(str(partial / "tokenizer.json"))
-        # Not save_file, whose files nobody else may read.
+        # Not save_file: only the owner can read its files.
         (partial / "model.safetensors").write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
 
 
@@ -155,12 +156,12 @@ def convert_clip(
     overwrite: bool = False,
     dtype: DiskDType = "float32",
 ) -> str:
-    """Writes what read_clip reads with write_clip; returns one line that says what was done.
+    """Reads a CLIP model with read_clip and writes it with write_clip; returns one line that describes the result.
 
-    dtype: of the weights that are written. Raises CheckpointError and OutputError.
+    tokenizer: as for read_clip. dtype: number type of the written weights. Raises CheckpointError or OutputError.
     """
     source, target = Path(os.path.expanduser(source)), Path(os.path.expanduser(target))
-    check_output(target, overwrite, CLIP_MARKS)  # before gigabytes are read
+    check_output(target, overwrite, CLIP_MARKS)  # checked before gigabytes are read
     for place in (source, tokenizer):
         if place is not None:
             check_apart(Path(place), target)
@@ -192,7 +193,7 @@ def _read_params(
 
 
 def _read_folder(folder: Path, config: ClipConfig) -> dict[str, Any]:
-    """The parameters in the first file of weights that there is."""
+    """Reads the parameters from the first file of WEIGHT_FILES that exists."""
     readers = dict(zip(WEIGHT_FILES, (_read_safetensors, _read_msgpack, _read_torch), strict=True))
     for name, read in readers.items():
         if (folder / name).is_file():
@@ -207,7 +208,7 @@ def _read_safetensors(file: Path, config: ClipConfig) -> dict[str, Any]:
 
             def read(key: str) -> np.ndarray:
                 dtype = tensors.get_slice(key).get_dtype()
-                if dtype not in ("BF16", "F16", "F32", "F64"):  # the library fails on those that NumPy does not have
+                if dtype not in ("BF16", "F16", "F32", "F64"):  # the library fails on dtypes that NumPy does not have
                     raise CheckpointError(f"{file}: {key} is {dtype}; BF16, F16, F32 and F64 are read")
                 return tensors.get_tensor(key)
 
@@ -224,7 +225,7 @@ def _read_torch(file: Path, config: ClipConfig) -> dict[str, Any]:
 
 
 def _parameters(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Without the numbers 0, 1, 2, ... that transformers saved as a buffer until version 4.31."""
+    """Leaves out the numbers 0, 1, 2, ... that transformers saved as a buffer until version 4.31."""
     return {key: shape for key, shape in shapes.items() if not key.endswith(".embeddings.position_ids")}
 
 
@@ -232,7 +233,7 @@ def _read_msgpack(file: Path, config: ClipConfig) -> dict[str, Any]:
     try:  # msgpack makes numbers, texts, lists, dicts and arrays of plain numbers; nothing in it is called
         tree = flax.serialization.msgpack_restore(file.read_bytes())
         arrays: dict[str, Any] = flax.traverse_util.flatten_dict(tree, sep="/")
-    except Exception as error:  # whatever NumPy, msgpack and flax say to bytes that they did not write
+    except Exception as error:  # NumPy, msgpack and flax raise errors of many kinds
         raise CheckpointError(f"{file}: not a Flax checkpoint: {type(error).__name__}: {one_line(error)}") from None
     for path, array in arrays.items():
         if not isinstance(array, np.ndarray):

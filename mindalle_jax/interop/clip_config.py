@@ -1,4 +1,4 @@
-"""The sizes of a CLIP model: read from a config.json of Hugging Face, or told by the tensors of a file of OpenAI."""
+"""The sizes of a CLIP model, from a config.json of Hugging Face or from the tensors of an OpenAI file."""
 
 import dataclasses
 import math
@@ -10,13 +10,16 @@ from typing import Any, TypeVar
 from mindalle_jax.errors import CheckpointError
 from mindalle_jax.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
 
-MAX_SIZE = 1 << 20  # of any number in a config: far above real models, far below what tracing the network cannot take
+MAX_SIZE = 1 << 20  # of any number in a config: far above real models, and small enough to trace the network
 MAX_LAYERS = 200
 MAX_PATCHES = 1 << 16
 
 
 def parse_clip_config(raw: Any, where: str) -> ClipConfig:
-    """A config.json, as transformers 5 understands it: what it omits has its defaults there, which are ours."""
+    """Parses a config.json as transformers 5 does. Omitted fields have the defaults of transformers, which are ours.
+
+    raw: the parsed JSON. where: begins each message. Raises CheckpointError for sizes that cannot be.
+    """
     if not isinstance(raw, dict) or raw.get("model_type") != "clip":
         given = raw.get("model_type") if isinstance(raw, dict) else raw
         raise CheckpointError(f"{where}: model_type is {given!r:.60}, only 'clip' is read")
@@ -33,7 +36,7 @@ def parse_clip_config(raw: Any, where: str) -> ClipConfig:
 
 
 def check_clip_config(config: ClipConfig, where: str) -> None:
-    """Raises CheckpointError, naming a field below `where`, for sizes that no network has."""
+    """Raises CheckpointError for sizes that no network can have. where: the name of the section in the message."""
     _parse_tower(ClipTextConfig, dataclasses.asdict(config.text), f"{where}.text")
     _parse_tower(ClipVisionConfig, dataclasses.asdict(config.vision), f"{where}.vision")
     _check_size(config.projection_dim, f"{where}.projection_dim")
@@ -47,8 +50,8 @@ def _check_patches(vision: ClipVisionConfig, where: str) -> None:
 
 
 def _section(raw: dict[str, Any], name: str, where: str) -> dict[str, Any]:
-    # Early configs have the values a second time, under text_config_dict. Those count, and where they omit one it has
-    # its default, whatever text_config says.
+    # Early configs have the values a second time, under text_config_dict. Then only those count: a value that they omit
+    # has its default, even if text_config has it.
     section = next((raw[key] for key in (f"{name}_dict", name) if raw.get(key) is not None), {})
     if not isinstance(section, dict):
         raise CheckpointError(f"{where}: {name} is {section!r:.60}, not a section")
@@ -88,7 +91,10 @@ def _check_size(value: Any, where: str, largest: int = MAX_SIZE) -> int:
 
 
 def openai_config(shapes: Mapping[str, tuple[int, ...]], file: Path) -> ClipConfig:
-    """The sizes that the shapes tell, by the rules of build_model in OpenAI's clip/model.py."""
+    """Returns the sizes that follow from the shapes, by the rules of build_model in OpenAI's clip/model.py.
+
+    Raises CheckpointError if the tensors are not those of an OpenAI model with a Vision Transformer.
+    """
     if any(key.startswith("visual.layer1.") for key in shapes):
         raise CheckpointError(
             f"{file}: its image tower is a ResNet, which is not supported; Vision Transformers are (ViT-B-32, ViT-L-14)"
@@ -110,11 +116,11 @@ def openai_config(shapes: Mapping[str, tuple[int, ...]], file: Path) -> ClipConf
     text_width, projection_dim = shape("text_projection", 2)
     grid = math.isqrt(max(positions - 1, 0))
     if grid * grid + 1 != positions:
-        raise CheckpointError(f"{file}: visual.positional_embedding has {positions} rows, not one and a square")
+        raise CheckpointError(f"{file}: visual.positional_embedding has {positions} rows, not 1 plus a square number")
 
     def tower(prefix: str, width: int) -> dict[str, Any]:
         if width % 64:
-            raise CheckpointError(f"{file}: {prefix} has width {width}; OpenAI's models have heads of 64, side by side")
+            raise CheckpointError(f"{file}: {prefix} has width {width}, not a multiple of 64, the width of a head")
         layers = {match[1] for key in shapes if (match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", key))}
         return {
             "hidden_size": width,
@@ -123,7 +129,7 @@ def openai_config(shapes: Mapping[str, tuple[int, ...]], file: Path) -> ClipConf
             "num_attention_heads": width // 64,
         }
 
-    # 2: the feature is taken at the highest id of a text, by OpenAI's encode_text, whatever the vocabulary.
+    # 2: as in OpenAI's encode_text, the feature is taken at the highest id of a text.
     text = {"vocab_size": vocab_size, "max_position_embeddings": context_length, "eos_token_id": 2}
     vision = {"image_size": grid * patch_size, "patch_size": patch_size}
     raw = {

@@ -1,4 +1,4 @@
-"""Which tensor of a CLIP file is which parameter: in files of Flax, of Hugging Face's PyTorch and of OpenAI."""
+"""Maps tensors of CLIP files to parameters, for files of Flax, of Hugging Face's PyTorch and of OpenAI."""
 
 import functools
 import re
@@ -13,7 +13,7 @@ from mindalle_jax.interop.key_maps import SUFFIXES
 from mindalle_jax.models.clip import CLIP, ClipConfig
 from mindalle_jax.runtime.devices import pinned
 
-# (part of Hugging Face's key, what OpenAI's has in its place), to be applied from top to bottom.
+# (part of Hugging Face's key, the part that replaces it in OpenAI's key), to be applied from top to bottom.
 OPENAI_NAMES = [
     ("text_model.encoder.layers.", "transformer.resblocks."),
     ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
@@ -36,7 +36,7 @@ OPENAI_NAMES = [
     ("text_projection.weight", "text_projection"),
     ("visual_projection.weight", "visual.proj"),
 ]
-# Not weights: numbers that the shapes of the weights tell, and the causal mask that some TorchScript modules keep.
+# Tensors that are no weights: sizes, which the shapes of the weights tell too, and the causal mask of some modules.
 OPENAI_EXTRAS = re.compile(r"input_resolution|context_length|vocab_size|.*\.attn_mask")
 
 Layout = Literal["flax", "torch", "openai"]
@@ -49,26 +49,27 @@ class Slot(NamedTuple):
     path: str
     """Path of the Flax parameter, joined by `/`."""
     key: str
-    """In the file. OpenAI has queries, keys and values under one."""
+    """Key in the file. OpenAI has queries, keys and values under one key."""
     shape: tuple[int, ...]
-    """In the file, of all that is under `key`."""
+    """Shape of the tensor `key` in the file."""
     axes: tuple[int, ...]
-    """The file's axes in the order of the parameter's: (1, 0) for a matrix that the file has transposed."""
+    """Axes of the file's tensor in the order of the parameter: (1, 0) for a matrix that the file has transposed."""
     third: int | None
-    """Which third of the file's rows this is, where it holds queries, keys and values together."""
+    """0, 1 or 2: the third of the file's rows that is this parameter, if it has queries, keys and values in one; or
+    None."""
 
     def from_file(self, array: np.ndarray) -> np.ndarray:
-        """The parameter in what the file has under `key`."""
+        """Takes the parameter out of the file's tensor `key`."""
         part = array if self.third is None else np.split(array, 3)[self.third]
         return np.asarray(part.transpose(self.axes), order="C")
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of from_file, where the file has each parameter under its own key."""
+        """Works as the inverse of from_file, for files that have each parameter under its own key."""
         return array.transpose(np.argsort(self.axes))
 
 
 def clip_slots(config: ClipConfig, layout: Layout) -> list[Slot]:
-    """Where a file of this layout has each parameter."""
+    """Returns the place of each parameter in a file of this layout."""
     return [_slot(path, shape, layout) for path, shape in clip_leaf_shapes(config).items()]
 
 
@@ -83,7 +84,7 @@ def _slot(path: str, shape: tuple[int, ...], layout: Layout) -> Slot:
         axes = (1, 0) if len(shape) == 2 else (2, 3, 1, 0)
     if layout == "openai":
         if module in ("text_projection", "visual_projection"):
-            axes = unmoved  # bare matrices there, that features are multiplied with from the left
+            axes = unmoved  # OpenAI multiplies features from the left with these matrices
         if match := re.search(r"/([qkv])_proj$", module):
             third = "qkv".index(match[1])
         for ours, theirs in OPENAI_NAMES:
@@ -96,7 +97,7 @@ def _slot(path: str, shape: tuple[int, ...], layout: Layout) -> Slot:
 
 @functools.cache  # tracing the network takes a second
 def clip_leaf_shapes(config: ClipConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter by its path. Allocates nothing."""
+    """Returns the shape of every parameter by its path. Allocates no arrays."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     pixels = jax.ShapeDtypeStruct((1, config.vision.image_size, config.vision.image_size, 3), jnp.float32)
     with pinned():

@@ -1,7 +1,7 @@
-"""Which PyTorch key holds which part of which Flax parameter: the tables, and how they are checked.
+"""Tables that map PyTorch keys to parts of Flax parameters, and the check of a file against a table.
 
-A table row is (pattern of the Flax path, template of the PyTorch key). Every Flax leaf matches exactly one row, every
-PyTorch key is used exactly once, and the same rows serve both directions.
+A table row is (pattern of the Flax path, template of the PyTorch key). Every Flax leaf matches exactly one row, and
+every PyTorch key is used exactly once. The same rows serve both directions.
 """
 
 import re
@@ -46,16 +46,16 @@ class Slot(NamedTuple):
     path: str
     """Flax path of the leaf, joined by `/`."""
     index: tuple[int, ...]
-    """Which part of the leaf: () is all of it, (layer,) one layer, (layer, 0) the queries of one layer."""
+    """Index of the part of the leaf: () is all of it, (layer,) one layer, (layer, 0) the queries of one layer."""
     torch_key: str
     torch_shape: tuple[int, ...]
 
     def from_torch(self, array: np.ndarray) -> np.ndarray:
-        """The array as it lies in the leaf: convolutions from [out, in, y, x] to [y, x, in, out]."""
+        """Converts an array to its form in the leaf: convolutions from [out, in, y, x] to [y, x, in, out]."""
         return array.transpose(2, 3, 1, 0) if self._is_convolution else array
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of from_torch, with the PyTorch shape."""
+        """Converts an array back to the PyTorch shape."""
         return (array.transpose(3, 2, 0, 1) if self._is_convolution else array).reshape(self.torch_shape)
 
     @property
@@ -64,14 +64,14 @@ class Slot(NamedTuple):
 
 
 def slots(config: Config, stage: Stage) -> list[Slot]:
-    """All tensors of a stage, leaf by leaf and within a leaf in the order of its memory."""
+    """Returns all PyTorch tensors of a stage, leaf by leaf, and within a leaf in the order of its memory."""
     expand: Callable[[str, tuple[int, ...], Config], Iterable[Slot]]
     expand = _vqgan_slots if stage == "stage1" else _transformer_slots
     return [slot for path, shape in leaf_shapes(config, stage).items() for slot in expand(path, shape, config)]
 
 
 def check_keys(found: Mapping[str, tuple[int, ...]], wanted: list[Slot], file: str, stage: Stage) -> None:
-    """Compares the keys and shapes of a file with a table; raises CheckpointError listing all differences at once."""
+    """Raises CheckpointError, which lists all differences, if the keys or shapes of a file do not fit a table."""
     expected = {slot.torch_key: slot.torch_shape for slot in wanted}
     check_shapes(found, expected, f"{file}: does not fit the {stage} of config.yaml", _hint(found, expected, stage))
 
@@ -79,7 +79,7 @@ def check_keys(found: Mapping[str, tuple[int, ...]], wanted: list[Slot], file: s
 def check_shapes(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], complaint: str, hint: str = ""
 ) -> None:
-    """Raises CheckpointError listing all differences at once, after `complaint`, their number and `hint`."""
+    """Raises CheckpointError if keys or shapes differ: `complaint`, their number, `hint`, and up to 40 differences."""
     lines = [f"missing     {key} {list(shape)}" for key, shape in expected.items() if key not in found]
     lines += [f"unexpected  {_shown(key)} {list(shape)}" for key, shape in found.items() if key not in expected]
     lines += [
@@ -93,12 +93,12 @@ def check_shapes(
 
 
 def to_float32(array: np.ndarray, file: str, key: str) -> np.ndarray:
-    """The weights in float32; raises CheckpointError for another kind of number and for NaN or infinite values."""
+    """Converts weights to float32. Raises CheckpointError for numbers that are no floats, NaN or infinite."""
     if array.dtype.name not in ("float32", "float16", "bfloat16", "float64"):
         raise CheckpointError(f"{file}: {key} is {array.dtype}, not floating point")
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, which is refused below
         array = array.astype(np.float32, copy=False)
-    # min and max carry NaN, and need no temporary array.
+    # min and max pass NaN on, and need no temporary array.
     if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):
         raise CheckpointError(f"{file}: {key} holds NaN or infinite values (in float32)")
     return array
@@ -134,7 +134,7 @@ def _transformer_slots(path: str, shape: tuple[int, ...], config: Config) -> lis
 
 
 def _match(module: str, rows: list[tuple[str, Any]]) -> Any:
-    """The template of the one row whose pattern is the whole of `module`, its groups filled in."""
+    """Returns the template of the one row whose pattern matches all of `module`, with its groups filled in."""
     hits = [(match, template) for pattern, template in rows if (match := re.fullmatch(pattern, module))]
     if len(hits) != 1:
         raise AssertionError(f"{len(hits)} table rows match the Flax module {module!r}; there must be one")
@@ -143,7 +143,7 @@ def _match(module: str, rows: list[tuple[str, Any]]) -> Any:
 
 
 def _hint(found: Mapping[str, Any], expected: Mapping[str, Any], stage: Stage) -> str:
-    """Guesses which mistake explains the keys of a file of another kind."""
+    """Returns a guess of the mistake that explains the keys of the file, or ""."""
     if not found:
         return " (the file holds no tensors)"
     for prefix in ("module.", "model.", "_orig_mod."):
@@ -159,5 +159,5 @@ def _hint(found: Mapping[str, Any], expected: Mapping[str, Any], stage: Stage) -
     if stage == "stage2" and "head_txt.weight" in expected and "head.weight" in found:
         return " (this is an image-only model: set stage2.type to igpt)"
     if stage == "stage2" and "head_txt.weight" in found and "head.weight" in expected:
-        return " (this is a text-to-image model, the config says igpt)"
+        return " (this is a text-to-image model: set stage2.type to transformer1d)"
     return ""

@@ -12,10 +12,11 @@ from mindalle_jax.storage.weights import nest
 
 
 def read_lpips(vgg: str | Path, linear: str | Path) -> dict[str, Any]:
-    """Parameters of models.lpips.LPIPS, nested, float32 arrays of NumPy.
+    """Reads the parameters of models.lpips.LPIPS, as nested float32 arrays of NumPy.
 
-    vgg: torchvision's state dict of vgg16 (features.0.weight, ...), whose classifier is left out. linear: that of LPIPS
-    (lin0.model.1.weight, ...; `vgg.pth` of its authors). Raises CheckpointError, which lists all that does not fit.
+    vgg: file with torchvision's state dict of vgg16 (features.0.weight, ...); its classifier is left out. linear: file
+    with the state dict of LPIPS (lin0.model.1.weight, ...; `vgg.pth` of its authors). Raises CheckpointError, which
+    lists all tensors that do not fit.
     """
     trunk, heads = {}, {}
     inputs = 3
@@ -39,7 +40,7 @@ def read_lpips(vgg: str | Path, linear: str | Path) -> dict[str, Any]:
 def _read(
     file: str | Path, shapes: dict[str, tuple[int, ...]], complaint: str, ignored: str | None = None
 ) -> dict[str, np.ndarray]:
-    """The tensors of these shapes, float32; keys that start with `ignored` may be there too."""
+    """Reads the tensors with these keys and shapes, as float32. Keys that start with `ignored` are skipped."""
     with TorchArchive(file) as archive:
         refs = archive.state_dict()
         found = {key: ref.shape for key, ref in refs.items() if ignored is None or not key.startswith(ignored)}

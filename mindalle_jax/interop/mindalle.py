@@ -1,7 +1,6 @@
-"""Checkpoints of the PyTorch minDALL-E and of the VQGAN authors -> model folders, and back; and from folder to folder.
+"""Converts checkpoints of the PyTorch minDALL-E and of the VQGAN's authors into model folders, and back.
 
-Every direction streams tensor by tensor, those to and from PyTorch through the tables of key_maps.py; PyTorch is needed
-by none.
+Both directions work tensor by tensor, by the tables of key_maps.py. PyTorch is not needed.
 """
 
 import contextlib
@@ -59,17 +58,18 @@ def import_checkpoint(
     dtype: DiskDType = "float32",
     overwrite: bool = False,
 ) -> ConversionReport:
-    """Converts PyTorch weights into a model folder, shows progress, verifies what was written.
+    """Converts PyTorch weights into a model folder, shows progress, and verifies the written files.
 
     source is one of
-      - a folder in the original's format: config.yaml, tokenizer/, stage1_last.ckpt, stage2_last.ckpt;
-      - a checkpoint of the original's transfer training, whose keys start with `stage1.` and `stage2.`: a .ckpt file,
-        or a folder holding config.yaml and just that file;
-      - a VQGAN .ckpt of its authors: becomes a folder with stage 1 only (its `loss.*` keys are ignored).
-    config: the config.yaml, where it does not lie beside the weights; a VQGAN alone defaults to f16 with 16384 codes.
+      - a folder in the original's format: config.yaml, tokenizer/, stage1_last.ckpt, stage2_last.ckpt.
+      - a checkpoint of the original's transfer training, whose keys start with `stage1.` and `stage2.`. It is a .ckpt
+        file, or a folder with config.yaml and only that file.
+      - a .ckpt of the VQGAN's authors. It becomes a folder with stage 1 only. Its `loss.*` keys are ignored.
+    config: the config.yaml, if it is not beside the weights. A VQGAN alone defaults to f16 with 16384 codes. dtype:
+    number type of the written weights.
 
-    Raises CheckpointError (also for values that dtype cannot hold), ConfigError, OutputError or UsageError; nothing
-    half-written is left behind.
+    Raises CheckpointError (also for values that dtype cannot hold), ConfigError, OutputError or UsageError. If it
+    fails, no part of the target stays.
     """
     source, target = Path(os.path.expanduser(source)), Path(os.path.expanduser(target))
     with contextlib.ExitStack() as stack:
@@ -94,7 +94,7 @@ def import_checkpoint(
                 "tensors": {},
             }
             if "stage2" in stages and not parsed.image_only:
-                manifest["caption_dropout"] = 0.0  # which the original's training does not have
+                manifest["caption_dropout"] = 0.0  # the original's training has none
             start = time.perf_counter()
             with weights_progress(weight_bytes, "converting") as bar:
                 for stage, tensors in stages.items():
@@ -116,16 +116,16 @@ def import_checkpoint(
 
 
 def export_checkpoint(source: str | Path, target: str | Path, *, overwrite: bool = False) -> ConversionReport:
-    """Writes a model folder in the original's format, float32, for `torch.load`; the inverse of import_checkpoint.
+    """Writes a model folder in the original's format, float32, for `torch.load`: the inverse of import_checkpoint.
 
-    Raises CheckpointError, ConfigError or OutputError; nothing half-written is left behind.
+    Raises CheckpointError, ConfigError or OutputError. If it fails, no part of the target stays.
     """
     source, target = Path(os.path.expanduser(source)), Path(os.path.expanduser(target))
     _, config, tensors = open_model(source)
     if config.stage1.hparams.num_groups != Stage1Hparams.num_groups:
         raise ConfigError(
             f"{source}: GroupNorm of {config.stage1.hparams.num_groups} groups; the original's has "
-            f"{Stage1Hparams.num_groups}, and would draw other images with these weights"
+            f"{Stage1Hparams.num_groups}, and would make other images with these weights"
         )
     parameters = sum(count_parameters(config, stage) for stage in tensors)
     check_apart(source, target)
@@ -158,7 +158,7 @@ def export_checkpoint(source: str | Path, target: str | Path, *, overwrite: bool
 
 @dataclasses.dataclass(frozen=True)
 class _Tensors:
-    """The tensors of one stage and the file that they lie in; the archive knows them under their full key."""
+    """The tensors of one stage, and the file that holds them. The archive has them under their full keys."""
 
     file: str
     archive: TorchArchive
@@ -167,7 +167,7 @@ class _Tensors:
 
 
 def _open_stages(source: Path, stack: contextlib.ExitStack) -> dict[Stage, _Tensors]:
-    """Opens the checkpoint files of a source and tells which stages they hold."""
+    """Opens the checkpoint files of a source; returns the tensors of each stage that they hold."""
     if not source.exists():
         raise CheckpointError(f"{source}: no such file or folder")
     if source.is_dir():
@@ -220,10 +220,10 @@ def _read_config(source: Path, config: str | Path | None, stages: dict[Stage, _T
 
 
 def _original_config(config: Config) -> str:
-    """The text of a config.yaml that the original loads.
+    """Returns the text of a config.yaml that the original can load.
 
-    It has no section that the original's configuration of such a model lacks, n_dense_layers is the number that the
-    original wants, and the optimizer is the one that it has.
+    It has only the sections that the original has for such a model. n_dense_layers is set, which the original needs,
+    and the optimizer is the one that the original has.
     """
     hparams = dataclasses.replace(config.stage2.hparams, n_dense_layers=config.stage2.hparams.n_layers)
     optimizer = dataclasses.replace(config.optimizer, opt_type="adamW")
@@ -239,7 +239,7 @@ def _tokenizer_folder(source: Path) -> Path:
 
 
 def _import_chunks(tensors: _Tensors, table: list[Slot], dtype: str, bar: tqdm) -> Iterator[tuple[str, np.ndarray]]:
-    """(Flax path, array in dtype) of each slot. The next tensor is read while the last is written."""
+    """Yields (Flax path, array in dtype) of each slot. The next tensor is read while this one is written."""
     with ThreadPoolExecutor(1) as reader:
 
         def start(slot: Slot) -> Any:
@@ -261,8 +261,8 @@ def _import_chunks(tensors: _Tensors, table: list[Slot], dtype: str, bar: tqdm) 
 def _export_chunks(
     path: Path, tensors: dict[str, Any], table: list[Slot], bar: tqdm
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(PyTorch key, float32 array) of each slot, in the order of the table."""
-    parts = itertools.groupby(table, key=lambda slot: (slot.path, slot.index[:1]))  # one group a part that is read
+    """Yields (PyTorch key, float32 array) of each slot, in the order of the table."""
+    parts = itertools.groupby(table, key=lambda slot: (slot.path, slot.index[:1]))  # one group per part that is read
     for (name, _, array), ((leaf, _), group) in zip(read_weights(path, tensors), parts, strict=True):
         if leaf != name:
             raise AssertionError(f"{leaf} was due, {name} came")
@@ -273,7 +273,7 @@ def _export_chunks(
 
 
 def _in_order(arrays: Iterator[tuple[str, np.ndarray]]) -> Callable[[str], np.ndarray]:
-    """A `read(key)` for callers that ask in the very order of the iterator."""
+    """Returns a function `read(key)` for callers that ask in exactly the order of the iterator."""
 
     def read(key: str) -> np.ndarray:
         name, array = next(arrays)

@@ -5,13 +5,13 @@
             weights = archive.read(ref)  # numpy, bit-exact, one tensor in memory at a time
 
 A torch file is a pickle that describes tensors, plus their bytes as data records. Two layouts exist, and
-torch_containers.py reads both. The zip layout (torch >= 1.6) has a member `<root>/data.pkl` and one uncompressed member
-`<root>/data/<key>` per record; an archive of TorchScript is one of these, with source text beside that is never looked
-at. The legacy layout is five pickles followed by the records. One parser (torch_pickle.py) decides what a file means
-and is also the one that reads it: there is no separate scan that a file could be written to mislead.
+torch_containers.py reads both. The zip layout (torch >= 1.6) has a member `<root>/data.pkl`, and per record one member
+`<root>/data/<key>`, uncompressed. An archive of TorchScript has this layout too; its source text is not read. The
+legacy layout is five pickles followed by the records. One parser (torch_pickle.py) both checks and reads a file. There
+is no separate scan that a file could mislead.
 
-Zip members carry a CRC, so a flipped bit is refused. Legacy files and those saved under
-`torch.serialization.set_crc32_options(False)` have none: damage to the numbers in those goes unseen.
+Zip members have a CRC, so a flipped bit is refused. Legacy files, and files saved under
+`torch.serialization.set_crc32_options(False)`, have none. In those, damage to the numbers is not detected.
 """
 
 import math
@@ -38,8 +38,8 @@ from mindalle_jax.interop.torch_records import STORAGE_DTYPES, ScriptModule, Ten
 from mindalle_jax.storage.files import SYNC_BYTES, to_disk
 
 MAX_NESTING = 64  # of a state dict
-MAX_ENTRIES = 200_000  # of a state dict, so that dicts which share members cannot multiply
-# A tensor may be larger than its bytes in the file (stride 0 repeats them), but not so that a small file fills memory.
+MAX_ENTRIES = 200_000  # of a state dict, because dicts that share members can have very many entries
+# A tensor may be larger than its bytes in the file (stride 0 repeats them), but a small file must not fill the memory.
 MAX_EXPANSION = 4
 MIN_EXPANDED_BYTES = 1 << 20
 
@@ -49,7 +49,7 @@ _ALIGNMENT = 64  # of data records, as torch does, for its mmap=True
 class TorchArchive:
     """An open torch.save() file. `tree` is its content as plain data with TensorRef leaves (see torch_pickle.py).
 
-    Every failure is a CheckpointError whose one line names the file and the reason.
+    Every failure raises CheckpointError, with one line that names the file and the reason.
     """
 
     tree: Any
@@ -57,7 +57,7 @@ class TorchArchive:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = os.fspath(path)
         self._file = open_regular_file(self.path)
-        # The bytes of the storage that was read last, while other tensors may still want them.
+        # The bytes of the storage that was read last, kept while other tensors may still need them.
         self._shared_key: str | None = None
         self._shared_bytes: np.ndarray | None = None
         try:
@@ -84,14 +84,16 @@ class TorchArchive:
         self.close()
 
     def close(self) -> None:
+        """Closes the file."""
         self._shared_key = self._shared_bytes = None
         self._file.close()
 
     def state_dict(self) -> dict[str, TensorRef]:
-        """The tensors by dotted key: of the dict under "state_dict" where there is one, else of the top level.
+        """Returns the tensors by dotted key: of the dict "state_dict" if the file has one, else of the top level.
 
-        What a training framework saved beside "state_dict" is ignored. Inside, anything but a tensor is an error. Of a
-        TorchScript module it is its parameters, buffers and other tensors; it has attributes of every kind beside.
+        Other data beside "state_dict", which a training framework saved, is ignored. Inside it, anything but a tensor
+        raises CheckpointError. For a TorchScript module its parameters, buffers and other tensors are returned, and all
+        other attributes are ignored.
         """
         root = self.tree
         if type(root) is dict and "state_dict" in root:
@@ -113,7 +115,7 @@ class TorchArchive:
         return tensors
 
     def _flatten(self, node: Any, prefix: str = "", depth: int = 1) -> Iterable[tuple[str, Any]]:
-        """Every entry below `node`, dicts (of a ScriptModule: inner ones) included, under its dotted key."""
+        """Yields every entry below `node` with its dotted key, also inner dicts (of a ScriptModule: inner modules)."""
         if depth > MAX_NESTING:
             raise CheckpointError(f"{self.path}: {prefix[:120]}: nested deeper than {MAX_NESTING}")
         for name, value in (node.attributes if type(node) is ScriptModule else node).items():
@@ -127,8 +129,11 @@ class TorchArchive:
                 yield from self._flatten(value, f"{key}.", depth + 1)
 
     def read(self, ref: TensorRef) -> np.ndarray:
-        """The tensor as a contiguous array that owns its data: `ref.dtype`, `ref.shape`, the bits of the file."""
-        # max(d, 1): numpy rejects an empty array whose other dimensions overflow, so those count here too.
+        """Reads a tensor bit by bit; returns a contiguous array of `ref.dtype` and `ref.shape` that owns its data.
+
+        Raises CheckpointError if the record is missing, damaged, or much larger than the file.
+        """
+        # max(d, 1): numpy rejects an empty array if its other dimensions overflow, so they count here too.
         nbytes = math.prod(max(size, 1) for size in ref.shape) * ref.dtype.itemsize
         if nbytes > max(MAX_EXPANSION * self._size, MIN_EXPANDED_BYTES):
             raise CheckpointError(f"{self.path}: a tensor of {nbytes} bytes in a file of {self._size}")
@@ -139,7 +144,7 @@ class TorchArchive:
 
     def _read(self, ref: TensorRef) -> np.ndarray:
         key = ref.storage.key
-        extent = self._container.locate(ref.storage)  # also checks that the file has these bytes, before room is made
+        extent = self._container.locate(ref.storage)  # checks that the file has these bytes, before memory is allocated
         if key != self._shared_key:
             self._shared_key = self._shared_bytes = None
         is_shared = self._container.pickle.tensors_per_storage[key] > 1
@@ -157,13 +162,13 @@ class TorchArchive:
 
 
 def _is_whole(ref: TensorRef) -> bool:
-    """Whether the bytes of the tensor, in order, are the whole record (then offset is 0 by the check of extents)."""
+    """Returns whether the bytes of the tensor, in order, are the complete record. Then its offset is 0."""
     nbytes = math.prod(ref.shape) * ref.dtype.itemsize
     return nbytes == ref.storage.record_bytes and ref.strides == contiguous_strides(ref.shape)
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides in elements, as torch counts them: (2, 3, 4) -> (12, 4, 1), and (2, 0, 4) -> (4, 4, 1)."""
+    """Returns strides in elements, as torch counts them: (2, 3, 4) -> (12, 4, 1), and (2, 0, 4) -> (4, 4, 1)."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -172,16 +177,16 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _as_bytes(array: np.ndarray) -> np.ndarray:
-    """uint8[nbytes] over the memory of a contiguous array."""
+    """Returns a view uint8[nbytes] of a contiguous array."""
     return array.reshape(-1).view(np.uint8)
 
 
 def _cut(record: np.ndarray, ref: TensorRef) -> np.ndarray:
-    """A copy of the tensor inside its record. In range, because its extent was checked when `ref` was made."""
+    """Returns a copy of the tensor inside its record. It is in range: its extent was checked when `ref` was made."""
     if 0 in ref.shape:
         return np.empty(ref.shape, ref.dtype)
     itemsize = ref.dtype.itemsize
-    # The stride of a dimension of 1 is never used and may be any number, one that overflows included.
+    # The stride of a dimension of 1 is never used. It may be any number, also one that overflows.
     strides = tuple(stride * itemsize if size > 1 else 0 for size, stride in zip(ref.shape, ref.strides, strict=True))
     start = ref.storage.start + ref.offset * itemsize
     return np.array(np.ndarray(ref.shape, ref.dtype, record.data, start, strides), order="C")
@@ -197,11 +202,11 @@ def write_torch_archive(
     tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]],
     read: Callable[[str], np.ndarray],
 ) -> None:
-    """Writes {"state_dict": {name: tensor}} as a file for torch.load(), with weights_only and mmap or without.
+    """Writes {"state_dict": {name: tensor}} as a file for torch.load(), which may use weights_only and mmap.
 
-    `tensors` gives (name, dtype, shape) of each. `read(name)` is called once per tensor, in order, when its turn has
-    come, so only one is in memory. OutputError if the file exists or cannot be written; an incomplete file is left to
-    the caller, who knows whether the name is a temporary one.
+    tensors: (name, dtype, shape) of each tensor. read: is called with each name once, in order, so only one tensor is
+    in memory. Raises CheckpointError for dtypes that torch does not have, and OutputError if the file exists or cannot
+    be written. An incomplete file stays; the caller knows whether its name is a temporary one.
     """
     path, specs = os.fspath(path), [(name, np.dtype(dtype), tuple(shape)) for name, dtype, shape in tensors]
     for name, dtype, _ in specs:
@@ -217,7 +222,7 @@ def write_torch_archive(
                 _add_member(archive, file, "byteorder", b"little")
                 for key, (name, dtype, shape) in enumerate(specs):
                     before, where = file.tell(), f"{path}: {name}"
-                    # No variable holds the tensor, or it would stay while read() makes the next one.
+                    # No variable holds the tensor, else it would stay in memory while read() makes the next one.
                     _add_member(archive, file, f"data/{key}", _checked_bytes(read(name), where, dtype, shape))
                     if before // SYNC_BYTES != file.tell() // SYNC_BYTES:
                         to_disk(file)
@@ -249,7 +254,7 @@ def _add_member(archive: zipfile.ZipFile, file: BinaryIO, name: str, data: bytes
 
 
 def _encode_pickle(specs: list[tuple[str, np.dtype, tuple[int, ...]]]) -> bytes:
-    """Protocol 2, opcode by opcode: what torch.save writes for {"state_dict": OrderedDict(name -> tensor)}."""
+    """Encodes {"state_dict": OrderedDict(name -> tensor)} as torch.save does, in protocol 2, opcode by opcode."""
     ordered_dict = b"ccollections\nOrderedDict\n)R"
     parts = [b"\x80\x02}", _encode_text("state_dict"), ordered_dict, b"("]
     for key, (name, dtype, shape) in enumerate(specs):

@@ -1,4 +1,4 @@
-"""Names of the original's Python interface, each with the call that takes its place here."""
+"""Names of the original's Python interface, each with the call that replaces it here."""
 
 _PLACED = "JAX has put the weights on its device already; leave the call out, or pass mesh= to from_pretrained"
 _CALLS = {
@@ -10,8 +10,8 @@ _CALLS = {
     "stage2": "model.logits(text_ids, codes) is stage2(codes, texts, pos_images, pos_texts)",
     "forward": "model.logits is the forward pass",
     "sample": "model.generate(prompt) samples",
-    "save": "model.save_pretrained(folder) writes it",
-    "push_to_hub": "model.save_pretrained(folder), then `hf upload`",
+    "save": "model.save_pretrained(folder) writes the model",
+    "push_to_hub": "call model.save_pretrained(folder), then run `hf upload`",
     "device": "model.mesh holds the devices, model.backend their kind",
     **dict.fromkeys(("parameters", "state_dict"), "mindalle convert --to torch writes the weights for PyTorch"),
     "load_state_dict": "mindalle convert reads PyTorch's checkpoints",
@@ -24,7 +24,7 @@ MOVED = {
 
 
 def explain_torch_call(kind: str, name: str) -> str:
-    """The message of an AttributeError for `name` of a Dalle or ImageGPT (`kind`)."""
+    """Returns the message of an AttributeError for the attribute `name` of a Dalle or ImageGPT (`kind`)."""
     calls = _CALLS
     if kind == "ImageGPT":
         sample = "model.generate(class_id, num_candidates=16) is sample(cls_idx=...)"

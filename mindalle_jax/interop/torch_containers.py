@@ -1,7 +1,7 @@
-"""The two layouts of a torch.save() file: a zip of records, and the pickles with records after them before torch 1.6.
+"""The two layouts of a torch.save() file: a zip of records, and (before torch 1.6) pickles followed by records.
 
-A container decodes the pickle of its file when it is made (`pickle`), and says where in the file the bytes of a storage
-are (`locate`), checked against the file: what lies outside of it, or is of another size, is refused.
+A container decodes the pickle of its file when it is made (`pickle`). `locate` returns the place of a storage in the
+file. It refuses a storage that is outside of the file, or that has another size in the file.
 """
 
 import io
@@ -28,17 +28,20 @@ _LEGACY_PROTOCOL = 1001
 
 
 class DamagedError(Exception):
-    """Bytes that are not what the file says about them. The caller adds which file and which part."""
+    """The bytes of a file do not agree with its own description. The caller adds the file and the part."""
 
 
 @dataclass(frozen=True)
 class Extent:
+    """A range of bytes in a file."""
+
     offset: int
     nbytes: int
-    crc: int | None  # None where the file has no CRCs
+    crc: int | None  # None if the file has no CRCs
 
 
 def open_regular_file(path: str) -> BinaryIO:
+    """Opens a file for reading. Raises CheckpointError if it is missing, not readable, or no regular file."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
             raise CheckpointError(f"{path}: not a regular file")
@@ -48,6 +51,7 @@ def open_regular_file(path: str) -> BinaryIO:
 
 
 def what_it_is_instead(head: bytes) -> str:
+    """Returns the end of a message that says what a file is, from its first bytes, if it is no torch checkpoint."""
     if not head:
         return "is empty"
     if head.startswith(b"version https://git-lfs"):
@@ -68,7 +72,10 @@ def _read_exactly(file: BinaryIO, offset: int, nbytes: int) -> bytes:
 
 
 def read_into(file: BinaryIO, extent: Extent, out: np.ndarray) -> None:
-    """Fills `out`, uint8[extent.nbytes], straight from the file (zipfile would copy it twice, in small pieces)."""
+    """Fills `out`, uint8[extent.nbytes], directly from the file. Raises DamagedError for a wrong length or CRC.
+
+    It does not use zipfile, which would copy the bytes twice, in small pieces.
+    """
     file.seek(extent.offset)
     memory, crc = out.data, 0
     for start in range(0, extent.nbytes, _READ_BYTES):
@@ -82,7 +89,7 @@ def read_into(file: BinaryIO, extent: Extent, out: np.ndarray) -> None:
 
 
 class ZipContainer:
-    """The zip layout. Only stored members are read, so none can be larger than the file."""
+    """The zip layout. Only uncompressed members are read, so no member can be larger than the file."""
 
     def __init__(self, file: BinaryIO, path: str, size: int):
         self._file, self._path = file, path
@@ -110,7 +117,7 @@ class ZipContainer:
             self._fail(f"{len(infos)} zip members")
         members = {}
         for info in infos:
-            if re.match(r"[^/]+/code/", info.filename):  # of TorchScript, often compressed: not there for us
+            if re.match(r"[^/]+/code/", info.filename):  # source of TorchScript, often compressed: never read
                 continue
             if info.filename in members:
                 self._fail(f"zip member {info.filename[:100]!r} appears twice")
@@ -126,7 +133,7 @@ class ZipContainer:
         return members
 
     def _extent(self, info: zipfile.ZipInfo) -> Extent:
-        """Where the data of a member is: behind its local header, which repeats its name and has a padding field."""
+        """Returns the place of a member's data: after its local header, which repeats its name and has padding."""
         header = _read_exactly(self._file, info.header_offset, LOCAL_HEADER.size)
         signature, flags, method, name_bytes, extra_bytes = LOCAL_HEADER.unpack(header)
         name = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
@@ -158,7 +165,7 @@ class ZipContainer:
 
 
 class LegacyContainer:
-    """The layout before torch 1.6: pickles (magic, protocol, system, tree, keys), then per key length and data."""
+    """The layout before torch 1.6: pickles (magic, protocol, system, tree, keys), then length and data per key."""
 
     def __init__(self, file: BinaryIO, path: str, size: int):
         self._file, self._path = file, path

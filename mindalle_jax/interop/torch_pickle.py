@@ -1,15 +1,15 @@
 """Decodes the pickle inside a torch.save() file into plain data, without unpickling it.
 
-A pickle is a program for a small stack machine, and unpickling runs it: imports, calls, attribute assignments. The
-machine here has the same opcodes and does none of that. It builds dict, list, tuple, set and scalars, and two records:
-`StorageRef` (a run of bytes elsewhere in the file) and `TensorRef` (a strided view of one). A handful of calls that
-torch.save always writes have rules that build these; every other name in the file becomes an inert `Opaque`. So unknown
-classes around the weights are ignored, and code hidden in the file is a name that nothing looks up. The objects of
-TorchScript, whose classes are source text in the same file that nobody reads, are their attributes: `ScriptModule`.
+A pickle is a program for a small stack machine. Unpickling runs it, with its imports, calls and attribute assignments.
+The machine here reads the same opcodes, but imports and calls nothing. It builds dict, list, tuple, set, scalars and
+two records: `StorageRef` (a range of bytes elsewhere in the file) and `TensorRef` (a strided view of one). Rules build
+these for a few calls that torch.save always writes. Every other name in the file becomes an inert `Opaque`. So unknown
+classes around the weights are ignored, and code hidden in the file is a name that nothing looks up. An object of
+TorchScript becomes a `ScriptModule` with its attributes. The source text of its class is in the same file and is not
+read.
 
-What a record claims is checked when it is built: a TensorRef that exists lies inside its StorageRef. Whether the
-StorageRef agrees with the file is checked by torch_containers.py, which knows the file. The records themselves and the
-dtypes are in torch_records.py.
+A record is checked when it is built, so a TensorRef always lies inside its StorageRef. torch_containers.py, which knows
+the file, checks that the StorageRef agrees with the file. The records and the dtypes are in torch_records.py.
 """
 
 import pickletools
@@ -32,23 +32,23 @@ from mindalle_jax.interop.torch_records import (
     describe,
 )
 
-# Far above what real files need (minDALL-E with optimizer state: under 1 MiB, 70k opcodes), far below what hurts.
+# Far above the needs of real files (minDALL-E with optimizer state: under 1 MiB, 70k opcodes), and still harmless.
 MAX_PICKLE_BYTES = 64 << 20
 MAX_OPCODES = 500_000
 MAX_DIMS = 16
 MAX_INT_BITS = 128  # the legacy magic number has 77
-# Texts and tuples that a pickle can use many times, at two bytes a time, while we copy, hash or compare them each time.
+# A pickle can use a text or tuple many times, for two bytes per use, while we copy, hash or compare it each time.
 MAX_NAME_LENGTH = 500  # of a module or a class
 MAX_KEY_LENGTH = 1000  # of text in a dict
 
 
 def decode_pickle(stream: BinaryIO, where: str) -> PlainPickle:
-    """Decodes one pickle from `stream`, which is left right after it. `where` begins every error message."""
+    """Decodes one pickle and leaves `stream` right after it. `where` begins every message. Raises CheckpointError."""
     return _StackMachine(stream, where).run()
 
 
 class _BoundedStream:
-    """Gives out at most MAX_PICKLE_BYTES, whatever length an opcode claims for its argument."""
+    """Reads at most MAX_PICKLE_BYTES, even if an opcode claims a longer argument."""
 
     def __init__(self, stream: BinaryIO):
         self._stream = stream
@@ -78,8 +78,8 @@ _OTHER_OPCODES = frozenset(
     "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET TUPLE TUPLE1 TUPLE2 TUPLE3 FROZENSET SETITEM SETITEMS APPEND "
     "APPENDS ADDITEMS GLOBAL STACK_GLOBAL BINPERSID REDUCE NEWOBJ NEWOBJ_EX BUILD POP POP_MARK PROTO FRAME STOP".split()
 )
-# What pickle protocols 2 to 5 write for the objects torch.save accepts. The text opcodes of protocol 0 are not here,
-# nor the byte strings of Python 2, the extension registry and the out-of-band buffers.
+# Opcodes that pickle protocols 2 to 5 write for the objects that torch.save accepts. Left out are the text opcodes of
+# protocol 0, the byte strings of Python 2, the extension registry and the out-of-band buffers.
 _OPCODES = {
     opcode.code.encode("latin-1"): opcode
     for opcode in pickletools.opcodes
@@ -117,7 +117,7 @@ class _StackMachine:
             if code not in _OPCODES:
                 raise ValueError(f"byte {code!r} is not an opcode that torch.save writes")
             opcode = _OPCODES[code]
-            if opcode.name == "GLOBAL":  # not by pickletools, which undoes backslash escapes, and warns about them
+            if opcode.name == "GLOBAL":  # not by pickletools, which resolves backslash escapes and warns about them
                 argument = f"{self._read_line()}.{self._read_line()}"
             else:
                 argument = opcode.arg.reader(self._stream) if opcode.arg else None
@@ -265,7 +265,7 @@ class _StackMachine:
         return self._opaque(target)
 
     def _build(self, state: Any) -> None:
-        """Keeps the attributes of a TorchScript module; drops other states, and attributes of a dict (_metadata)."""
+        """Keeps the attributes of a TorchScript module. Drops all other states, such as the _metadata of a dict."""
         target = self._top()
         if type(target) is ScriptModule and type(state) is dict:
             target.attributes.update(state)
@@ -282,7 +282,7 @@ class _StackMachine:
             return self._opaque(function)
         match function.path:
             case "collections.OrderedDict":
-                if arguments:  # only Python 2 gave it its items here
+                if arguments:  # only Python 2 writes its items here
                     self._fail("an OrderedDict with arguments")
                 return {}
             case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2":
@@ -308,7 +308,7 @@ class _StackMachine:
         return tuple(self._check_count(value, f"a tensor {what}") for value in values)
 
     def _storage(self, persistent_id: Any) -> StorageRef | Opaque:
-        """("storage", class, key, device, number of elements, optional (view key, first element, length))."""
+        """Decodes ("storage", class, key, device, number of elements, optional (view key, first element, length))."""
         if type(persistent_id) is not tuple or len(persistent_id) < 2:
             self._fail(f"a persistent id that is {describe(persistent_id)}")
         if persistent_id[0] == "module":  # the source text of a module class, in files that hold a whole model
@@ -356,7 +356,7 @@ class _StackMachine:
         shape, strides = self._check_counts(shape, "shape"), self._check_counts(strides, "stride")
         if len(shape) != len(strides):
             self._fail(f"a tensor of {len(shape)} dimensions with {len(strides)} strides")
-        # One past the last byte touched. Python integers do not overflow, which is where native checks went wrong.
+        # Compares one past the last byte used. Python integers do not overflow, so the check cannot be tricked.
         last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         needed = 0 if 0 in shape else (last + 1) * dtype.itemsize
         available = storage.stop - storage.start

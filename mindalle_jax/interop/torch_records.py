@@ -1,6 +1,6 @@
-"""Records that the pickle inside a torch.save() file is decoded into, beside plain data, and the dtypes they name.
+"""The records that the pickle in a torch.save() file is decoded into, beside plain data, and the dtypes that they name.
 
-torch_pickle.py builds the records and checks each of them; torch_archive.py turns a TensorRef into an array.
+torch_pickle.py builds and checks the records. torch_archive.py turns a TensorRef into an array.
 """
 
 from collections import Counter
@@ -26,7 +26,7 @@ STORAGE_DTYPES = {
     "ComplexDoubleStorage": np.dtype("<c16"),
     "UntypedStorage": np.dtype("u1"),
 }
-# Types younger than the storage classes: saved as bytes, with the type among the arguments of _rebuild_tensor_v3.
+# Types newer than the storage classes. They are saved as bytes, and _rebuild_tensor_v3 has the type as an argument.
 NEWER_DTYPES = {
     "torch.uint16": np.dtype("<u2"),
     "torch.uint32": np.dtype("<u4"),
@@ -41,21 +41,21 @@ NEWER_DTYPES = {
 
 @dataclass(frozen=True)
 class Global:
-    """A name in the file, such as `torch.FloatStorage`. Only ever compared with names we know."""
+    """A name in the file, such as `torch.FloatStorage`. It is only compared with known names."""
 
     path: str
 
 
 @dataclass(frozen=True)
 class Opaque:
-    """Stands for the result of calling an unknown Global. Holds nothing but that name."""
+    """Stands for the result of calling an unknown Global, which is never called. Holds only the name."""
 
     path: str
 
 
-@dataclass(eq=False)  # it may hold itself, and a comparison would not end
+@dataclass(eq=False)  # it may contain itself, and then a comparison would not end
 class ScriptModule:
-    """An object of TorchScript: the attributes that the file gives it, parameters and inner modules among others."""
+    """An object of TorchScript, with the attributes in the file: parameters, inner modules and others."""
 
     attributes: dict[Any, Any] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ class ScriptModule:
 class StorageRef:
     """The bytes [start, stop) of the data record `key`, which must be `record_bytes` long.
 
-    The range is the whole record except in files of torch < 0.4, which could save a view of a storage as a storage.
+    The range is the complete record, except in files of torch < 0.4. Those may save a view of a storage as a storage.
     """
 
     key: str
@@ -87,7 +87,7 @@ class TensorRef:
 
 @dataclass
 class PlainPickle:
-    """The decoded tree, every storage it named by key, and how many tensors were cut from each."""
+    """The decoded tree, every storage that it names, by key, and the number of tensors in each storage."""
 
     tree: Any = None
     storages: dict[str, StorageRef] = field(default_factory=dict)
@@ -95,9 +95,9 @@ class PlainPickle:
 
 
 def describe(value: Any) -> str:
-    """A short text for error messages, one line.
+    """Returns a short text for error messages, in one line.
 
-    Containers give only their type: the repr of tuples that share members, ten times each, has no useful end.
+    A container gives only its type. The repr of nested tuples that share members may be endless in practice.
     """
     if isinstance(value, str | bytes):
         return repr(value[:60])

@@ -1,10 +1,10 @@
-"""Attention of one decoding step: the seam that faster kernels go behind.
+"""Attention of one decoding step, in several backends with one interface.
 
 Dimensions: b batch of rows, w positions fed at once, h heads, k head width, p prefix length, t image positions.
 
-Rows of one prompt can share the keys and values of its prefix, which are stored once, without a batch axis; each row
-has its own for the image sampled so far. The backends in PRIVATE_PREFIX have a prefix for each row instead, at the
-beginning of its cache: of any prompt; more to read, and fewer operations.
+Rows of one prompt can share the keys and values of its prefix. These are stored once, without a batch axis. Keys and
+values of the image sampled so far are stored per row. The backends in PRIVATE_PREFIX instead store a prefix per row, at
+the beginning of its cache. Then rows may have different prompts. Such a step reads more and has fewer operations.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ from mindalle_jax.models.quantization import Quantized, quantize
 class KV(NamedTuple):
     """Keys and values of one layer: [h, p, k] for a shared prefix, [b, h, t, k] for the cache of the rows.
 
-    Those of a cache may be Quantized, with a scale for each vector. With a private prefix its positions are the first
-    of t. Some backends have the axes in another order: CACHE_AXES.
+    In a cache they may be Quantized, with one scale per vector. A private prefix has the first of the t positions. Some
+    backends have the axes of a cache in another order: CACHE_AXES.
     """
 
     k: Any
@@ -33,30 +33,31 @@ CACHE_AXES = {"cudnn": "bthk", "xla-lanes": "thkb", "xla-lanes-private": "thkb"}
 """Order of the axes of a cache, by backend; bhtk for every other backend."""
 
 PRIVATE_PREFIX = ("xla-private", "xla-lanes-private", "cudnn")
+"""Backends with a prefix per row."""
 
 
 def default_backend(platform: str) -> str:
-    """The backend for devices of a platform. A TPU computes with rows in its lanes, or copies the whole cache."""
+    """Returns the default backend of a platform. A TPU needs the rows in its lanes, else it copies the cache."""
     return "xla-lanes" if platform == "tpu" else "xla"
 
 
 def private_backend(backend: str) -> str:
-    """The backend with a prefix for each row that goes with one whose prefix is shared."""
+    """Returns the backend with a prefix per row that corresponds to `backend`."""
     if backend in PRIVATE_PREFIX:
         return backend
     return "xla-lanes-private" if backend == "xla-lanes" else "xla-private"
 
 
 def cache_axes(backend: str) -> str:
-    """The axes of keys and values in the cache of a backend, in their order; those of scales are the same without k."""
+    """Returns the order of the axes of keys and values in the cache of a backend. Scales have the same without k."""
     return CACHE_AXES.get(backend, "bhtk")
 
 
 def new_cache(backend: str, batch: int, prefix: KV, given: KV, length: int, *, int8: bool) -> KV:
-    """The cache of a layer for `batch` rows and `length` codes; int8: Quantized.
+    """Returns the cache of a layer for `batch` rows and `length` codes. int8: whether it is Quantized.
 
-    prefix, given: [h, p, k] and [h, m, k], or [b, h, p, k] and [b, h, m, k] with one for each row. The first `length`
-    of given are put at the beginning, behind a private prefix.
+    prefix, given: keys and values of the prompt and of given codes, [h, p, k] and [h, m, k], or per row [b, h, p, k]
+    and [b, h, m, k]. The first `length` of `given` are put at the beginning, after a private prefix.
     """
     axes = cache_axes(backend)
 
@@ -74,7 +75,7 @@ def new_cache(backend: str, batch: int, prefix: KV, given: KV, length: int, *, i
 
 
 def pad_cache(backend: str, cache: KV, length: int) -> KV:
-    """The cache of a layer for `length` positions, zeros at its end; axes before those of cache_axes may lead."""
+    """Pads the cache of a layer with zeros to `length` positions. There may be more axes before those of cache_axes."""
 
     def padded(x: Any, axes: str) -> Any:
         if isinstance(x, Quantized):
@@ -85,21 +86,20 @@ def pad_cache(backend: str, cache: KV, length: int) -> KV:
 
 
 def cache_capacity(backend: str, cache: KV) -> int:
-    """How many positions the cache of a layer holds."""
+    """Returns the number of positions in the cache of a layer."""
     return jax.tree.leaves(cache)[0].shape[cache_axes(backend).index("t") - 4]
 
 
 def decode_attention_xla(
     q: jax.Array, new: KV, prefix: KV, cache: KV, t: jax.Array, *, axes: str = "bhtk"
 ) -> tuple[jax.Array, KV]:
-    """Puts positions t..t+w-1 into the cache; each attends to the prefix and to all positions up to itself.
+    """Writes positions t..t+w-1 into the cache. Each attends to the prefix and to all positions up to itself.
 
-    q and new.k, new.v are [b, w, h, k]; returns ([b, w, h, k], cache). The softmax is in float32. The whole cache is
-    read, and what lies beyond is masked: with w = 1, t = 1 of 4 positions and a prefix of 2 the columns are
+    q, new.k and new.v: [b, w, h, k]. axes: order of the axes of the cache, see CACHE_AXES. Returns ([b, w, h, k],
+    cache). The softmax is in float32. The complete cache is read, and later positions are masked. With w = 1, t = 1 of
+    4 positions and a prefix of 2 the columns are
 
         prefix 0, prefix 1 | position 0, position 1, masked, masked
-
-    axes: of the cache, see CACHE_AXES.
     """
     cache = _put(cache, new, t, axes)
     prefix_length, scale = prefix.k.shape[1], q.shape[-1] ** -0.5
@@ -114,7 +114,7 @@ def decode_attention_xla(
 
 
 def decode_attention_reference(q: jax.Array, new: KV, prefix: KV, cache: KV, t: jax.Array) -> tuple[jax.Array, KV]:
-    """The same by the definition: a copy of the prefix in front of the keys of each row, one plain softmax."""
+    """Computes the same by the definition: copies the prefix before the keys of each row, and takes one softmax."""
     cache = _put(cache, new, t)
 
     def with_prefix(shared: jax.Array, own: Any) -> jax.Array:
@@ -132,15 +132,15 @@ def decode_attention_reference(q: jax.Array, new: KV, prefix: KV, cache: KV, t: 
 
 
 def decode_attention_pallas(q: jax.Array, new: KV, prefix: KV, cache: KV, t: jax.Array) -> tuple[jax.Array, KV]:
-    """The same in one kernel per layer, which reads no further than position t; windows of several go to XLA.
+    """Computes the same with one kernel per layer, which reads only the cache up to position t.
 
-    For NVIDIA GPUs; elsewhere it is interpreted, which is for tests. Triton knows powers of two only: other widths of a
-    head go to XLA as well.
+    It is for NVIDIA GPUs. On other devices it is interpreted, for tests. It passes several positions at once (w > 1) to
+    XLA, and also head widths that are no power of two, which Triton does not have.
     """
     width = q.shape[-1]
     if q.shape[1] > 1 or width & (width - 1):
         return decode_attention_xla(q, new, prefix, cache, t)
-    from mindalle_jax.models import kernels  # not before it is asked for: see there
+    from mindalle_jax.models import kernels  # imported only on request: see that file
 
     new = jax.tree.map(lambda x: x[:, 0], _as_in(cache, new))
     attended, cache = jax.lax.platform_dependent(
@@ -154,9 +154,9 @@ def decode_attention_pallas(q: jax.Array, new: KV, prefix: KV, cache: KV, t: jax
 def decode_attention_private(
     q: jax.Array, new: KV, prefix: KV | int, cache: KV, t: jax.Array, *, axes: str = "bhtk"
 ) -> tuple[jax.Array, KV]:
-    """The same with a private prefix, whose keys and values are the first p of the cache: two products per layer.
+    """Computes the same with a private prefix, the first p positions of the cache, in two matrix products per layer.
 
-    prefix: p, or what it was made from.
+    prefix: p, or the keys and values of the prefix.
     """
     empty = jnp.zeros((q.shape[2], 0, q.shape[3]), q.dtype)
     return decode_attention_xla(q, new, KV(empty, empty), cache, _length(prefix) + t, axes=axes)
@@ -165,9 +165,10 @@ def decode_attention_private(
 def decode_attention_cudnn(
     q: jax.Array, new: KV, prefix: KV | int, cache: KV, t: jax.Array, *, implementation: Any = "cudnn"
 ) -> tuple[jax.Array, KV]:
-    """The same by cuDNN's flash attention, which reads no further than position t; windows are masked instead.
+    """Computes the same with cuDNN's flash attention, which reads only the cache up to position t.
 
-    For NVIDIA GPUs, bfloat16, and a cache that is not quantized; raises RuntimeError where there is no cuDNN.
+    With several positions at once (w > 1) it masks later positions instead. It needs an NVIDIA GPU, bfloat16, and a
+    cache that is not quantized. Raises RuntimeError without cuDNN.
     """
     at, (b, window) = _length(prefix) + t, q.shape[:2]
     cache = _put(cache, new, at, CACHE_AXES["cudnn"])
@@ -193,26 +194,26 @@ def _put(cache: KV, new: KV, t: jax.Array, axes: str = "bhtk") -> KV:
 
 
 def _ordered(x: jax.Array, axes: str, order: str) -> jax.Array:
-    """x with the axes named so, in another order."""
+    """Transposes x, whose axes are named `axes`, to the order `order`."""
     return x.transpose([axes.index(axis) for axis in order])
 
 
 def _pad(x: jax.Array, axis: int, length: int) -> jax.Array:
-    """Zeros at the end of an axis, up to the length."""
+    """Pads an axis with zeros at its end, up to the length."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = 0, length - x.shape[axis]
     return jnp.pad(x, widths)
 
 
 def _as_in(cache: KV, new: KV) -> KV:
-    """New keys and values in the form of those in the cache."""
+    """Quantizes new keys and values if the cache is quantized."""
     return KV(*(quantize(x, x.dtype) for x in new)) if isinstance(cache.k, Quantized) else new
 
 
 def _values(own: Any, q: jax.Array) -> jax.Array:
-    """Keys or values of a cache in the dtype of q, but for the scales of int8."""
+    """Returns the keys or values of a cache in the dtype of q; those of an int8 cache are not scaled."""
     values = own.values if isinstance(own, Quantized) else own
-    # XLA may choose another order of axes for the loop, and on a GPU hold the cache twice to get there and back.
+    # XLA may choose another order of axes for the loop. On a GPU it would then hold the cache twice, to convert it.
     order = Layout(tuple(range(values.ndim)))
     return jax.lax.platform_dependent(
         values, cuda=lambda values: with_layout_constraint(values, order), default=lambda values: values
@@ -220,14 +221,14 @@ def _values(own: Any, q: jax.Array) -> jax.Array:
 
 
 def _scaled(x: jax.Array, own: Any, axes: str = "bhtk") -> jax.Array:
-    """[b, h, w, t] times the scales of the positions t, if there are any."""
+    """Multiplies x [b, h, w, t] by the scales of the positions t, if the cache is quantized."""
     if not isinstance(own, Quantized):
         return x
     return x * _ordered(own.scale, axes.replace("k", ""), "bht")[:, :, None].astype(x.dtype)
 
 
 def _visible(t: jax.Array, window: int, length: int) -> jax.Array:
-    """bool[w, length]: which positions of the image each of the positions fed, t..t+w-1, attends to."""
+    """Returns bool[w, length]: whether each of the positions t..t+w-1 attends to each position of the image."""
     return jnp.arange(length) <= t + jnp.arange(window)[:, None]
 
 

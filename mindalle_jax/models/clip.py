@@ -1,4 +1,4 @@
-"""CLIP: a text tower and an image tower whose features meet in one space.
+"""CLIP: a text tower and an image tower that map to features in one common space.
 
 A pure network: it knows no files and no tokenizer. Modules and parameters carry the names of Hugging Face's FlaxCLIP
 (`text_model/encoder/layers/0/self_attn/q_proj/kernel`), so weights saved by it fit as they are.
@@ -23,7 +23,7 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def normalize_images(images: jax.Array) -> jax.Array:
-    """uint8[..., 3] -> the float32 that the image tower takes."""
+    """Converts images from uint8[..., 3] to the float32 input of the image tower."""
     return (images.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
 
 
@@ -40,7 +40,7 @@ class ClipTextConfig:
     hidden_act: Activation = "quick_gelu"
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 49_407
-    """The feature of a text is taken where this id first stands; 2, as early configs say, means the highest id."""
+    """The feature of a text is taken at the first position of this id. 2, as in early configs, means the highest id."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ClipVisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
-    """Both towers and the space they share."""
+    """Both towers, and the width of their common space."""
 
     text: ClipTextConfig = ClipTextConfig()
     vision: ClipVisionConfig = ClipVisionConfig()
@@ -67,7 +67,7 @@ class ClipConfig:
 
 
 class CLIP(nn.Module):
-    """Features of texts and of images; their cosine says how well they match.
+    """Computes features of texts and of images. Their cosine measures how well they match.
 
     dtype: compute dtype; softmax, LayerNorm statistics and features are float32.
     """
@@ -85,23 +85,23 @@ class CLIP(nn.Module):
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
 
     def __call__(self, ids: jax.Array, pixels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Text features, image features, and the scale of their cosines in the contrastive loss (a scalar)."""
+        """Returns text features, image features, and the scale of their cosines in the contrastive loss (a scalar)."""
         return self.encode_text(ids), self.encode_images(pixels), jnp.exp(self.logit_scale)
 
     def encode_text(self, ids: jax.Array) -> jax.Array:
-        """int32[b, s], s at most max_position_embeddings, each row with an end token -> f32[b, e], not normalized.
+        """Returns f32[b, e], not normalized, of ids int32[b, s]. s is at most max_position_embeddings.
 
-        What stands after the end token has no effect.
+        Each row needs an end token. Tokens after it have no effect.
         """
         return self.text_projection(self.text_model(ids)).astype(jnp.float32)
 
     def encode_images(self, pixels: jax.Array) -> jax.Array:
-        """f32[b, image_size, image_size, 3], normalized by PIXEL_MEAN and PIXEL_STD -> f32[b, e], not normalized."""
+        """Returns f32[b, e], not normalized, of pixels f32[b, image_size, image_size, 3] from normalize_images."""
         return self.visual_projection(self.vision_model(pixels)).astype(jnp.float32)
 
 
 class TextTower(nn.Module):
-    """int32[b, s] -> [b, d] at the end token."""
+    """Maps ids int32[b, s] to the hidden state [b, d] at the end token."""
 
     config: ClipTextConfig
     dtype: Any
@@ -114,19 +114,19 @@ class TextTower(nn.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         x = self.final_layer_norm(self.encoder(self.embeddings(ids)))
         eos = self.config.eos_token_id
-        end = jnp.argmax(ids if eos == 2 else ids == eos, axis=-1)  # the first of the highest
+        end = jnp.argmax(ids if eos == 2 else ids == eos, axis=-1)  # the first position of the highest id
         return x[jnp.arange(x.shape[0]), end]
 
 
 class VisionTower(nn.Module):
-    """[b, y, x, 3] -> [b, d] at the class token."""
+    """Maps pixels [b, y, x, 3] to the hidden state [b, d] at the class token."""
 
     config: ClipVisionConfig
     dtype: Any
 
     def setup(self) -> None:
         self.embeddings = VisionEmbeddings(self.config, self.dtype)
-        self.pre_layrnorm = _layer_norm(self.config, self.dtype)  # spelt so in every published checkpoint
+        self.pre_layrnorm = _layer_norm(self.config, self.dtype)  # every published checkpoint has this spelling
         self.encoder = Encoder(self.config, False, self.dtype)
         self.post_layernorm = _layer_norm(self.config, self.dtype)
 
@@ -150,7 +150,7 @@ class TextEmbeddings(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
-    """The class token, then one token a patch, row by row: [b, y, x, 3] -> [b, 1 + patches, d]."""
+    """The class token, then one token per patch, row by row: [b, y, x, 3] -> [b, 1 + patches, d]."""
 
     config: ClipVisionConfig
     dtype: Any
@@ -185,7 +185,7 @@ class Encoder(nn.Module):
 
 
 class Layers(nn.Module):
-    """The blocks one after the other, named 0, 1, ..."""
+    """The blocks in their order, named 0, 1, ..."""
 
     config: ClipTextConfig | ClipVisionConfig
     causal: bool
@@ -256,5 +256,5 @@ class MLP(nn.Module):
 
 
 def _layer_norm(config: ClipTextConfig | ClipVisionConfig, dtype: Any) -> nn.LayerNorm:
-    # The two-pass variance: E[x^2] - E[x]^2 loses digits that parity needs.
+    # The two-pass variance, because E[x^2] - E[x]^2 loses digits that parity with the original needs.
     return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False)

@@ -1,8 +1,8 @@
-"""A kernel of our own for NVIDIA GPUs, in Pallas for Triton: attention of a step in one launch a layer.
+"""A kernel for NVIDIA GPUs in Pallas for Triton: it computes the attention of a decoding step in one launch per layer.
 
-On a GPU the launches of a decoding step take as long as what it reads (docs/log.md, Programs for an H100). Without a
-GPU it runs under `interpret=True` only, which is how it is tested. JAX calls its Triton backend deprecated since 0.12,
-so nothing depends on it: attention.py has the same in XLA, and imports this only where it is asked for.
+On a GPU the launches of a decoding step take as long as its reads from memory (docs/log.md, Programs for an H100).
+Without a GPU the kernel runs only with `interpret=True`, as in the tests. JAX marks its Triton backend as deprecated
+since 0.12, so nothing depends on this file: attention.py computes the same in XLA, and imports this only on request.
 
 Dimensions: b batch, h heads, p prefix length, t image positions, k head width.
 """
@@ -15,24 +15,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 BLOCK = 64
-"""positions of the cache read at once"""
+"""Number of cache positions that are read at once."""
 
 
 def decode_attention(
     q: jax.Array, new: Any, prefix: Any, cache: Any, t: jax.Array, *, interpret: bool = False
 ) -> tuple[jax.Array, Any]:
-    """Position t: appended to the cache in place, and attention over the prefix and positions 0..t, no more read.
+    """Writes position t into the cache, in place, and computes attention over the prefix and the positions 0..t.
 
-    q [b, h, k]; new, prefix, cache are pairs of keys and values: [b, h, k], [h, p, k], [b, h, t, k]. Of a quantized
-    cache each is (int8 values, scales [b, h, t]), and new likewise. Returns [b, h, k] and the cache. One program for
-    each candidate and head; the softmax is computed as it goes along, in float32: Milakov and Gimelshein, "Online
-    normalizer calculation for softmax", 2018, arXiv:1805.02867.
+    q: [b, h, k]. new, prefix, cache: pairs of keys and values, [b, h, k], [h, p, k] and [b, h, t, k]. In a quantized
+    cache, and then also in `new`, keys and values are pairs of int8 values and scales [b, h, t]. Returns [b, h, k] and
+    the cache. Positions after t are not read. Each candidate and head has one program. The softmax is computed online,
+    in float32: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv:1805.02867.
     """
     b, h, width = q.shape
     leaves, structure = jax.tree.flatten(cache)
     count = len(leaves)  # 2, or 4: values and scales of keys, then of values
     prefix_length = prefix[0].shape[1]
-    padded_length = pl.next_power_of_2(prefix_length)  # Triton has no others
+    padded_length = pl.next_power_of_2(prefix_length)  # Triton has only powers of two
     prefix = [jnp.pad(x, ((0, 0), (0, padded_length - prefix_length), (0, 0))) for x in prefix]
 
     def kernel(t_ref: Any, q_ref: Any, *refs: Any) -> None:
@@ -52,7 +52,7 @@ def decode_attention(
 
         half = count // 2
         latest = [ref[...] for ref in new_refs]
-        # The new position comes first: it is always there, so the largest score is never that of nothing.
+        # The new position comes first. It always exists, so the largest score is never -inf.
         top = jnp.sum(numbers(latest[:half]) * q)
         carry = top, jnp.float32(1.0), numbers(latest[half:])
 

@@ -1,4 +1,4 @@
-"""LPIPS (Zhang et al. 2018, arXiv:1801.03924): how different two images look, by what VGG16 makes of them.
+"""LPIPS (Zhang et al. 2018, arXiv:1801.03924): measures how different two images look, by features of VGG16.
 
 A pure network; interop/lpips.py reads its weights. It is never trained here.
 
@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 
 VGG_BLOCKS = ((64, (0, 2)), (128, (5, 7)), (256, (10, 12, 14)), (512, (17, 19, 21)), (512, (24, 26, 28)))
-"""(channels, numbers of the convolutions in torchvision's `features`); blocks are 2 x 2 max pooled between."""
+"""(channels, numbers of the convolutions in torchvision's `features`) per block, with 2 x 2 max pooling between."""
 PIXEL_SHIFT = (-0.030, -0.088, -0.188)
 PIXEL_SCALE = (0.458, 0.448, 0.450)
-"""VGG16 sees (x - shift) / scale, x in [-1, 1]: ImageNet's mean and deviation, in that range."""
+"""VGG16 sees (x - shift) / scale for x in [-1, 1]. They are ImageNet's mean and deviation in this range."""
 
 
 class LPIPS(nn.Module):
-    """Distance f32[b] of images [b, Y, X, 3] in [-1, 1]: 0 for equal ones.
+    """Computes the distance f32[b] of images [b, Y, X, 3] in [-1, 1]. It is 0 for equal images.
 
-    Features of unit length at each position after each block, their squared differences weighted by channel, averaged
-    over positions, added up over the blocks.
+    After each block the features at each position are scaled to unit length. Their squared differences are weighted by
+    channel, averaged over positions, and added up over the blocks.
     """
 
     @nn.compact

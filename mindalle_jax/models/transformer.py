@@ -1,12 +1,12 @@
 """The transformer over image codes: one trunk for text-to-image (`transformer1d`) and image-only (`igpt`).
 
-A pre-LN GPT over the sequence [prefix; codes]. The prefix is the text (N positions) or, for the image-only model, one
-start vector chosen by class. A pure network: it knows no files and draws nothing.
+It is a pre-LN GPT over the sequence [prefix; codes]. The prefix is the text (N positions). For the image-only model it
+is one start vector, chosen by class. This is a pure network: it reads no files and does not sample.
 
 Dimensions: b batch, s sequence, d model, h heads, k head width, f MLP width, v vocabulary, l layer, p prefix length.
 
-Linear weights are stored [out, in] as in PyTorch: on CPU a decoding step at one candidate is a third faster that way,
-on accelerators it makes no difference, and weights cross between the two formats without a transpose.
+Linear weights are stored [out, in] as in PyTorch. On CPU a decoding step of one candidate is then a third faster; on
+accelerators it makes no difference. Weights also need no transpose between the two formats.
 """
 
 from collections.abc import Callable
@@ -25,17 +25,18 @@ Remat = Literal["none", "dots", "full"]
 class Transformer(nn.Module):
     """Embeddings, blocks and heads.
 
-    stacked: True holds the blocks as one module whose parameters have a leading layer axis (`blocks`): few leaves and
-    quick compilation, for training and for disk. False holds them one by one (`blocks_0`, `blocks_1`, ...), for
-    sampling: slices of stacked weights taken inside a loop are copied at every step. `unstack_blocks` turns the first
-    layout into the second.
+    stacked: True has the blocks as one module whose parameters have a leading layer axis (`blocks`). It has few leaves
+    and compiles quickly; training and files use it. False has separate blocks (`blocks_0`, `blocks_1`, ...). Sampling
+    uses it, because a loop would copy slices of stacked weights in every step. `unstack_blocks` turns the first layout
+    into the second.
 
     dtype: compute dtype; softmax, LayerNorm statistics and logits are float32.
 
-    remat: what the backward pass computes again instead of keeping it (stacked=True): "none"; "dots", all but the
-    results of matrix products with weights; or "full", everything within a block.
-    flash_attention: that of the forward pass by cuDNN, which writes no weights [b, h, s, s]; NVIDIA GPUs, bfloat16.
-    constrain: called on hidden states [b, s, d] during the forward pass, where a sharding can be pinned.
+    remat: the results that the backward pass computes again to save memory (only with stacked=True). "none" keeps all;
+    "dots" keeps only the results of matrix products with weights; "full" keeps nothing within a block.
+    flash_attention: attention of the forward pass by cuDNN, which stores no weights [b, h, s, s]. It needs an NVIDIA
+    GPU and bfloat16.
+    constrain: a function of hidden states [b, s, d] in the forward pass, which can set their sharding.
     """
 
     config: Stage2Config
@@ -44,7 +45,7 @@ class Transformer(nn.Module):
     attention: str = "xla"
     """Backend of decode_attention: a key of attention.DECODE_ATTENTION."""
     int8_cache: bool = False
-    """Keys and values of the image drawn so far are Quantized."""
+    """Whether keys and values of the image sampled so far are Quantized."""
     remat: Remat = "none"
     flash_attention: bool = False
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x
@@ -70,7 +71,7 @@ class Transformer(nn.Module):
             block: Any = Block
             if self.remat != "none":
                 policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
-                # Within a scan nothing can be merged with the first computation anyway.
+                # prevent_cse is not needed: within a scan XLA cannot merge the two computations.
                 block = nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=(2,))
             scanned = nn.scan(
                 block,
@@ -90,18 +91,18 @@ class Transformer(nn.Module):
     def __call__(
         self, prefix_ids: jax.Array, codes: jax.Array, train: bool = False
     ) -> tuple[jax.Array, jax.Array | None]:
-        """The forward pass over a whole sequence, teacher-forced.
+        """Computes the forward pass over a complete sequence (teacher forcing).
 
-        prefix_ids int32[b, p]: text ids, or class labels [b, 1] (zeros when unconditional). codes int32[b, t].
-        Returns the logits of each code given all before it, f32[b, t, v], and those of text ids 1..p-1, f32[b, p-1, v]
-        (None for the image-only model).
-        train: apply the dropout of the config, which needs rngs={"dropout": key} where a rate is not 0.
+        prefix_ids: int32[b, p], text ids, or class labels [b, 1] (zeros without classes). codes: int32[b, t]. train:
+        apply the dropout of the config, which needs rngs={"dropout": key} if a rate is not 0.
+        Returns the logits of each code given all positions before it, f32[b, t, v], and the logits of the text ids
+        1..p-1, f32[b, p-1, v] (None for the image-only model).
         """
         # The last position before a code predicts it, so the last code is not fed:
         # prefix a b, codes x y z:   input  a b x y
         #                            output . x y z   (and b at the first, from the text head)
         last, length = prefix_ids.shape[1] - 1, codes.shape[1]
-        # cuDNN's backward pass takes no odd lengths: there the last code is fed too, which nothing before it sees.
+        # cuDNN's backward pass takes no odd lengths. So the last code is fed too; no earlier position sees it.
         odd = (last + length) % 2 == 1
         inputs = codes if self.flash_attention and odd else codes[:, :-1]
         x = jnp.concatenate(
@@ -115,10 +116,10 @@ class Transformer(nn.Module):
         return self.image_head(x[:, last:]), text_logits
 
     def prefill(self, prefix_ids: jax.Array, codes: jax.Array, t: jax.Array) -> tuple[jax.Array, list[KV], list[KV]]:
-        """Runs the prefix of one prompt, int32[p], and codes int32[m] that are given, of which the first t count.
+        """Runs the prefix of one prompt, int32[p], and given codes int32[m], of which the first t count.
 
-        Returns the logits of code t, f32[v], and for each layer the keys and values of the prefix [h, p, k] and of the
-        codes [h, m, k]; those after t are of no use.
+        Returns the logits of code t, f32[v], and per layer the keys and values of the prefix [h, p, k] and of the codes
+        [h, m, k]. Keys and values from position t on have no meaning.
         """
         x = self.embed_prefix(prefix_ids[None])
         x = jnp.concatenate([x, (self.tok_emb_img(codes) + self.pos_emb_img(jnp.arange(len(codes))))[None]], axis=1)
@@ -134,8 +135,8 @@ class Transformer(nn.Module):
     ) -> tuple[jax.Array, list[KV]]:
         """Feeds codes t..t+w-1 of every row, int32[b, w].
 
-        prefix: keys and values that the rows share, one KV per layer; or, of a private prefix, its length alone.
-        Returns the logits of the codes after each, f32[b, w, v], and the cache with these positions filled.
+        prefix: keys and values that the rows share, one KV per layer; or the length of a private prefix. cache: one KV
+        per layer. Returns the logits after each code, f32[b, w, v], and the cache with these positions filled.
         """
         x = self.tok_emb_img(codes) + self.pos_emb_img(t + jnp.arange(codes.shape[1]))
         filled, shared_by_layer = [], [prefix] * len(cache) if isinstance(prefix, int) else prefix
@@ -146,15 +147,15 @@ class Transformer(nn.Module):
 
     @property
     def prefix_length(self) -> int:
-        """p: text positions, or the one start vector of the image-only model."""
+        """p: the number of text positions, or 1 for the start vector of the image-only model."""
         return 1 if self.config.type == "igpt" else self.config.hparams.ctx_len_txt
 
     def new_cache(
         self, batch: int, length: int | None = None, prefix: list[KV] | None = None, given: list[KV] | None = None
     ) -> list[KV]:
-        """The cache for `length` codes (None: of a whole image) of `batch` rows, one KV per layer.
+        """Returns the cache for `length` codes (None: all codes of an image) of `batch` rows, one KV per layer.
 
-        prefix, given: as prefill gives them; None is an empty one. The first `length` of given are put into it.
+        prefix, given: as prefill returns them; None is empty. The first `length` of `given` are put into the cache.
         """
         h = self.config.hparams
         empty = jnp.zeros((h.n_heads, 0, h.embed_dim // h.n_heads), self.dtype)
@@ -165,17 +166,17 @@ class Transformer(nn.Module):
         ]
 
     def embed_prefix(self, prefix_ids: jax.Array) -> jax.Array:
-        """[b, p] -> [b, p, d]. The start vector of the image-only model has no positional embedding."""
+        """Embeds ids [b, p] -> [b, p, d]. The start vector of the image-only model has no positional embedding."""
         if self.config.type == "igpt":
             return self.sos(prefix_ids)
         return self.tok_emb_txt(prefix_ids) + self.pos_emb_txt(jnp.arange(prefix_ids.shape[1]))
 
     def image_head(self, x: jax.Array) -> jax.Array:
-        """f32[..., v] of final hidden states [..., d]."""
+        """Returns the logits of codes, f32[..., v], from final hidden states [..., d]."""
         return self.head(x) if self.config.type == "igpt" else self.head_img(x)
 
     def _trunk(self, x: jax.Array, train: bool) -> tuple[jax.Array, Any]:
-        """Blocks and ln_f over [b, s, d]; also the layers' keys and values [b, s, h, k] (stacked: [l, b, s, h, k])."""
+        """Applies blocks and ln_f to [b, s, d]; also returns keys, values [b, s, h, k] (stacked: [l, b, s, h, k])."""
         if self.stacked:
             x, kvs = self.blocks(x, train)
         else:
@@ -205,7 +206,7 @@ class Block(nn.Module):
         self.attn_dropout, self.resid_dropout = nn.Dropout(p.attn_pdrop), nn.Dropout(p.resid_pdrop)
 
     def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, KV]:
-        """Causal attention over a whole sequence [b, s, d]; also its keys and values [b, s, h, k]."""
+        """Applies the block to a complete sequence [b, s, d]; also returns its keys and values [b, s, h, k]."""
         q, k, v = self._heads(x)
         if train and self.hparams.attn_pdrop > 0:
             attended = self._attention_with_dropout(q, k, v)
@@ -215,26 +216,26 @@ class Block(nn.Module):
         return self.constrain(self._rest(x, attended, train)), KV(k, v)
 
     def _attention_with_dropout(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """As jax.nn.dot_product_attention, which has no dropout on the weights; materialises them, [b, h, s, t]."""
+        """Computes causal attention with dropout on the weights [b, h, s, t], which jax.nn does not have."""
         scores = jnp.einsum("bshk,bthk->bhst", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         weights = jax.nn.softmax(scores, axis=-1, where=jnp.tri(q.shape[1], dtype=bool))
         weights = self.attn_dropout(weights.astype(q.dtype), deterministic=False)
         return jnp.einsum("bhst,bthk->bshk", weights, v)
 
     def decode(self, x: jax.Array, prefix: KV | int, cache: KV, t: jax.Array) -> tuple[jax.Array, KV]:
-        """Positions t..t+w-1, [b, w, d], against the cache."""
+        """Applies the block to positions t..t+w-1, [b, w, d], with attention to the cache; returns both."""
         q, k, v = self._heads(x)
         attended, cache = DECODE_ATTENTION[self.attention](q, KV(k, v), prefix, cache, t)
         return self._rest(x, attended, train=False), cache
 
     def _heads(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """Queries, keys and values, each [..., h, k]; heads are contiguous runs of the width."""
+        """Returns queries, keys and values, each [..., h, k]. Heads are contiguous parts of the width."""
         y = self.qkv(self.ln1(x))  # [..., 3, d]
         y = y.reshape(*y.shape[:-1], self.hparams.n_heads, -1)
         return tuple(y[..., i, :, :] for i in range(3))
 
     def _rest(self, x: jax.Array, attended: jax.Array, train: bool) -> jax.Array:
-        """The rest of the block after attention: its projection [..., h, k] -> [..., d], and the MLP."""
+        """Applies the rest of the block after attention: the projection [..., h, k] -> [..., d], and the MLP."""
         x = x + self.resid_dropout(self.proj(attended.reshape(x.shape)), deterministic=not train)
         y = self.fc1(self.ln2(x))
         y = y * nn.sigmoid(1.702 * y) if self.hparams.gelu_use_approx else nn.gelu(y, approximate=False)
@@ -248,7 +249,7 @@ class Linear(nn.Module):
     use_bias: bool
     dtype: Any
     out_dtype: Any = None
-    """dtype of the product where it is not `dtype`: logits are float32."""
+    """dtype of the product; None: `dtype`. Logits are float32."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -273,7 +274,7 @@ class Linear(nn.Module):
 
 
 def unstack_blocks(params: dict[str, Any]) -> dict[str, Any]:
-    """Parameters for stacked=True -> those for stacked=False."""
+    """Converts nested parameters for stacked=True to those for stacked=False."""
     layers = {}
     for i in range(jax.tree.leaves(params["blocks"])[0].shape[0]):
         layers[f"blocks_{i}"] = jax.tree.map(lambda a, i=i: a[i], params["blocks"])
@@ -281,5 +282,5 @@ def unstack_blocks(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layer_norm(dtype: Any) -> nn.LayerNorm:
-    # The two-pass variance: E[x^2] - E[x]^2 loses digits that parity needs.
+    # The two-pass variance, because E[x^2] - E[x]^2 loses digits that parity with the original needs.
     return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False)

@@ -23,7 +23,7 @@ class Autoencoded(NamedTuple):
     features: jax.Array
     """[b, y, x, e]: the features before quantization"""
     rows: jax.Array
-    """[b, y, x, e]: the rows of the codebook in its place"""
+    """[b, y, x, e]: the rows of the codebook that replace the features"""
     codes: jax.Array
     """int32[b, y, x]"""
 
@@ -46,22 +46,22 @@ class VQGAN(nn.Module):
         )
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Codes int32[b, y, x] and reconstruction f32[b, Y, X, 3] of images [b, Y, X, 3] in [-1, 1]."""
+        """Returns codes int32[b, y, x] and reconstructions f32[b, Y, X, 3] of images [b, Y, X, 3] in [-1, 1]."""
         codes = self.encode(images)
         return codes, self.decode(codes)
 
     def features(self, images: jax.Array) -> jax.Array:
-        """The features before quantization: f32[b, y, x, e] of images [b, Y, X, 3] in [-1, 1]."""
+        """Returns the features before quantization, f32[b, y, x, e], of images [b, Y, X, 3] in [-1, 1]."""
         return self.quant_conv(self.encoder(images.astype(self.dtype))).astype(jnp.float32)
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """Codes int32[b, y, x] in [0, n): the codebook row nearest to each feature, the lowest id on a tie."""
+        """Returns codes int32[b, y, x] in [0, n) of images: the row nearest to each feature, the lowest id on a tie."""
         return self._nearest(self.features(images))
 
     def decode(self, codes: jax.Array) -> jax.Array:
-        """f32[b, Y, X, 3] (about [-1, 1], not clipped) of codes int32[b, y, x].
+        """Returns images f32[b, Y, X, 3], in about [-1, 1] and not clipped, of codes int32[b, y, x].
 
-        -1 stands for a code that is not known yet, and is shown as the mean of the codebook.
+        -1 stands for a code that is not known yet. It is decoded as the mean of the codebook.
         """
         rows = self.codebook.astype(self.dtype)
         mean = jnp.mean(self.codebook, axis=0).astype(self.dtype)
@@ -69,16 +69,16 @@ class VQGAN(nn.Module):
         return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
 
     def reconstruct(self, z: jax.Array, quantized: jax.Array | bool = True) -> Autoencoded:
-        """Codebook and decoder for training: the gradient passes the codebook as if it were not there.
+        """Applies codebook and decoder for training. Gradients pass the codebook unchanged.
 
-        z: f32[b, y, x, e], features. quantized: bool[]; without, the decoder sees the features themselves.
+        z: f32[b, y, x, e], features. quantized: bool[]; if False the decoder sees the features instead of the rows.
 
-        The decoder sees the rows, so the gradient of the images goes on to the features unchanged (the
-        straight-through estimator, van den Oord et al. 2017, arXiv:1711.00937); the rows get theirs from the losses.
+        The gradient of the images goes from the rows to the features without a change (the straight-through estimator,
+        van den Oord et al. 2017, arXiv:1711.00937). The rows get their gradient from the codebook loss.
         """
         codes = self._nearest(jax.lax.stop_gradient(z))
         rows = jnp.take(self.codebook.astype(jnp.float32), codes, axis=0)
-        # z - stop(z) is 0 exactly: images are those of decode(codes).
+        # z - stop(z) is exactly 0, so the images are those of decode(codes).
         through = jax.lax.stop_gradient(jnp.where(quantized, rows, z)) + (z - jax.lax.stop_gradient(z))
         images = self.decoder(self.post_quant_conv(through.astype(self.dtype))).astype(jnp.float32)
         return Autoencoded(images, z, rows, codes)
@@ -91,7 +91,7 @@ class VQGAN(nn.Module):
 
 
 class Encoder(nn.Module):
-    """[b, Y, X, 3] -> [b, y, x, z_channels]; each level but the last halves the resolution."""
+    """Encodes [b, Y, X, 3] -> [b, y, x, z_channels]. Each level but the last halves the resolution."""
 
     hparams: Stage1Hparams
     dtype: Any
@@ -120,7 +120,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[b, y, x, z_channels] -> [b, Y, X, 3]; levels are numbered as in the encoder, so level 0 is the finest."""
+    """Decodes [b, y, x, z_channels] -> [b, Y, X, 3]. Levels are numbered as in the encoder: level 0 is the finest."""
 
     hparams: Stage1Hparams
     dtype: Any
@@ -141,14 +141,14 @@ class Decoder(nn.Module):
                 if resolution in p.attn_resolutions:
                     h = AttnBlock(p, dtype, name=f"up_{level}_attn_{j}")(h)
             if level > 0:
-                h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)  # nearest neighbour
+                h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)  # nearest neighbor
                 h = _conv(h.shape[-1], 3, dtype, f"up_{level}_upsample_conv")(h)
                 resolution *= 2
         return _conv(p.out_ch, 3, dtype, "conv_out")(nn.swish(_norm(p, dtype, "norm_out")(h)))
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(dropout(swish(norm(conv(swish(norm(x))))))), through a 1x1 convolution where the width changes."""
+    """x + conv(dropout(swish(norm(conv(swish(norm(x))))))). If the width changes, x passes a 1x1 convolution."""
 
     features: int
     hparams: Stage1Hparams
@@ -187,5 +187,5 @@ def _conv(features: int, size: int, dtype: Any, name: str | None = None) -> nn.C
 
 
 def _norm(hparams: Stage1Hparams, dtype: Any, name: str) -> nn.GroupNorm:
-    # The two-pass variance: E[x^2] - E[x]^2 loses digits that parity needs.
+    # The two-pass variance, because E[x^2] - E[x]^2 loses digits that parity with the original needs.
     return nn.GroupNorm(hparams.num_groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)

@@ -1,4 +1,4 @@
-"""Resizing images as CLIP's preprocessing does: Pillow's bicubic, bit for bit, on the host or on the device.
+"""Resizes images as CLIP's preprocessing does: with Pillow's bicubic filter, bit for bit, on the host or the device.
 
 Dimensions: b batch, y height, x width.
 """
@@ -13,10 +13,10 @@ PRECISION_BITS = 32 - 8 - 2
 
 
 def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8[y, x, 3] -> uint8[size, size, 3] by Pillow: see ClipRanker.encode_images.
+    """Resizes and crops an image with Pillow, uint8[y, x, 3] -> uint8[size, size, 3]; see ClipRanker.encode_images.
 
-    Size 4: 6 x 13 pixels become 4 x int(4 * 13 / 6) = 4 x 8, of which columns 2 to 5 stay; of 7 columns, (7 - 4) / 2 =
-    1.5 is rounded to 2 (to the even number, as Python does), and columns 2 to 5 stay.
+    Example for size 4: 6 x 13 pixels become 4 x int(4 * 13 / 6) = 4 x 8, and columns 2 to 5 are kept. Of 7 columns also
+    2 to 5 are kept, because (7 - 4) / 2 = 1.5 is rounded to the even number 2, as Python does.
     """
     y, x = (int(size * side / min(image.shape[:2])) for side in image.shape[:2])
     top, left = int(round((y - size) / 2)), int(round((x - size) / 2))
@@ -25,9 +25,9 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def resize_square(images: jax.Array, size: int) -> jax.Array:
-    """uint8[b, s, s, 3] -> uint8[b, size, size, 3]: bit by bit Pillow's `Image.resize`, bicubic with antialiasing.
+    """Resizes images, uint8[b, s, s, 3] -> uint8[b, size, size, 3]. The bits are those of Pillow's bicubic filter.
 
-    Horizontally, then vertically, each rounded to uint8; Pillow's Resample.c.
+    It resizes horizontally, then vertically, and rounds to uint8 each time, as in Pillow's Resample.c.
     """
     if images.shape[1] == size:
         return images
@@ -37,16 +37,16 @@ def resize_square(images: jax.Array, size: int) -> jax.Array:
 
 
 def resampling_taps(in_size: int, out_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which pixels of a line make a pixel of the resized line: first int[out_size], weights int32[out_size, taps].
+    """Returns the weights that resize a line of pixels: first int[out_size], and weights int32[out_size, taps].
 
-    Output i is the sum over t of weights[i, t] * input[first[i] + t], in units of 2**-22; weights beyond the line are
-    0. The cubic with a = -0.5 (Keys, "Cubic Convolution Interpolation for Digital Image Processing", 1981), as wide as
-    the step between outputs where that is over 1, in float64 and rounded, as precompute_coeffs and
-    normalize_coeffs_8bpc of Pillow do.
+    Output i is the sum over t of weights[i, t] * input[first[i] + t], in units of 2**-22. Weights beyond the line are
+    0. The filter is the cubic with a = -0.5 (Keys, "Cubic Convolution Interpolation for Digital Image Processing",
+    1981). If the step between outputs is over 1 pixel, the filter is stretched by it. Weights are computed in float64
+    and rounded, as in precompute_coeffs and normalize_coeffs_8bpc of Pillow.
 
-    4 -> 2: the centres of the outputs are 1 and 3, those of the inputs .5, 1.5, 2.5 and 3.5, and the cubic is twice as
-    wide. Output 0 is .459, .459, .120 and -.037 of the inputs, which is the cubic at .25, .25, .75 and 1.25 divided by
-    its sum.
+    Example 4 -> 2: the centers of the outputs are 1 and 3, the centers of the inputs .5, 1.5, 2.5 and 3.5, and the
+    cubic is stretched by 2. Output 0 is the sum of .459, .459, .120 and -.037 of the inputs. These are the values of
+    the cubic at .25, .25, .75 and 1.25, divided by their sum.
     """
     step = in_size / out_size
     stretch = max(step, 1.0)
@@ -63,13 +63,13 @@ def resampling_taps(in_size: int, out_size: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _resample_columns(images: jax.Array, first: np.ndarray, weights: np.ndarray) -> jax.Array:
-    """uint8[b, y, x, 3] -> uint8[b, y, out, 3], of taps from resampling_taps.
+    """Resizes the columns, uint8[b, y, x, 3] -> uint8[b, y, out, 3], with the result of resampling_taps.
 
-    int32 is enough: the weights of an output sum to 2**22, their absolute values to at most 1.3 times that (the lobes
-    of the cubic are small), and 255 * 1.3 * 2**22 + 2**21 = 1.4e9 is below 2**31.
+    int32 is enough. The weights of an output add up to 2**22, and their absolute values to at most 1.3 * 2**22, because
+    the negative lobes of the cubic are small. 255 * 1.3 * 2**22 + 2**21 = 1.4e9 is below 2**31.
     """
     total = jnp.int32(1 << (PRECISION_BITS - 1))  # a half, so that the shift rounds
     for tap, weight in enumerate(weights.T):
-        column = jnp.take(images, first + tap, axis=2, mode="clip")  # where it is clipped the weight is 0
+        column = jnp.take(images, first + tap, axis=2, mode="clip")  # clipped indices have the weight 0
         total += column.astype(jnp.int32) * weight[:, None]
     return jnp.clip(total >> PRECISION_BITS, 0, 255).astype(jnp.uint8)

@@ -1,4 +1,4 @@
-"""Where a network runs and how precisely, and how our work is kept apart from the settings of the process."""
+"""Chooses devices and precision, and protects our work from the JAX settings of the process."""
 
 import contextlib
 import os
@@ -26,28 +26,28 @@ _set_here: set[str] = set()
 
 
 def prepare_process() -> None:
-    """Sets what JAX knows for the whole process only, each where nobody has set it, and looks for devices.
+    """Sets JAX options of the complete process, unless somebody has set them, and initializes the devices.
 
-    - jax_num_cpu_devices = CPU_DEVICES, unless the option, JAX_NUM_CPU_DEVICES or XLA_FLAGS says how many, or JAX has
-      looked for devices already.
+    - jax_num_cpu_devices = CPU_DEVICES, unless the option, JAX_NUM_CPU_DEVICES or XLA_FLAGS sets the number, or JAX has
+      initialized its devices already.
     - jax_compilation_cache_dir = a folder in our cache, and jax_persistent_cache_min_compile_time_secs = 0, unless the
-      option or JAX_COMPILATION_CACHE_DIR says where compiled programs are kept, or that they are not.
+      option or JAX_COMPILATION_CACHE_DIR names a folder for compiled programs or turns their cache off.
 
-    Everything that loads a model or trains one calls it first. Raises UsageError if JAX finds no device.
+    Every function that loads or trains a model calls it first. Raises UsageError if JAX finds no device.
     """
     if jax.config.values["jax_num_cpu_devices"] < 0 and "xla_force_host_platform_device_count" not in os.environ.get(
         "XLA_FLAGS", ""
     ):
-        with contextlib.suppress(RuntimeError):  # JAX has looked already
+        with contextlib.suppress(RuntimeError):  # JAX has initialized its devices already
             jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
             _set_here.add("jax_num_cpu_devices")
     if jax.config.values["jax_compilation_cache_dir"] is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
-        # A small model has many programs that compile in less than the second below which JAX keeps none.
+        # By default JAX keeps only programs that take over a second to compile. Those of small models take less.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # an assertion where a plugin is not installed
+    except (RuntimeError, AssertionError) as error:  # an assertion if a plugin is not installed
         platforms = jax.config.values["jax_platforms"]
         said = f"JAX_PLATFORMS={platforms}: " if platforms else ""
         remedy = "unset it, or set it to cpu" if platforms else "set JAX_PLATFORMS=cpu to do without it"
@@ -57,10 +57,11 @@ def prepare_process() -> None:
 
 @contextlib.contextmanager
 def pinned(dtype: Any = None) -> Iterator[None]:
-    """Around our work with arrays: it is the same whatever the process has set for its own.
+    """Sets JAX options within the block, so that our results do not depend on the options of the process.
 
-    dtype: float32 multiplies in float32; GPUs and TPUs would otherwise multiply in fewer bits. Options that only report
-    (jax_log_compiles, jax_check_tracer_leaks) stay as they are. Not to be held across a `yield`: see pinned_steps.
+    dtype: compute dtype; None and float32 multiply in float32, where GPUs and TPUs would otherwise use fewer bits.
+    Options that only report (jax_log_compiles, jax_check_tracer_leaks) are not changed. The block must not contain a
+    `yield`: see pinned_steps.
     """
     with contextlib.ExitStack() as stack:
         for option in (
@@ -69,7 +70,7 @@ def pinned(dtype: Any = None) -> Iterator[None]:
             jax.numpy_dtype_promotion("standard"),
             jax.transfer_guard("allow"),
             jax.disable_jit(False),
-            jax.debug_nans(False),  # what is not finite is our own error, with its place
+            jax.debug_nans(False),  # we report numbers that are not finite ourselves, with their position
             jax.debug_infs(False),
             jax.debug_key_reuse(False),
             jax.threefry_partitionable(True),
@@ -80,7 +81,7 @@ def pinned(dtype: Any = None) -> Iterator[None]:
 
 
 def pinned_steps(items: Iterator[Item], dtype: Any = None) -> Iterator[Item]:
-    """The same items, each made within `pinned`; between them the caller has its own settings."""
+    """Yields the same items. Each is made within `pinned`, and between them the caller has its own options."""
     end = object()
     while True:
         with pinned(dtype):
@@ -91,10 +92,10 @@ def pinned_steps(items: Iterator[Item], dtype: Any = None) -> Iterator[Item]:
 
 
 def choose_devices(mesh: Mesh | None, dtype: DType | None, *, small: bool = False) -> tuple[Mesh, DType]:
-    """The mesh and the compute dtype: by default the first device, float32 on CPU and bfloat16 elsewhere.
+    """Returns the mesh and the compute dtype. By default they are the first device, with float32 on CPU, else bfloat16.
 
-    small: whether the network is small; on CPU it takes all devices, see CPU_DEVICES.
-    Raises UsageError for a mesh with other axes than "data", for another dtype, and as prepare_process.
+    small: whether the network is small; then the default on CPU is all devices, see CPU_DEVICES. Raises UsageError for
+    a mesh with other axes than "data", for another dtype, and as prepare_process.
     """
     if mesh is not None and (not isinstance(mesh, Mesh) or mesh.axis_names != ("data",)):
         raise UsageError(f"mesh must have the one axis 'data', not {getattr(mesh, 'axis_names', mesh)}")
@@ -106,14 +107,14 @@ def choose_devices(mesh: Mesh | None, dtype: DType | None, *, small: bool = Fals
         devices = devices[: CPU_DEVICES if small and devices[0].platform == "cpu" else 1]
     else:
         devices = mesh.devices
-    # Mesh and not make_mesh, whose axes are of the explicit kind by default.
+    # Mesh, because the axes of jax.make_mesh are explicit by default.
     mesh = Mesh(np.array(devices), ("data",))
-    # XLA on CPU has fast float32 matrix products only.
+    # On CPU only float32 matrix products are fast.
     return mesh, dtype or ("float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
 
 
 def first_devices(mesh: Mesh, count: int, replicated: Any) -> tuple[Mesh, Any]:
-    """The mesh of the first `count` devices, and arrays that are replicated over the mesh as they lie there."""
+    """Returns the mesh of the first `count` devices, and replicated arrays restricted to it, without a copy."""
     if count == mesh.size:
         return mesh, replicated
     devices = mesh.devices.flat[:count]
@@ -128,9 +129,9 @@ def first_devices(mesh: Mesh, count: int, replicated: Any) -> tuple[Mesh, Any]:
 
 
 def training_devices() -> list[Any]:
-    """The devices of a training run: all that a person gave JAX.
+    """Returns the devices of a training run: all devices that the user gave JAX.
 
-    Of CPU devices that prepare_process made it is the first, so that a run is the same with and without them.
+    Of virtual CPU devices that prepare_process made it returns only the first, so that they do not change a run.
     """
     prepare_process()
     devices = jax.devices()
@@ -138,13 +139,13 @@ def training_devices() -> list[Any]:
 
 
 def matmul_precision(dtype: Any) -> Any:
-    """A context in which float32 means float32: GPUs and TPUs would otherwise multiply in fewer bits."""
+    """Returns a context in which float32 is multiplied in float32; GPUs and TPUs would otherwise use fewer bits."""
     return jax.default_matmul_precision("highest" if jnp.dtype(dtype) == jnp.float32 else "default")
 
 
 @contextlib.contextmanager
 def device_memory(message: str) -> Iterator[None]:
-    """Turns XLA's lack of memory into a DeviceMemoryError with the message."""
+    """Turns XLA's error for too little memory, in the block, into a DeviceMemoryError with this message."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -154,11 +155,11 @@ def device_memory(message: str) -> Iterator[None]:
 
 
 def join_processes() -> None:
-    """Makes this process one of several that train together; before any other use of a device.
+    """Makes this process one of several that train together. It must run before any other use of a device.
 
-    JAX_COORDINATOR_ADDRESS (HOST:PORT of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment
-    say which; what is not there JAX finds out from Slurm, Open MPI, Kubernetes or a TPU pod.
-    Raises UsageError where that does not say, or another process cannot be reached.
+    The environment has JAX_COORDINATOR_ADDRESS (HOST:PORT of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    If one is absent, JAX takes it from Slurm, Open MPI, Kubernetes or a TPU pod. Raises UsageError if one is not known,
+    or another process cannot be reached.
     """
     count, index = _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
     try:
@@ -171,7 +172,7 @@ def join_processes() -> None:
 
 
 def _number(name: str) -> int | None:
-    """A number from the environment. Raises UsageError for what is none."""
+    """Returns a number from the environment, or None. Raises UsageError if the text is no number."""
     text = os.environ.get(name)
     if text is not None and not text.isdecimal():
         raise UsageError(f"{name} must be a number, not {text!r}")

@@ -1,8 +1,8 @@
-"""How parameters and batches are spread over devices: one table of logical axes, and one rule a strategy.
+"""How parameters and batches are sharded over devices: one table of logical axes, and one rule per strategy.
 
-A mesh has the axes data, fsdp and tensor, any of them 1. Batches are split over data and fsdp. What a strategy splits
-a parameter over follows from the names of the parameter's axes: the first of its names that a mesh axis takes, and
-whose size the axis divides, is split.
+A mesh has the axes data, fsdp and tensor, each of size 1 or more. Batches are split over data and fsdp. A strategy
+splits a parameter by the names of its axes. A rule lists the names that a mesh axis takes. The first of these names
+that the parameter has, with a size that the mesh axis divides, is split.
 
     strategy       mesh of 8      blocks/fc1/weight [layer, mlp, embed]
     replicated     8, 1, 1        on every device
@@ -29,7 +29,7 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 """The mesh axes that split a batch."""
 
-# Pattern of the path in the layout of training -> names of its axes. `heads` is the width of all heads together.
+# Pattern of a path in the layout of training -> names of the axes. `heads` is the width of all heads together.
 LOGICAL_AXES = [
     (r"(tok_emb_img|tok_emb_txt)/embedding", ("vocab", "embed")),
     (r"(pos_emb_img|pos_emb_txt)/embedding", ("position", "embed")),
@@ -59,10 +59,10 @@ RULES: dict[Strategy, dict[str, tuple[str, ...]]] = {
 
 
 def make_mesh(strategy: Strategy, shape: Mapping[str, int], devices: list[Any] | None = None) -> Mesh:
-    """The mesh of a strategy over all devices, or those given.
+    """Returns the mesh of a strategy over `devices`, by default all devices.
 
-    shape: sizes of some of the axes; the axis that the strategy is named after (data for replicated, fsdp for
-    fsdp+tensor) takes what is left. Raises ConfigError where the sizes do not fit the number of devices.
+    shape: sizes of some mesh axes. The axis with the name of the strategy (data for replicated, fsdp for fsdp+tensor)
+    takes the devices that are left. Raises ConfigError if the sizes do not fit the number of devices.
     """
     devices = training_devices() if devices is None else devices
     rest = {"replicated": "data", "tensor": "tensor"}.get(strategy, "fsdp")
@@ -75,13 +75,13 @@ def make_mesh(strategy: Strategy, shape: Mapping[str, int], devices: list[Any] |
         raise ConfigError(f"sharding: {given} is not {len(devices)}, the number of devices")
     for axis in ("fsdp", "tensor"):
         if sizes[axis] > 1 and axis not in RULES[strategy]:
-            raise ConfigError(f"sharding: strategy {strategy!r} splits nothing over {axis}; give its size to another")
-    # Mesh and not make_mesh, whose axes are of the explicit kind by default.
+            raise ConfigError(f"sharding: strategy {strategy!r} splits nothing over {axis}; use another axis")
+    # Mesh, because the axes of jax.make_mesh are explicit by default.
     return Mesh(np.array(devices).reshape([sizes[axis] for axis in AXES]), AXES)
 
 
 def logical_axes(path: str) -> tuple[str, ...]:
-    """Names of the axes of a parameter by its path; adapters of LoRA are on every device and have none."""
+    """Returns the names of a parameter's axes by its path. LoRA adapters have none: they are on every device."""
     if "/lora_" in path:
         return ()
     hits = [axes for pattern, axes in LOGICAL_AXES if re.fullmatch(pattern, path)]
@@ -91,7 +91,7 @@ def logical_axes(path: str) -> tuple[str, ...]:
 
 
 def param_spec(path: str, shape: tuple[int, ...], strategy: Strategy, mesh: Mesh) -> PartitionSpec:
-    """How a parameter is split."""
+    """Returns how a strategy splits a parameter of this path and shape over the mesh."""
     names = logical_axes(path)
     spec: list[str | None] = [None] * len(names)
     for axis, wanted in RULES[strategy].items():
@@ -107,20 +107,20 @@ def param_spec(path: str, shape: tuple[int, ...], strategy: Strategy, mesh: Mesh
 
 
 def param_shardings(shapes: Mapping[str, tuple[int, ...]], strategy: Strategy, mesh: Mesh) -> dict[str, NamedSharding]:
-    """A sharding for every parameter by its path."""
+    """Returns the sharding of every parameter by its path."""
     return {path: NamedSharding(mesh, param_spec(path, shape, strategy, mesh)) for path, shape in shapes.items()}
 
 
 def batch_devices(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
+    """Returns the number of parts into which the mesh splits a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitByBatch:
-    """Pins hidden states [b, ...] to be split by batch alone.
+    """Forces hidden states [b, ...] to be split by batch only.
 
-    Without it XLA may split the width instead, as the parameters are, and then adds partial products up for each layer.
+    Without it XLA may split their width, as that of the parameters. Then it must add up partial products in each layer.
     """
 
     mesh: Mesh

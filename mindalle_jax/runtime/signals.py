@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop, so that what is done is kept."""
+"""Turns Ctrl-C and SIGTERM into a request to stop, so that finished work is kept."""
 
 import contextlib
 import os
@@ -11,15 +11,18 @@ from typing import Any
 
 
 class StopFlag:
-    """Is yielded by the functions below."""
+    """The flag that the functions below yield."""
 
     requested = False
-    """Whether a signal has come: then finish the step, or the row of codes, save and leave."""
+    """True after a signal. The caller then finishes the step or the row of codes, saves, and stops."""
 
 
 @contextlib.contextmanager
 def note_interrupts() -> Iterator[StopFlag]:
-    """Ctrl-C raises KeyboardInterrupt as ever, and sets a flag, since JAX calls Python where an exception gets lost."""
+    """Within the block Ctrl-C raises KeyboardInterrupt as usual, and also sets a flag.
+
+    The flag is needed because JAX calls Python code from places where an exception is lost.
+    """
     flag, before, hook = StopFlag(), signal.getsignal(signal.SIGINT) or signal.SIG_DFL, sys.unraisablehook
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -44,11 +47,11 @@ def note_interrupts() -> Iterator[StopFlag]:
 
 @contextlib.contextmanager
 def stop_on_signals(told: str) -> Iterator[StopFlag]:
-    """The first SIGTERM or SIGINT in the block sets a flag; the second one acts as it would without the block.
+    """Within the block the first SIGTERM or SIGINT sets a flag. The second one acts as it would without the block.
 
-    told: one line for stderr when the first one comes, since what stops takes its time.
-    For the main thread, and after jax.distributed.initialize, whose own handler of SIGTERM it replaces. Several
-    processes must agree on the step to stop at: a signal reaches them at different ones.
+    told: one line for stderr at the first signal, because the work may take a while to stop.
+    Use it in the main thread, and after jax.distributed.initialize, whose handler of SIGTERM it replaces. Several
+    processes must agree on the step after which they stop, because a signal reaches them at different steps.
     """
     flag = StopFlag()
     # getsignal is None for a handler that was not installed from Python, and cannot be put back.
@@ -61,7 +64,7 @@ def stop_on_signals(told: str) -> Iterator[StopFlag]:
     def stop(number: int, frame: FrameType | None) -> None:
         flag.requested = True
         with contextlib.suppress(OSError):  # stderr may be closed
-            os.write(2, f"\n{told}\n".encode())  # print may be in the middle of a line of its own
+            os.write(2, f"\n{told}\n".encode())  # not print: the signal may have interrupted one
         put_back()
 
     try:

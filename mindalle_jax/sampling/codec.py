@@ -1,6 +1,6 @@
 """Images <-> codes: the VQGAN with its weights on the devices.
 
-Images are channels last; a model knows one image size, h x w codes or H x W pixels.
+Images are channels last. A model has one image size: h x w codes, or H x W pixels.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,21 +21,22 @@ from mindalle_jax.runtime.devices import DType, choose_devices, first_devices, p
 from mindalle_jax.sampling.options import as_array, check_ids, check_image, check_keep_rows, check_pixels
 
 DECODER = ("codebook", "post_quant_conv", "decoder")
-"""Parameters that decoding reads: jax 0.11.2 crashes on an input of shard_map that is not used."""
+"""Parameters that decoding reads. No others may enter shard_map: jax 0.11.2 crashes on an input that is not used."""
 
 
 class ImageCodec:
-    """Encodes and decodes in chunks of one compiled size: results do not depend on how many images there are."""
+    """Encodes and decodes in chunks of one compiled size, so results do not depend on the number of images."""
 
     def __init__(
         self, config: Stage1Config, params: dict[str, Any], *, dtype: DType | None = None, mesh: Mesh | None = None
     ):
-        """params: of the VQGAN, nested, float32, NumPy or JAX arrays. dtype: compute dtype of the decoder.
+        """Places the parameters on every device of the mesh.
 
-        dtype, mesh: see Dalle.from_pretrained.
+        params: parameters of the VQGAN, nested, float32, NumPy or JAX arrays. dtype: compute dtype of the decoder.
+        For the defaults of dtype and mesh see Dalle.from_pretrained.
         """
         self.mesh, dtype = choose_devices(mesh, dtype)
-        # Codes are computed in float32 whatever the dtype: stage 1 is small.
+        # Codes are always computed in float32: stage 1 is small.
         self.encoder, self.decoder = VQGAN(config), VQGAN(config, dtype=jnp.dtype(dtype))
         with pinned():
             self.params = jax.device_put(params, NamedSharding(self.mesh, P()))
@@ -43,13 +44,13 @@ class ImageCodec:
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         self.decode_rows = self.mesh.size * (1 if on_cpu else 16)
         self.decode_ahead = not on_cpu
-        """Whether images are decoded while others are sampled. On CPU both want the same cores, and more memory."""
+        """Whether images are decoded while others are sampled. Not on CPU, where both need the same cores."""
 
     def encode(self, images: Any, *, batch_size: int = 1) -> np.ndarray:
-        """Codes int32[n, h, w] of images; see Dalle.encode_images.
+        """Returns codes int32[n, h, w] of images, in the formats of Dalle.encode_images.
 
-        batch_size: images per compiled call. More is faster on an accelerator; where two codes are equally near but for
-        rounding, another may win. Raises UsageError for images of another shape, size or range.
+        batch_size: images per compiled call. More is faster on an accelerator. It changes rounding, so another code may
+        be chosen where two are equally near. Raises UsageError for images of another shape, size or range.
         """
         if isinstance(images, Image.Image):
             images = [images]
@@ -72,7 +73,10 @@ class ImageCodec:
             return np.concatenate([np.asarray(chunk) for chunk in chunks])[: len(images)]
 
     def encode_rows(self, image: Any, keep_rows: int) -> np.ndarray:
-        """Codes int32[m] of the first rows of one image, or of its codes; see Dalle.prompt_codes. Raises UsageError."""
+        """Returns codes int32[m] of the first `keep_rows` rows of one image, given as pixels or as codes.
+
+        See Dalle.prompt_codes. Raises UsageError for an image or a keep_rows that the model does not take.
+        """
         keep_rows = check_keep_rows(keep_rows, self.encoder.config)
         if not isinstance(image, Image.Image):
             image = as_array(image, "the image, or its codes")
@@ -87,28 +91,31 @@ class ImageCodec:
         return codes[0, :keep_rows].reshape(-1)
 
     def decode(self, codes: np.ndarray) -> Iterator[np.ndarray]:
-        """Images uint8[m, H, W, 3] of checked codes int32[n, h, w], chunk by chunk; -1 is a code not sampled yet.
+        """Yields images uint8[m, H, W, 3] of checked codes int32[n, h, w], chunk by chunk.
 
-        Truncated, not rounded, as the original does before it saves or ranks.
+        -1 is a code not sampled yet. Pixels are truncated, not rounded, as the original does before it saves or ranks.
         """
         return pinned_steps(_fetch((_to_uint8(x), count) for x, count in self._decode(codes)), self.decoder.dtype)
 
     def start_decode(self, codes: np.ndarray) -> jax.Array:
-        """Dispatches decoding of `decode_rows` images, and does not wait: uint8[n, H, W, 3] on the devices."""
+        """Starts to decode `decode_rows` images and does not wait. Returns uint8[n, H, W, 3] on the devices."""
         with pinned(self.decoder.dtype):
             ((images, _),) = self._decode(codes)
             return _to_uint8(images)
 
     def decode_floats(self, codes: np.ndarray) -> Iterator[np.ndarray]:
-        """As decode, f32[m, H, W, 3] in [0, 1]."""
+        """Yields images f32[m, H, W, 3] in [0, 1]; else as `decode`."""
         return pinned_steps(_fetch(self._decode(codes)), self.decoder.dtype)
 
     def check_codes(self, codes: Any) -> np.ndarray:
-        """Codes int32[n, h, w] from [n, h, w] or [n, h * w], or one image's; raises UsageError for anything else."""
+        """Returns codes int32[n, h, w], given as [n, h, w], [n, h * w], or as those of one image, [h, w] or [h * w].
+
+        Raises UsageError for other shapes and for codes out of range.
+        """
         side = self.side
         shapes = f"codes must be [n, {side}, {side}] or [n, {side * side}]"
         codes = as_array(codes, shapes)
-        if codes.shape in ((side, side), (side * side,)):  # of one image
+        if codes.shape in ((side, side), (side * side,)):  # the codes of one image
             codes = codes[None]
         if codes.ndim not in (2, 3) or len(codes) == 0 or codes.shape[1:] not in ((side, side), (side * side,)):
             raise UsageError(f"{shapes}, not {list(codes.shape)}")
@@ -116,7 +123,7 @@ class ImageCodec:
         return codes.reshape(-1, side, side).astype(np.int32)
 
     def _decode(self, codes: np.ndarray) -> Iterator[tuple[jax.Array, int]]:
-        """Chunks f32[rows, H, W, 3] on the devices, and how many of their images count."""
+        """Yields chunks f32[rows, H, W, 3] on the devices, with the number of images in them that count."""
         by_row = NamedSharding(self.mesh, P("data"))
         for first in range(0, len(codes), self.decode_rows):
             chunk = codes[first : first + self.decode_rows]
@@ -125,12 +132,12 @@ class ImageCodec:
 
 
 def _filled(chunk: np.ndarray, rows: int) -> np.ndarray:
-    """The chunk with its first row repeated up to `rows`."""
+    """Pads a chunk to `rows` rows with copies of its first row."""
     return np.concatenate([chunk, np.repeat(chunk[:1], rows - len(chunk), axis=0)])
 
 
 def _fetch(chunks: Iterable[tuple[jax.Array, int]]) -> Iterator[np.ndarray]:
-    """The images that count of each chunk, fetched while the next one is computed."""
+    """Yields the images of each chunk that count. A chunk is fetched while the next one is computed."""
     waiting = None
     for chunk in chunks:
         if waiting is not None:
@@ -142,13 +149,13 @@ def _fetch(chunks: Iterable[tuple[jax.Array, int]]) -> Iterator[np.ndarray]:
 
 @partial(jax.jit, static_argnames="model")
 def encode_pixels(model: VQGAN, params: dict[str, Any], images: jax.Array) -> Any:
-    """Codes int32[n, h, w] of images f32[n, H, W, 3] in [-1, 1]."""
+    """Returns codes int32[n, h, w] of images f32[n, H, W, 3] in [-1, 1]."""
     return model.apply({"params": params}, images, method="encode")
 
 
 @partial(jax.jit, static_argnames=("model", "mesh"))
 def decode_images(model: VQGAN, mesh: Mesh, params: dict[str, Any], codes: jax.Array) -> jax.Array:
-    """f32[n, H, W, 3] in [0, 1] of codes int32[n, h, w], each device its share."""
+    """Returns images f32[n, H, W, 3] in [0, 1] of codes int32[n, h, w]. Each device decodes its share."""
     params = {name: params[name] for name in DECODER}
     sharded = jax.shard_map(
         partial(_decode_pixels, model), mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False

@@ -1,19 +1,20 @@
-"""Sampling on the device: prefill, then one compiled loop for each row of codes.
+"""Sampling on the device: prefill, then one compiled loop per row of codes.
 
     prefix = prefill(...)                                # the prompts
     state = start_decode(...)                            # an empty cache, the logits of the first code
-    state, codes = sample_row(...)                       # as often as an image has rows of codes
+    state, codes = sample_row(...)                       # once per row of codes in an image
 
-An image is a function of (seed, candidate number, prompt, settings, mode) and the compiled batch size alone. The noise
-of candidate i at position t has the key fold_in(fold_in(key(seed), i), t). Every row of a batch is independent. The
-prefix is shared (all rows have one prompt, whose keys and values are read once) or private (one for each row, at the
-beginning of its cache): the caller's choice, and the same program text.
+An image depends only on (seed, candidate number, prompt, settings, mode) and on the compiled batch size. The noise of
+candidate i at position t has the key fold_in(fold_in(key(seed), i), t). Every row of a batch is independent.
 
-With classifier-free guidance every row is fed twice, after its prompt and after a blank one, and arrays of the loop
-have a leading axis of 2 for them.
+The caller chooses one of two kinds of prefix; the code of a step is the same. A shared prefix is one prompt of all
+rows, whose keys and values are read once. A private prefix belongs to one row, and is at the beginning of its cache.
 
-Dimensions: b rows of one compiled call, v vocabulary, t image positions, p prefix length, m codes that are given,
-h heads, k head width.
+With classifier-free guidance the network runs twice per row, once after the prompt and once after a blank prompt. The
+arrays of the loop then have a leading axis of 2.
+
+Dimensions: b rows of one compiled call, v vocabulary, t image positions, p prefix length, m given codes, h heads,
+k head width.
 """
 
 import math
@@ -32,60 +33,63 @@ from mindalle_jax.models.transformer import Transformer
 from mindalle_jax.sampling.filters import Rows, draw, gumbel_noise
 
 NUM_CACHE_SIZES = {"cpu": 1}
-"""Sizes that the cache grows through, by backend; 4 on others. See cache_lengths."""
+"""Number of sizes in which the cache grows, by backend; 4 on all other backends. See cache_lengths."""
 PREFIX_ONLY = ("tok_emb_txt", "pos_emb_txt", "head_txt", "sos")
-"""Parameters that no step reads."""
+"""Parameters that only prefill reads, and no step."""
 
 
 class Prefix(NamedTuple):
-    """The network after the prompts. Arrays have a leading axis of 2 with guidance, then b with a private prefix."""
+    """The result of prefill. Arrays have a leading axis of 2 with guidance, then one of b with a private prefix."""
 
     logits: jax.Array
-    """f32[(b,) v]: of the first code that is sampled"""
+    """f32[(b,) v]: logits of the first code to sample"""
     kv: list[KV]
     """keys and values of the prompts, one KV per layer, [(b,) h, p, k] each"""
     prompt_kv: list[KV]
-    """those of the image positions, [(b,) h, m, k] each, of which those of given codes count"""
+    """keys and values of the image positions, [(b,) h, m, k] each; only those of given codes count"""
 
 
 class DecodeState(NamedTuple):
-    """Everything that a batch of rows carries from one position to the next."""
+    """The state of a batch of rows between two positions."""
 
     t: jax.Array
     """int32: the position to sample"""
     logits: jax.Array
-    """f32[b, v]: its logits; [2, b, v] with guidance"""
+    """f32[b, v]: the logits of position t; [2, b, v] with guidance"""
     cache: list[KV]
-    """one per layer, [b, h, t, k] each; [2, b, h, t, k] with guidance. A private prefix is the first p of t"""
+    """keys and values, one KV per layer, [b, h, t, k] each; [2, b, h, t, k] with guidance. A private prefix has the
+    first p of the t positions"""
     bad_position: jax.Array
-    """int32[b]: the first position whose logits were not all finite, -1 if none; with jacobi one of the same row"""
+    """int32[b]: the first position with logits that were not finite, or -1; with jacobi a position in the same row of
+    codes"""
     log_likelihood: jax.Array
-    """f32[b]: sum of log p(code | prompt, codes before it) over the codes sampled, before any filter, in nats"""
+    """f32[b]: sum of log p(code | prompt, codes before it) over the sampled codes, before any filter, in nats"""
     passes: jax.Array
-    """int32[b]: how often the network ran, the same for all rows of a device"""
+    """int32[b]: number of times the network ran, the same for all rows of a device"""
 
 
 class Chosen(NamedTuple):
-    """Codes of some positions."""
+    """Sampled codes of w positions."""
 
     codes: jax.Array
     """int32[b, w]"""
     log_probs: jax.Array
-    """f32[b, w]: before any filter"""
+    """f32[b, w]: log-probability of each code, before any filter"""
     finite: jax.Array
     """bool[b, w]: whether all logits were finite"""
 
 
 def row_length(length: int) -> int:
-    """Codes in a row of a square image of `length` codes: what one call of the compiled loop samples."""
+    """Returns the number of codes in a row of a square image of `length` codes. sample_row samples one row per call."""
     return math.isqrt(length)
 
 
 def cache_lengths(model: Transformer, backend: str) -> list[int]:
-    """The sizes that the cache grows through while an image is sampled, in codes; the last one holds all of it.
+    """Returns the sizes, in codes, to which the cache grows while an image is sampled. The last one holds all codes.
 
-    A step of the XLA backend reads the whole cache, filled or not. Four sizes save 3 of 8 parts of that, and take four
-    compilations, which on CPU cost more than they save. The kernel of the Pallas backend reads what is filled.
+    A step of the XLA backend reads the complete cache, also its empty part. With four sizes a step reads 5/8 of it on
+    average. Four sizes take four compilations, which on CPU cost more than they save. The kernel of the Pallas backend
+    reads only the filled part, so its cache has one size.
     """
     length = model.config.hparams.ctx_len_img
     steps = row_length(length)
@@ -97,10 +101,10 @@ def cache_lengths(model: Transformer, backend: str) -> list[int]:
 def prefill(
     model: Transformer, params: dict[str, Any], prefix_ids: jax.Array, codes: jax.Array, t: jax.Array
 ) -> Prefix:
-    """The network over prefix_ids int32[p] and codes int32[m] that are given, of which the first t count.
+    """Runs the network over prefix_ids int32[p] and given codes int32[m], of which the first t count.
 
-    With guidance prefix_ids are [2, p]. For a private prefix both have the axis of rows: [b, p] or [2, b, p], [b, m].
-    Without given codes m and t are 0.
+    With guidance prefix_ids are [2, p]. For a private prefix both arrays have an axis of rows: prefix_ids [b, p] or
+    [2, b, p], and codes [b, m]. Without given codes m and t are 0.
     """
     run = partial(_prefill_one, model, params, t)
     if codes.ndim == 2:
@@ -118,7 +122,7 @@ def _prefill_one(model: Transformer, params: Any, t: jax.Array, prefix_ids: jax.
 def start_decode(
     model: Transformer, mesh: Mesh, batch_size: int, capacity: int, guided: bool, prefix: Prefix, t: jax.Array
 ) -> DecodeState:
-    """The state before position t, for batch_size rows on each device.
+    """Returns the state before position t, for batch_size rows per device.
 
     capacity: of the cache, in codes; see grow_cache. guided: whether the prefix has the leading axis of 2.
     """
@@ -136,11 +140,14 @@ def start_decode(
 
 
 def grow_cache(model: Transformer, mesh: Mesh, state: DecodeState, end: int, lengths: list[int]) -> DecodeState:
-    """The state with a cache for the positions before `end`: as it is, or grown to the next of cache_lengths."""
+    """Makes sure that the cache holds all positions before `end`: if not, it grows to the next size of `lengths`.
+
+    lengths: from cache_lengths.
+    """
     if len(lengths) > 1 and attention.cache_capacity(model.attention, state.cache[0]) < end:
         length = next(length for length in lengths if length >= end)
         guided = state.logits.ndim == 3
-        for i in range(len(state.cache)):  # one by one: two sizes of the whole cache may not fit into memory
+        for i in range(len(state.cache)):  # layer by layer: two copies of the complete cache may not fit into memory
             state.cache[i] = _grow_layer(model, mesh, guided, length, state.cache[i])
     return state
 
@@ -162,19 +169,19 @@ def sample_row(
     state: DecodeState,
     guess: jax.Array,
 ) -> tuple[DecodeState, jax.Array]:
-    """Samples the next row of codes of every image: the new state and int32[b, row_length]. Each device has its own b.
+    """Samples the next row of codes of every image. Returns the new state and codes int32[b, row_length].
 
-    prefix: Prefix.kv; a private one is in the cache already, and [] here.
+    Rows are split over the devices. prefix: Prefix.kv, or [] for a private prefix, which is in the cache already.
 
-    jacobi: begin with a guess int32[b, row_length] (negative: the code that the first position draws) and sample all
-    positions at once, again and again, until nothing changes. With the noise of a position fixed that is what one
-    position after the other gives, because code i is right as soon as those before it are: Wiggers and Hoogeboom,
-    "Predictive Sampling with Forecasting Autoregressive Models", 2020, arXiv:2002.09928. False: guess is not used.
-    Guidance: Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, on logits.
+    jacobi: starts from a guess int32[b, row_length] and samples all positions at once, until no code changes. A
+    negative guess stands for the code that the first position samples. The noise of a position is fixed. So code i is
+    right as soon as all codes before it are right, and the result is that of one position after the other: Wiggers and
+    Hoogeboom, "Predictive Sampling with Forecasting Autoregressive Models", 2020, arXiv:2002.09928. If jacobi is False,
+    guess is not used. Guidance is from Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, applied to logits.
     """
     guided = state.logits.ndim == 3
     specs = state_specs(model, guided)
-    # Only what a step reads goes into shard_map: jax 0.11.2 crashes on an input that is not used.
+    # Only parameters that a step reads go into shard_map: jax 0.11.2 crashes on an input that is not used.
     params = {name: leaf for name, leaf in params.items() if name not in PREFIX_ONLY}
     shared: Any = [] if model.attention in PRIVATE_PREFIX else prefix
     rows = rows if guided else rows._replace(guidance_scale=None)
@@ -191,7 +198,7 @@ def sample_row(
 def _sequential_row(
     model: Transformer, params: Any, prefix: list[KV], rows: Rows, state: DecodeState, _: None
 ) -> tuple[DecodeState, jax.Array]:
-    """One code after the other."""
+    """Samples one code after the other."""
     step = partial(_sample_code, model, params, prefix, rows)
     state, codes = jax.lax.scan(step, state, None, length=row_length(model.config.hparams.ctx_len_img))
     return state, codes.T
@@ -200,7 +207,10 @@ def _sequential_row(
 def _sample_code(
     model: Transformer, params: Any, prefix: list[KV], rows: Rows, state: DecodeState, _: None
 ) -> tuple[DecodeState, jax.Array]:
-    """Draws the code at state.t, and feeds it. The last code of an image is fed too: one pass for a simpler loop."""
+    """Samples the code at state.t and feeds it to the network.
+
+    The last code of an image is fed too. That is one pass too many, but the loop is simpler.
+    """
     noise = gumbel_noise(rows, state.t[None], model.config.vocab_size_img)
     chosen = choose(state.logits[..., None, :], noise, rows)
     logits, cache = _feed(model, params, prefix, chosen.codes, state)
@@ -210,7 +220,7 @@ def _sample_code(
 def _jacobi_row(
     model: Transformer, params: Any, prefix: list[KV], rows: Rows, state: DecodeState, guess: Any
 ) -> tuple[DecodeState, jax.Array]:
-    """All codes of the row at once, until nothing changes."""
+    """Samples all codes of the row at once, again and again, until no code changes."""
     steps = guess.shape[1]
     noise = gumbel_noise(rows, state.t + jnp.arange(steps), model.config.vocab_size_img)
     first = choose(state.logits[..., None, :], noise[:, :1], rows)
@@ -225,7 +235,7 @@ def _jacobi_row(
     fed = Chosen(*(jnp.broadcast_to(x, guess.shape) for x in first))
     fed = fed._replace(codes=jnp.where(guess < 0, fed.codes, guess))
     start = jnp.int32(0), fed, jnp.bool_(True), state.logits, state.cache
-    # Pass i makes code i right at the latest, and one more finds that nothing changes.
+    # After pass i at the latest code i is right. One more pass finds that nothing changes.
     passes, chosen, _, logits, cache = jax.lax.while_loop(lambda loop: loop[2] & (loop[0] <= steps), again, start)
     return _advance(state, chosen, logits, cache, passes), chosen.codes
 
@@ -233,7 +243,7 @@ def _jacobi_row(
 def _feed(
     model: Transformer, params: Any, prefix: list[KV], codes: jax.Array, state: DecodeState
 ) -> tuple[jax.Array, list[KV]]:
-    """Logits after each of the codes [b, w] from state.t on, f32[(2,) b, w, v], and the cache."""
+    """Feeds codes [b, w] at positions state.t, ...; returns the logits after each, f32[(2,) b, w, v], and the cache."""
 
     def step(prefix: list[KV], cache: list[KV]) -> Any:
         return model.apply({"params": params}, codes, state.t, prefix or model.prefix_length, cache, method="step")
@@ -242,7 +252,10 @@ def _feed(
 
 
 def choose(logits: jax.Array, noise: jax.Array, rows: Rows) -> Chosen:
-    """Draws from logits f32[b, w, v], [2, b, w, v] with guidance: u + scale (c - u), c those after the prompt."""
+    """Samples from logits f32[b, w, v].
+
+    With guidance logits are [2, b, w, v], c after the prompt and u after the blank one; u + scale (c - u) is used.
+    """
     guided = logits.ndim == 4
     finite = jnp.all(jnp.isfinite(logits), axis=(0, -1) if guided else -1)
     conditional = logits
@@ -255,7 +268,7 @@ def choose(logits: jax.Array, noise: jax.Array, rows: Rows) -> Chosen:
 
 
 def _advance(state: DecodeState, chosen: Chosen, logits: jax.Array, cache: list[KV], passes: Any) -> DecodeState:
-    """The state after the positions that were chosen."""
+    """Returns the state after the positions whose codes were chosen."""
     first_bad = jnp.where(jnp.all(chosen.finite, axis=-1), -1, state.t + jnp.argmin(chosen.finite, axis=-1))
     return DecodeState(
         t=state.t + chosen.codes.shape[1],
@@ -268,7 +281,7 @@ def _advance(state: DecodeState, chosen: Chosen, logits: jax.Array, cache: list[
 
 
 def state_specs(model: Transformer, guided: bool) -> Any:
-    """How a DecodeState is sharded: each device has its own rows."""
+    """Returns the PartitionSpecs of a DecodeState: each device has its own rows."""
 
     def split(axes: str) -> P:
         lead = [None] if guided else []
@@ -281,6 +294,6 @@ def state_specs(model: Transformer, guided: bool) -> Any:
 
 
 def _sharded(tree: Any, mesh: Mesh, specs: Any) -> Any:
-    """The arrays of a tree, sharded as the tree of specs says."""
+    """Shards the arrays of a tree as the tree of specs says."""
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
     return jax.lax.with_sharding_constraint(tree, shardings)

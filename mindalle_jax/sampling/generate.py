@@ -1,11 +1,11 @@
-"""Sampling on the host: rows -> batches -> codes -> images -> scores, told as events.
+"""Sampling on the host: rows -> batches -> codes -> images -> scores, as a stream of events.
 
-    sample_codes   rows of codes, batch by batch
-    sample_images  these, and images as they are decoded
-    sample         these, and scores in the end; between events the caller has its own JAX settings
-    generate_*     what the public calls give
+    sample_codes   yields rows of codes, batch by batch
+    sample_images  yields these, and images as they are decoded
+    sample         yields these, and scores at the end; between events the caller has its own JAX settings
+    generate_*     make the results of the public calls
 
-Dimensions: r rows of a request, one for each candidate of each prompt, prompt by prompt.
+Dimensions: r rows of a request, one per candidate of each prompt, prompt by prompt.
 """
 
 import math
@@ -45,20 +45,21 @@ class Networks(NamedTuple):
 
     transformer: Transformer
     params: dict[str, Any]
-    """of the transformer, blocks one by one, replicated"""
+    """parameters of the transformer, with blocks one by one, on every device"""
     codec: ImageCodec
     mesh: Mesh
 
     @property
     def device(self) -> str:
-        """The kind of the devices, for messages."""
+        """The kind of device, for messages."""
         return self.mesh.devices.flat[0].device_kind
 
 
 def request_rows(options: SamplingOptions, prefix_ids: np.ndarray, vocab_size: int, batch_size: int) -> RowRequest:
-    """The rows of checked options, with the ranker itself in place of its name.
+    """Returns the rows that checked options ask for.
 
-    prefix_ids: as in RowRequest. vocab_size: of the codes.
+    options: checked; its ranker is an object, "likelihood" or None. prefix_ids: as in RowRequest. vocab_size: number of
+    different codes. batch_size: rows per device per compiled call.
     """
     count, prompts = options.num_candidates, len(prefix_ids)
     total, top_k = count * prompts, vocab_size if options.top_k is None else options.top_k
@@ -84,7 +85,10 @@ def request_rows(options: SamplingOptions, prefix_ids: np.ndarray, vocab_size: i
 
 
 def generate_codes(networks: Networks, request: RowRequest, options: SamplingOptions) -> np.ndarray:
-    """Codes int32[r, h * w], not decoded; -1 where the callback of the options has stopped."""
+    """Returns codes int32[r, h * w] without decoding them. -1 is a code that is not sampled because a callback stopped.
+
+    Raises as sample_codes.
+    """
     sampled = Sampled(request, networks.codec)
     length = sampled.codes.shape[1]
     bars = Bars(request, length - len(request.prompt_codes), bool(options.progress))
@@ -105,9 +109,10 @@ def generate_images(
     single: bool,
     about: dict[str, Any],
 ) -> Iterator[Generation]:
-    """Yields an unfinished Generation after every `every` codes, and in the end the result.
+    """Yields an unfinished Generation after every `every` codes, and at the end the result.
 
-    single: results are without the axis of prompts. about: what meta says of the model.
+    every: a multiple of the codes in a row; None yields only the result. single: results have no axis of prompts.
+    about: entries of Generation.meta that describe the model. Raises as sample.
     """
     device = networks.mesh.devices.flat[0]
     meta = {
@@ -153,10 +158,10 @@ def generate_images(
 
 
 def sample_codes(networks: Networks, request: RowRequest) -> Iterator[SamplingEvent]:
-    """Samples every row, batch by batch and row of codes by row of codes.
+    """Samples every row of a request, batch by batch, and in a batch one row of codes after the other.
 
-    The last batch of a group is padded to the one compiled size. Raises NonFiniteError when the network gives NaN or
-    infinite logits, UsageError for ids that it does not know, DeviceMemoryError.
+    The last batch of a prompt is padded to the compiled size. Raises NonFiniteError if the network gives NaN or
+    infinite logits, UsageError for prefix ids out of range, and DeviceMemoryError if a batch does not fit.
     """
     model = networks.transformer
     limit = prefix_vocab_size(model)
@@ -166,13 +171,13 @@ def sample_codes(networks: Networks, request: RowRequest) -> Iterator[SamplingEv
         model = model.copy(attention=private_backend(model.attention))
     numbers = np.arange(len(request.prompt_of))
     for group in [numbers] if request.mixed else [numbers[request.prompt_of == p] for p in range(len(request.prompts))]:
-        # Devices for which no row is left would sample padding.
+        # Devices without any row would only sample padding, so they are left out.
         devices = min(networks.mesh.size, math.ceil(len(group) / request.batch_size))
         mesh, params = first_devices(networks.mesh, devices, networks.params)
         shared, at_once = None, request.batch_size * mesh.size
         for first in range(0, len(group), at_once):
             chunk = group[first : first + at_once]
-            # Padding repeats the first row of the chunk; what it samples is thrown away.
+            # Padding repeats the first row of the chunk. Its codes are thrown away.
             padded = np.concatenate([chunk, np.repeat(chunk[:1], at_once - len(chunk))])
             count = len(chunk)
             with device_memory(_too_many(request.batch_size, networks.device)):
@@ -185,9 +190,9 @@ def sample_codes(networks: Networks, request: RowRequest) -> Iterator[SamplingEv
 
 
 def _prefill(model: Transformer, params: Any, mesh: Mesh, request: RowRequest, rows: np.ndarray) -> Prefix:
-    """The prefix of these rows: one that they share, or one for each."""
+    """Returns the prefix of these rows: one that they share, or one per row."""
     start = len(request.prompt_codes)
-    # One compiled program for any number of given codes: those still to be sampled are zeros, which nothing looks at.
+    # One compiled program serves any number of given codes: the rest are zeros, which nothing looks at.
     codes = np.zeros(model.config.hparams.ctx_len_img if start else 0, np.int32)
     codes[:start] = request.prompt_codes
     prefix_ids = request.prefix_ids[request.prompt_of[rows]]
@@ -204,8 +209,8 @@ def _sample_batch(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
     """Yields (position, codes int32[b, row_length], bad positions int32[b], log-likelihoods f32[b]), row by row.
 
-    shared: the prefix of all rows; None: each has its own. One call is in flight while the result of the one before it
-    is fetched.
+    shared: the prefix of all rows; None if each row has its own. The result of a call is fetched while the next call
+    runs.
     """
     length, start = model.config.hparams.ctx_len_img, len(request.prompt_codes)
     steps, lengths = row_length(length), cache_lengths(model, mesh.devices.flat[0].platform)
@@ -215,7 +220,7 @@ def _sample_batch(
     prefix = _prefill(model, params, mesh, request, rows) if shared is None else shared
     state = start_decode(model, mesh, request.batch_size, capacity, request.guided, prefix, np.int32(start))
     prefix_kv = prefix.kv if shared else []
-    del prefix  # a private one lies in the cache now
+    del prefix  # a private prefix is in the cache now
     # The best guess of a row of codes is the row above it.
     above = request.prompt_codes[-steps:] if start else np.full(steps, -1, np.int32)
     codes = jax.device_put(np.tile(above, (len(rows), 1)), by_row)
@@ -224,16 +229,17 @@ def _sample_batch(
         state, codes = sample_row(model, mesh, request.jacobi, params, prefix_kv, settings, state, codes)
         if waiting is not None:
             yield (t - steps, *jax.device_get(waiting))
-        # Copies: the next call takes the state's memory.
+        # Copies, because the next call takes over the memory of the state.
         waiting = codes, state.bad_position.copy(), state.log_likelihood.copy()
     yield (length - steps, *jax.device_get(waiting))
 
 
 def sample(networks: Networks, request: RowRequest, sampled: Sampled) -> Iterator[SamplingEvent]:
-    """Codes, images and scores of every row.
+    """Yields codes, images and scores of every row.
 
-    sampled: holds what the events have told so far; the caller adds each, and sets sampled.stopped to have no more
-    codes. Rankers run with the caller's JAX settings, everything else with ours.
+    sampled: the results so far. The caller adds each event to it, and sets sampled.stopped to stop sampling. Rankers
+    run with the JAX settings of the caller, everything else with those of this package. Raises as sample_codes, and
+    UsageError for scores of a wrong shape.
     """
     yield from pinned_steps(sample_images(networks, request, sampled), networks.transformer.dtype)
     for p, prompt in enumerate(request.prompts):
@@ -248,12 +254,12 @@ def sample(networks: Networks, request: RowRequest, sampled: Sampled) -> Iterato
 
 
 def sample_images(networks: Networks, request: RowRequest, sampled: Sampled) -> Iterator[SamplingEvent]:
-    """Codes and images of every row; sampled: as in `sample`.
+    """Yields codes and images of every row. sampled: as in `sample`.
 
-    On an accelerator images are decoded as soon as there are enough for a compiled call, else when all codes are there.
+    On an accelerator images are decoded as soon as a compiled call is full. On CPU they are decoded after all codes.
     """
     codec, decoding, complete = networks.codec, [], []
-    message = f"no room to decode images in the memory of {networks.device}; use a larger device"
+    message = f"too little memory on {networks.device} to decode images; use a larger device"
     for event in sample_codes(networks, request):
         yield event
         if sampled.stopped:
@@ -273,7 +279,7 @@ def sample_images(networks: Networks, request: RowRequest, sampled: Sampled) -> 
 
 
 def decode_rows(codec: ImageCodec, sampled: Sampled, rows: np.ndarray) -> Iterator[SamplingEvent]:
-    """The images of these rows, and one for all rows that have no code yet, which look alike."""
+    """Yields the images of these rows, and one image for all rows without any code, which look the same."""
     for images in codec.decode(sampled.grid(rows)) if len(rows) else ():
         yield SamplingEvent("images", rows[: len(images)], images)
         rows = rows[len(images) :]
@@ -284,7 +290,7 @@ def decode_rows(codec: ImageCodec, sampled: Sampled, rows: np.ndarray) -> Iterat
 
 
 def prefix_vocab_size(model: Transformer) -> int:
-    """How many prefix ids there are: text tokens, or classes."""
+    """Returns the number of different prefix ids: of text tokens, or of classes."""
     c = model.config
     if c.type == "igpt":
         return (c.hparams.n_classes or 1) if c.use_cls_cond else 1

@@ -1,6 +1,7 @@
-"""PNG files that say how their image was made: prompt, seed, candidate, codes, settings and the digest of the model.
+"""PNG files that record how their image was made: prompt, seed, candidate, codes, settings and digest of the model.
 
-They stand in text chunks: `Description` is the prompt, `Software` this program, and KEY a JSON object with all.
+The record is in text chunks of the file: `Description` is the prompt, `Software` is the name and version of this
+program, and KEY is a JSON object with the complete record.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from mindalle_jax.errors import UsageError, one_line
 
 KEY = "mindalle-jax"
 MAX_BYTES = 16 << 20
-"""Size limit of a file that is read; images of 256 x 256 pixels have less than 1 MB."""
+"""Size limit of a file that is read. Images of 256 x 256 pixels have less than 1 MB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +33,11 @@ class ImageRecord:
     """int32[h * w]"""
     score: float | None
     settings: dict[str, Any]
-    """As Generation.meta: options, model and its digest, device, versions."""
+    """The content of Generation.meta: options, model and its digest, device, versions."""
 
 
 def write_image(path: Path, image: np.ndarray, record: ImageRecord) -> None:
-    """Writes uint8[H, W, 3] as PNG. Raises OSError."""
+    """Writes an image uint8[H, W, 3] as PNG, with its record. Raises OSError if the file cannot be written."""
     chunks = PngInfo()
     chunks.add_itxt("Description", record.prompt)
     chunks.add_text("Software", f"mindalle-jax {mindalle_jax.__version__}")
@@ -46,20 +47,20 @@ def write_image(path: Path, image: np.ndarray, record: ImageRecord) -> None:
 
 
 def read_image_record(path: Path) -> ImageRecord:
-    """The record of an image that Generation.save wrote. Raises UsageError for another file."""
+    """Returns the record of an image that Generation.save wrote. Raises UsageError for any other file."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES >> 20} MB")
-        with Image.open(path, formats=["PNG"]) as image:  # reads what stands before the pixels
+        with Image.open(path, formats=["PNG"]) as image:  # reads only the chunks before the pixels
             text = image.info.get(KEY)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
-    except Exception as error:  # Pillow raises what its decoders do
+    except Exception as error:  # Pillow passes on whatever its decoders raise
         raise UsageError(f"{path}: cannot be read as PNG: {one_line(error)}") from None
     if not isinstance(text, str):
         raise UsageError(
-            f"{path}: does not say how it was made; the images that mindalle wrote do (grid.png, a sheet, does not), "
-            "unless another program has written them again"
+            f"{path}: has no record of how it was made; images that mindalle wrote have one (not the sheet grid.png), "
+            "until another program saves them again"
         )
     try:
         return _parse(json.loads(text))
@@ -68,13 +69,13 @@ def read_image_record(path: Path) -> ImageRecord:
 
 
 def _parse(tree: Any) -> ImageRecord:
-    """Anybody may have written the file: types are checked, and what they hold is checked where it is used."""
+    """Checks the types of a record, since anybody may have written the file. Values are checked where they are used."""
     json.dumps(tree, ensure_ascii=False).encode()  # a lone surrogate is a ValueError
     record = ImageRecord(**tree | {"codes": np.asarray(tree["codes"])})
     whole = record.codes.ndim == 1 and record.codes.dtype.kind == "i" and record.codes.size > 0
     numbers = type(record.seed) is int and type(record.candidate) is int
     if not whole or not numbers or not isinstance(record.prompt, str) or not isinstance(record.settings, dict):
-        raise ValueError("prompt, seed, candidate, codes and settings are wanted")
+        raise ValueError("prompt, seed, candidate, codes or settings are missing or have the wrong type")
     if not 0 <= record.seed < 2**32 or not 0 <= record.candidate < 2**31:
         raise ValueError("seed or candidate is out of range")
     if record.codes.min() < 0 or record.codes.max() >= 2**31:

@@ -144,9 +144,9 @@ class SamplingOptions:
         None, "codes int[m] of whole rows that every image begins with; `complete` and `variations` set it"
     )
     ranker: Ranker = _option(
-        "auto", "what orders the images: auto (the CLIP model in the folder of the model, where there is one), a CLIP "
-        "model (a folder, OpenAI's name such as ViT-B/32, or a hub id), likelihood (the transformer's own "
-        "log-probability of the codes, free), or off (None)",
+        "auto", "what orders the images: auto (the CLIP model in the folder of the model, if it has one), a CLIP model "
+        "(a folder, OpenAI's name such as ViT-B/32, or OWNER/NAME on the Hugging Face hub), likelihood (the "
+        "log-probability that the transformer gave to the codes, for free), or off (None)",
         "auto, likelihood, off (None), or a CLIP model: a name, a folder or a ClipRanker;",
         lambda r: r is None or isinstance(r, (str, os.PathLike)) or hasattr(r, "scores"),
     )  # fmt: skip

@@ -208,7 +208,7 @@ class Generation:
         try:
             if not overwrite and folder.exists() and any(folder.iterdir()):
                 raise OutputError(
-                    f"{folder} exists and is not empty; name another place, or overwrite (overwrite=True, --overwrite)"
+                    f"{folder} exists and is not empty; name another folder, or overwrite (overwrite=True, --overwrite)"
                 )
             folder.mkdir(parents=True, exist_ok=True)
             for path in _images_of_before(folder):

@@ -1,4 +1,4 @@
-"""Low-rank adapters: their shapes and files, and adding them to weights.
+"""Low-rank adapters: their shapes and files, and how they are added to weights.
 
 W x becomes W x + alpha / rank B A x: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021. A weight
 [(l,) *out, in] has `lora_a` [(l,) r, in] and `lora_b` [(l,) *out, r] beside it.
@@ -25,23 +25,23 @@ LORA_SCALE, BASE_FINGERPRINT = "lora_scale", "base_fingerprint"
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters, trained instead of the weights themselves (Hu et al., 2021)."""
+    """The section `training.lora`: low-rank adapters, trained instead of the weights (Hu et al., 2021)."""
 
     rank: int = 0
-    """0: off."""
+    """Rank of the adapters; 0: no adapters."""
     alpha: float = 16.0
-    """An adapter's product is scaled by alpha / rank."""
+    """The product of an adapter is scaled by alpha / rank."""
     targets: tuple[str, ...] = ("blocks/qkv/weight", "blocks/proj/weight", "blocks/fc1/weight", "blocks/fc2/weight")
-    """Patterns of the parameters that get one; a parameter is adapted if one of them matches its whole path."""
+    """Patterns of the parameters that get an adapter. One pattern must match the complete path of a parameter."""
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:
-    """Whether one of the patterns matches the whole path."""
+    """Returns whether one of the patterns matches the complete path."""
     return any(re.fullmatch(pattern, path) for pattern in patterns)
 
 
 def adapter_shapes(shapes: Mapping[str, tuple[int, ...]], lora: LoraConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the adapters by path. Raises ConfigError where the targets match nothing, or what is no matrix."""
+    """Returns the shapes of the adapters by path. Raises ConfigError if no target matches, or one that is no weight."""
     targets = [path for path in shapes if matches(path, lora.targets)]
     if not targets:
         raise ConfigError(f"training.lora.targets {list(lora.targets)} match none of {', '.join(shapes)}")
@@ -64,12 +64,12 @@ def merged(
     scale: float,
     layer: int | None = None,
 ) -> np.ndarray:
-    """The weight at `path`, or that layer of it, with its adapter added, float32; as it is if it has none."""
+    """Returns the weight at `path`, or one layer of it, with its adapter added, float32; unchanged if it has none."""
     module, _, last = path.rpartition("/")
     if last != "weight" or f"{module}/lora_a" not in adapters:
         return weight
     if path.startswith("blocks/") and layer is None:
-        # One by one, so that a run and who merges layer by layer get the same bits.
+        # Layer by layer, so that a run and `mindalle convert --adapters` get the same bits.
         return np.stack([merged(path, part, adapters, scale, i) for i, part in enumerate(weight)])
     a, b = (np.asarray(adapters[f"{module}/lora_{name}"], np.float32) for name in "ab")
     a, b = (a, b) if layer is None else (a[layer], b[layer])
@@ -82,13 +82,14 @@ class Adapters(NamedTuple):
     leaves: dict[str, np.ndarray]
     """float32 `lora_a` and `lora_b` by path."""
     scale: float
+    """alpha / rank"""
 
 
 def load_adapters(file: Path, base: Path) -> Adapters:
-    """The adapters.safetensors of a run that started from the model folder `base`.
+    """Reads the adapters.safetensors of a run that started from the model folder `base`.
 
-    Raises CheckpointError for a file that is missing, damaged or not of a run, that belongs to another model than
-    `base`, or whose adapters do not fit its weights: all that differ are listed.
+    Raises CheckpointError if the file is missing, damaged, not of a run or of another model than `base`, or if adapters
+    do not fit its weights; the message lists all that do not fit.
     """
     try:
         with safetensors.safe_open(file, framework="numpy") as opened:
@@ -119,7 +120,7 @@ def load_adapters(file: Path, base: Path) -> Adapters:
 
 
 def _misfits(leaves: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Lists the faults in the paths, shapes and dtypes of adapters, in words."""
+    """Returns a text per fault in the paths, shapes and dtypes of adapters."""
     odd = []
     for module in sorted({path.rpartition("/")[0] for path in leaves}):
         names = {path.rpartition("/")[2] for path in leaves if path.rpartition("/")[0] == module}

@@ -1,4 +1,4 @@
-"""The licence and the model card that a converted folder gets."""
+"""The license and the model card that a converted folder gets."""
 
 import shutil
 from pathlib import Path
@@ -7,15 +7,16 @@ import mindalle_jax
 from mindalle_jax.config.schema import Config
 
 CODE_LICENSE_NOTE = """\
-Licence of the weights in this folder
+License of the weights in this folder
 
-They were converted from "{source}" and keep the licence of that source.
+These weights were converted from "{source}" and keep the license of that source.
 
-The published minDALL-E/1.3B weights (Kakao Brain, 2021), and any weights fine-tuned from them, are under
-CC BY-NC-SA 4.0 (https://creativecommons.org/licenses/by-nc-sa/4.0/): credit Kakao Brain, no commercial use, share
-derivatives alike. The VQGAN of stage 1 goes back to the f16-16384 model of Esser, Rombach and Ommer (2021).
+The published minDALL-E/1.3B weights (Kakao Brain, 2021), and all weights fine-tuned from them, are under
+CC BY-NC-SA 4.0 (https://creativecommons.org/licenses/by-nc-sa/4.0/): give credit to Kakao Brain, do not use them
+commercially, and share derivatives under the same license. The VQGAN of stage 1 is based on the f16-16384 model of
+Esser, Rombach and Ommer (2021).
 
-The mindalle-jax code is under Apache-2.0; that does not extend to these weights.
+The code of mindalle-jax is under Apache-2.0, which does not apply to these weights.
 """
 
 
@@ -32,10 +33,10 @@ license_link: LICENSE
 
 Converted from `{source}` by mindalle-jax {version}: {parameters:,} parameters.
 {example}
-- Images: {resolution} x {resolution} pixels only, {codes} codes out of {n_embed}.
+- Images: only {resolution} x {resolution} pixels, made of {codes} codes. There are {n_embed} different codes.
 - {use}
-- Limits: trained on captions from the web; it reproduces their biases and errors, cannot spell, and counts badly.
-- Licence of the weights: see LICENSE.
+- Limits: it was trained on captions from the web and repeats their biases and errors. It cannot spell or count.
+- License of the weights: see LICENSE.
 """
 
 
@@ -46,19 +47,22 @@ EXAMPLE = """
 
 
 def write_license_and_card(source: Path, folder: Path, config: Config, parameters: int, draws: bool) -> None:
-    """The licence of the source if it has one, else what is known of it; and a model card."""
+    """Writes LICENSE and README.md, the model card, into a converted folder.
+
+    LICENSE is that of the source if it has one, else CODE_LICENSE_NOTE. draws: whether the folder holds a transformer.
+    """
     own = (source if source.is_dir() else source.parent) / "LICENSE"
     if own.is_file():
         shutil.copyfile(own, folder / "LICENSE")
     else:
         (folder / "LICENSE").write_text(CODE_LICENSE_NOTE.format(source=source.name), encoding="utf-8")
     if not draws:
-        task, cls, use = "image-to-image", None, "A VQGAN alone: images to codes and back. Nothing in here draws."
+        task, cls, use = "image-to-image", None, "A VQGAN alone: turns images into codes and back. It cannot sample."
     elif config.image_only:
         task, cls = "unconditional-image-generation", "ImageGPT"
-        use = "Images without text, by class or freely."
+        use = "Makes images without text, of a class or of any kind."
     else:
-        task, cls, use = "text-to-image", "Dalle", "Text to image, English prompts."
+        task, cls, use = "text-to-image", "Dalle", "Makes images from English prompts."
     card = CARD.format(
         task=task,
         title=source.name if source.is_dir() else source.stem,

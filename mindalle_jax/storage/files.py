@@ -1,4 +1,4 @@
-"""Writing without losing anything: whole folders or none, free disk checked first, nothing silently overwritten."""
+"""Writes files safely: a folder is complete or absent, free disk is checked first, nothing is overwritten silently."""
 
 import contextlib
 import io
@@ -13,43 +13,46 @@ from typing import IO
 from mindalle_jax.errors import MindalleError, OutputError
 
 DEMO = "demo"
-"""Name of the model in the package that is taken where none is named."""
+"""Name of the model in the package that is the default."""
 IN_PACKAGE = {name: Path(__file__).parent.parent / name for name in (DEMO, "demo-scenes")}
 """Name -> folder of the small models that ship in the package, each with its ranker."""
 RANKER = "ranker"
-"""Folder in a model folder with a CLIP model that goes with it."""
+"""Name of the folder inside a model folder that holds a CLIP model, which ranks its images."""
 SYNC_BYTES = 128 << 20
 """A writer of gigabytes calls to_disk once per this many bytes."""
 
 
 def check_output(path: Path, overwrite: bool, marks: Collection[str] = ()) -> None:
-    """Raises OutputError if `path` exists and is not to be replaced.
+    """Raises OutputError if `path` exists and may not be replaced.
 
-    overwrite allows to replace an empty folder, or one that holds a file named in `marks`: a slip of the keyboard must
-    not cost somebody's documents.
+    overwrite: allows to replace an empty folder, or a folder that holds a file named in `marks`. No other folder may be
+    replaced, so that a typing error does not delete somebody's documents.
     """
     if not os.path.lexists(path):
         return
     if not overwrite:
-        raise OutputError(f"{path} exists already; name another place or pass --overwrite to replace it")
+        raise OutputError(f"{path} exists already; name another folder or pass --overwrite to replace it")
     if not path.is_dir():
-        raise OutputError(f"{path} is not a folder and is not replaced; name another place")
+        raise OutputError(f"{path} is not a folder and is not replaced; name another folder")
     if any(path.iterdir()) and not any((path / mark).is_file() for mark in marks):
         raise OutputError(
             f"{path} is not empty and holds none of {', '.join(marks) or 'our files'}, so --overwrite does not "
-            "replace it; name another place"
+            "replace it; name another folder"
         )
 
 
 def check_apart(source: Path, target: Path) -> None:
-    """Raises OutputError if replacing `target` would delete `source`, or what links in it lead to."""
+    """Raises OutputError if replacing `target` would delete `source`, or a file to which a link in `source` points."""
     places = [source, *(path for path in source.glob("*") if path.is_symlink())]
     if any(place.resolve().is_relative_to(target.resolve()) for place in places):
-        raise OutputError(f"{target} is, or holds, what is converted: {source}; name another place")
+        raise OutputError(f"{target} is, or holds, the source of the conversion, {source}; name another folder")
 
 
 def check_free_disk(path: Path, need_bytes: int, what: str, remedy: str = "name a place on another disk") -> None:
-    """Raises OutputError, stating the need, if the disk that will hold `path` has less than `need_bytes` free."""
+    """Raises OutputError if the disk that will hold `path` has less than `need_bytes` free.
+
+    what: name of the data, which begins the message. remedy: an advice, which ends it.
+    """
     folder = _nearest_existing(path)
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < need_bytes:
@@ -60,15 +63,15 @@ def check_free_disk(path: Path, need_bytes: int, what: str, remedy: str = "name 
 
 
 def check_writable(path: Path) -> None:
-    """Raises OutputError if `path`, or the folder that it would be made in, is not a folder that can be written to."""
+    """Raises OutputError if `path`, or the nearest folder above it that exists, cannot be written to."""
     folder = _nearest_existing(path)
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"{path}: {folder} is not a folder that can be written to; name another place")
+        raise OutputError(f"{path}: {folder} is not a folder that can be written to; name another folder")
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns OSError into OutputError about `path`."""
+    """Turns an OSError in the block into an OutputError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -76,7 +79,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def write_all(file: io.FileIO, block: bytes) -> None:
-    """Writes all of `block`, which an unbuffered file may take in pieces. Raises OutputError."""
+    """Writes all of `block`; an unbuffered file may take it in pieces. Raises OutputError."""
     view = memoryview(block)
     while view:
         with disk_errors(Path(str(file.name))):
@@ -84,10 +87,10 @@ def write_all(file: io.FileIO, block: bytes) -> None:
 
 
 def to_disk(file: IO[bytes]) -> None:
-    """Forces what was written to the disk, and out of the page cache.
+    """Forces the written data to the disk, and out of the page cache.
 
-    So a verification reads the disk and not memory, and the kernel need not find memory for gigabytes of dirty pages,
-    which was the slowest part of a conversion where it was measured (docs/log.md).
+    So a verification reads the disk and not memory. Also, the kernel need not find memory for gigabytes of dirty pages,
+    which was the slowest part of a conversion (docs/log.md).
     """
     file.flush()
     os.fsync(file.fileno())
@@ -96,16 +99,16 @@ def to_disk(file: IO[bytes]) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The reason of an error, without the number and the path that str(OSError) has."""
+    """Returns the reason of an error, without the number and the path that str(OSError) has."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 @contextlib.contextmanager
 def new_folder(path: Path, overwrite: bool = False, marks: Collection[str] = ()) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
+    """Yields a temporary folder beside `path`. If the block succeeds it is renamed to `path`, else it is deleted.
 
-    Raises OutputError if `path` exists (overwrite and marks: see check_output), or for an OSError in the block: disk
-    full, not writable.
+    Raises OutputError if `path` exists (overwrite and marks: see check_output), and for an OSError in the block, such
+    as a full disk.
     """
     path = path.absolute()
     check_output(path, overwrite, marks)
@@ -118,19 +121,19 @@ def new_folder(path: Path, overwrite: bool = False, marks: Collection[str] = ())
     try:
         partial.chmod(0o777 & ~_umask())
         yield partial
-        check_output(path, overwrite, marks)  # again: it may have been hours
+        check_output(path, overwrite, marks)  # again, since hours may have passed
         _move_into_place(partial, path)
     except MindalleError as error:
         if str(partial) not in str(error):
             raise
-        # The partial folder is gone when the message is read.
+        # The message names the final folder, because the partial one is deleted.
         raise type(error)(str(error).replace(str(partial), str(path))) from None
     except OSError as error:
         name = "" if error.filename is None else f" ({str(error.filename).replace(str(partial), str(path))})"
         raise OutputError(f"{path}: {error.strerror or error}{name}; nothing was left behind") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        for parent in new_parents:  # the innermost first; those that hold something stay
+        for parent in new_parents:  # the innermost first; folders that are not empty stay
             with contextlib.suppress(OSError):
                 parent.rmdir()
 
@@ -144,7 +147,7 @@ def _move_into_place(partial: Path, path: Path) -> None:
         os.rename(path, old / path.name)
         os.rename(partial, path)
     except BaseException:
-        with contextlib.suppress(OSError):  # what cannot be put back stays where it is
+        with contextlib.suppress(OSError):  # a folder that cannot be moved back stays in `old`
             if os.path.lexists(old / path.name) and not os.path.lexists(path):
                 os.rename(old / path.name, path)
             old.rmdir()

@@ -1,4 +1,4 @@
-"""Fresh weights: the start of a transfer, or of a model from scratch."""
+"""Makes fresh weights, from which a transfer or a model from scratch starts."""
 
 import hashlib
 import math
@@ -18,13 +18,13 @@ from mindalle_jax.storage.results import write_model
 from mindalle_jax.storage.weights import fingerprint, map_weights, read_manifest
 
 SHARED = ("tok_emb_img/", "pos_emb_img/", "blocks/", "ln_f/")
-"""Paths of what an image-only model takes over from a text-to-image model."""
+"""Starts of the paths of parameters that an image-only model takes over from a text-to-image model."""
 CODE_ROWS = ("tok_emb_img/embedding", "head_img/weight", "head/weight")
-"""Paths of what has a row for each code."""
+"""Paths of parameters with one row per code."""
 
 
 def check_upstream(upstream: Config, config: Config) -> None:
-    """Raises ConfigError, naming all that differs, if a model of `config` cannot take its weights from `upstream`."""
+    """Raises ConfigError, which lists all differences, if a model of `config` cannot take weights from `upstream`."""
     theirs, ours = upstream.stage2.hparams, config.stage2.hparams
     fields = ("embed_dim", "n_layers", "n_heads", "ctx_len_img", "mlp_bias", "attn_bias", "gelu_use_approx")
     lines = [
@@ -33,7 +33,7 @@ def check_upstream(upstream: Config, config: Config) -> None:
         if getattr(ours, name) != getattr(theirs, name)
     ]
     if config.stage1 != upstream.stage1:
-        lines.append("stage1, which must be the same")
+        lines.append("stage1 must be the same")
     if upstream.image_only or not config.image_only:
         lines.append("stage2.type: a transfer goes from transformer1d to igpt")
     if lines:
@@ -41,7 +41,7 @@ def check_upstream(upstream: Config, config: Config) -> None:
 
 
 def cached_transfer(upstream: Path, config: Config, *, head: str, seed: int) -> Path:
-    """The folder in the cache with what write_transfer writes, made once for each model, configuration and seed."""
+    """Returns a cached folder that write_transfer wrote; it is made once per model, configuration, head and seed."""
     about = f"{fingerprint(read_manifest(upstream)['tensors'])}\n{dump_config(config)}\n{head} {seed}"
     target = cache_dir() / "transfer" / f"{upstream.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
     if not target.exists():
@@ -50,10 +50,11 @@ def cached_transfer(upstream: Path, config: Config, *, head: str, seed: int) -> 
 
 
 def write_transfer(upstream: Path, config: Config, target: Path, *, head: str = "fresh", seed: int = 0) -> None:
-    """A folder with an image-only model of `config` that starts from a text-to-image model.
+    """Writes a folder with an image-only model of `config` that starts from a text-to-image model.
 
-    Tables and blocks are taken over; the start vectors are drawn anew, N(0, 0.02) for classes and N(0, 1) without, and
-    so is the head, N(0, 0.02), unless head is "head_img". Raises ConfigError, CheckpointError or OutputError.
+    Embedding tables of codes and blocks are taken over. Start vectors are random: N(0, 0.02) with classes, N(0, 1)
+    without. The head is random, N(0, 0.02), unless head is "head_img", which takes over the head of the text-to-image
+    model. Raises ConfigError, CheckpointError or OutputError.
     """
     check_upstream(load_config(upstream / "config.yaml"), config)
     tensors = read_manifest(upstream)["tensors"]["stage2"]
@@ -75,13 +76,14 @@ def write_transfer(upstream: Path, config: Config, target: Path, *, head: str = 
 
 
 def write_fresh(vqgan: Path, tokenizer: Path, config: Config, target: Path, *, seed: int = 0) -> None:
-    """A folder with a fresh transformer of `config` over the codes of the VQGAN in the folder `vqgan`.
+    """Writes a folder with a fresh transformer of `config` over the codes of the VQGAN in the folder `vqgan`.
 
-    Weights are drawn from N(0, 0.02), the start vector without classes from N(0, 1); biases are 0 and gains 1, as in
-    the original. But rows of tables have the deviation 1 / sqrt(embed_dim), and codes that look alike start alike:
-    their rows of the table and of the head are a random projection of their rows of the codebook. Places of codes start
-    as `place_rows`, those of text as `order_rows`. tokenizer: its folder, for text-to-image models. Raises
-    CheckpointError or OutputError.
+    As in the original, weights are from N(0, 0.02), the start vector without classes from N(0, 1), biases are 0 and
+    gains 1. Two things differ. Rows of embedding tables have the deviation 1 / sqrt(embed_dim). And codes that look
+    alike start alike: their rows of the table and of the head are a random projection of their rows of the codebook.
+    Positions of codes start as `place_rows`, and positions of text as `order_rows`.
+
+    tokenizer: folder of the tokenizer, used only for text-to-image models. Raises CheckpointError or OutputError.
     """
     stage1 = map_weights(vqgan / "stage1.safetensors", read_manifest(vqgan)["tensors"]["stage1"])
     codebook = np.array(stage1["codebook"], np.float32)  # [n, e]
@@ -111,9 +113,9 @@ def write_fresh(vqgan: Path, tokenizer: Path, config: Config, target: Path, *, s
 
 
 def place_rows(side: int, width: int) -> np.ndarray:
-    """f32[side * side, width]: `order_rows` of the row and of the column of each code, row by row.
+    """Returns f32[side * side, width]: sines and cosines of the row and of the column of each code, row by row.
 
-    A code at a fixed distance is found in the same way from every place.
+    So a code at a fixed distance is found in the same way from every position.
     """
     axis = _waves(side, math.ceil(width / 4))
     rows = np.concatenate([np.repeat(axis, side, axis=0), np.tile(axis, (side, 1))], axis=1)[:, :width]
@@ -121,14 +123,14 @@ def place_rows(side: int, width: int) -> np.ndarray:
 
 
 def order_rows(length: int, width: int) -> np.ndarray:
-    """f32[length, width]: sines and cosines of positions 0, 1, ..., of amplitude 1 / sqrt(width).
+    """Returns f32[length, width]: sines and cosines of positions 0, 1, ..., with amplitude 1 / sqrt(width).
 
-    Periods go from 2.5 positions to 4 lengths in equal ratios. Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
+    Periods are from 2.5 positions to 4 * length, in equal ratios. Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
     """
     return (_waves(length, math.ceil(width / 2))[:, :width] / math.sqrt(width)).astype(np.float32)
 
 
 def _waves(length: int, count: int) -> np.ndarray:
-    """f64[length, 2 count]: first the sines, then the cosines."""
+    """Returns f64[length, 2 * count]: first the sines, then the cosines."""
     angles = 2 * np.pi * np.arange(length)[:, None] / np.geomspace(2.5, 4 * length, count)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)

@@ -1,4 +1,4 @@
-"""The files of a model folder; reading one, verifying it, and copying it with other dtypes or with adapters added."""
+"""The files of a model folder. Reads and verifies a folder, and copies it with another dtype or with adapters added."""
 
 import dataclasses
 import json
@@ -34,10 +34,10 @@ from mindalle_jax.text.tokenizer import MERGES_FILE, VOCAB_FILE
 
 TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE)
 STAGE_FILES: dict[Stage, str] = {"stage1": "stage1_last.ckpt", "stage2": "stage2_last.ckpt"}
-"""Names of the weights in a folder in the original's format; ours are STAGE.safetensors."""
+"""Names of the weights in a folder in the original's format. In our format they are STAGE.safetensors."""
 
 MODEL_MARKS = (weights.MANIFEST, STAGE_FILES["stage1"])
-"""A folder that holds one of these is a model, and may be replaced by another."""
+"""A folder that holds one of these files is a model, so another model may replace it."""
 RANKER_FILES = (
     *("config.json", "preprocessor_config.json", "model.safetensors"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
@@ -79,18 +79,19 @@ def copy_model(
     adapters: Adapters | None = None,
     overwrite: bool = False,
 ) -> ConversionReport:
-    """Writes a model folder again, shows progress, verifies what was written.
+    """Copies a model folder, shows progress, and verifies the copy.
 
-    dtype: of the weights in the copy; None is that of the source. Half as many bytes are half the disk and download.
-    adapters: are added to the weights of the transformer, whose dtype is then float32 by default, as after a run.
+    dtype: number type of the weights in the copy; None keeps that of the source. 16-bit weights take half the disk and
+    download. adapters: are added to the weights of the transformer; their dtype is then float32 by default, as after a
+    run.
 
-    Raises CheckpointError (also for values that dtype cannot hold), ConfigError, OutputError or UsageError; nothing
-    half-written is left behind.
+    Raises CheckpointError (also for values that dtype cannot hold), ConfigError, OutputError or UsageError. If it
+    fails, no part of the target stays.
     """
     source, target = Path(os.path.expanduser(source)), Path(os.path.expanduser(target))
     manifest, config, tensors = open_model(source)
     if adapters and "stage2" not in tensors:
-        raise CheckpointError(f"{source}: a VQGAN alone has no weights that adapters go with")
+        raise CheckpointError(f"{source}: a VQGAN alone has no transformer, to which adapters belong")
     dtypes = {stage: _one_dtype(entries) if dtype is None else dtype for stage, entries in tensors.items()}
     if adapters and dtype is None:
         dtypes["stage2"] = "float32"
@@ -124,7 +125,7 @@ def copy_model(
 
 
 def _one_dtype(tensors: dict[str, Any]) -> str:
-    """The dtype of all tensors of a file, float32 where they differ: it holds every value of the other dtypes."""
+    """Returns the dtype of all tensors of a file. If they differ it is float32, which holds every value of the rest."""
     dtypes = {entry["dtype"] for entry in tensors.values()}
     return dtypes.pop() if len(dtypes) == 1 else "float32"
 
@@ -132,13 +133,13 @@ def _one_dtype(tensors: dict[str, Any]) -> str:
 def _copy_chunks(
     path: Path, tensors: dict[str, Any], dtype: str, adapters: Adapters | None, bar: tqdm
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(Flax path, array in dtype) of each part of a weights file, its adapter added."""
+    """Yields (Flax path, array in dtype) of each part of a weights file, with its adapter added."""
     for name, layer, array in read_weights(path, tensors):
         before = array
         if adapters:
-            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
+            with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite are refused below
                 array = merged(name, array, adapters.leaves, adapters.scale, layer)
-        if array is not before or array.dtype != numpy_dtype(dtype):  # else bit for bit
+        if array is not before or array.dtype != numpy_dtype(dtype):  # else it is copied bit for bit
             array = in_dtype(array, dtype, f"{path}: {name}")
         bar.update(array.nbytes)
         yield name, array
@@ -148,7 +149,10 @@ def _copy_chunks(
 
 
 def open_model(source: Path) -> tuple[dict[str, Any], Config, dict[Stage, dict[str, Any]]]:
-    """The manifest and configuration of a model folder, and the tensors of each stage that it has, in order."""
+    """Reads a model folder; returns its manifest, its configuration, and the manifest's tensors by stage, in order.
+
+    Raises CheckpointError or ConfigError.
+    """
     manifest = read_manifest(source)
     config = load_config(source / "config.yaml")
     tensors: dict[Stage, dict[str, Any]] = {}
@@ -159,7 +163,7 @@ def open_model(source: Path) -> tuple[dict[str, Any], Config, dict[Stage, dict[s
 
 
 def verify_model(folder: Path, manifest: dict[str, Any], weight_bytes: int) -> float:
-    """Reads the weights of a folder, which checks each tensor; returns the seconds taken."""
+    """Reads the weights of a folder and checks each tensor. Returns the seconds taken. Raises CheckpointError."""
     start = time.perf_counter()
     with weights_progress(weight_bytes, "verifying") as bar:
         for stage, tensors in manifest["tensors"].items():
@@ -169,6 +173,7 @@ def verify_model(folder: Path, manifest: dict[str, Any], weight_bytes: int) -> f
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the files of a tokenizer, and its list of words if there is one, to the new folder `target`."""
     target.mkdir()
     for name in (*TOKENIZER_FILES, WORDS_FILE):
         if name in TOKENIZER_FILES or (source / name).is_file():
@@ -176,10 +181,10 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def in_dtype(array: np.ndarray, dtype: str, what: str) -> np.ndarray:
-    """`array` in dtype, by way of float32. Raises CheckpointError if that is not finite."""
-    with np.errstate(over="ignore"):  # what is beyond a dtype becomes inf, which is refused below
+    """Converts an array to float32 and then to dtype. Raises CheckpointError, naming `what`, for NaN and infinity."""
+    with np.errstate(over="ignore"):  # a value beyond the range of dtype becomes inf, which is refused below
         array = array.astype(np.float32, copy=False)
-        # min and max carry NaN, and need no temporary array; those of 16 bits take ten times as long.
+        # min and max pass NaN on, and need no temporary array. On arrays of 16 bits they take ten times as long.
         extremes = np.array([array.min(), array.max()] if array.size else []).astype(numpy_dtype(dtype))
         array = array.astype(numpy_dtype(dtype), copy=False)
     if not np.isfinite(extremes).all():
@@ -189,4 +194,5 @@ def in_dtype(array: np.ndarray, dtype: str, what: str) -> np.ndarray:
 
 
 def weights_progress(total_bytes: int, what: str) -> tqdm:
+    """Returns a progress bar in bytes, with the title `what`."""
     return tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, unit_divisor=1000, mininterval=0.5)

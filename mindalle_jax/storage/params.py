@@ -1,7 +1,7 @@
-"""Parameters in memory: placed on the devices in the layout of sampling, told apart, and written to a model folder.
+"""Parameters in memory: places them on the devices for sampling, describes them, and writes them to a model folder.
 
-Two layouts go in: that of training and disk, where the blocks of the transformer have a leading layer axis
-(blocks/qkv/weight), and that of sampling, where they lie one by one (blocks_0/qkv/weight).
+Functions take two layouts. In the layout of training and disk the blocks of the transformer have a leading layer axis
+(blocks/qkv/weight). In the layout of sampling the blocks are separate (blocks_0/qkv/weight).
 """
 
 import json
@@ -41,11 +41,11 @@ from mindalle_jax.text.tokenizer import TextTokenizer
 def place_params(
     params: Mapping[str, Any], stage: Stage, config: Config, dtype: np.dtype, mesh: Mesh, *, int8: bool = False
 ) -> dict[str, Any]:
-    """Parameters of a stage in `dtype` on every device of the mesh, nested, in the layout of sampling.
+    """Places the parameters of a stage on every device of the mesh, in `dtype`; returns them in the layout of sampling.
 
-    params: nested, NumPy or JAX arrays, in either layout; what lies on the devices in that dtype is not copied. int8:
-    weights of linear layers become int8, each with `weight_scale` f32 beside it, unless they are so already.
-    Raises CheckpointError naming all that do not fit the configuration.
+    params: nested, NumPy or JAX arrays, in either layout. JAX arrays that are there in that dtype are not copied.
+    int8: weights of linear layers become int8 with `weight_scale` f32 beside them, unless they are int8 already.
+    Raises CheckpointError, which lists all parameters that do not fit the configuration.
     """
     leaves = _one_by_one(flax.traverse_util.flatten_dict(dict(params), sep="/"))
     _check_fit(leaves, stage, config)
@@ -66,7 +66,7 @@ def place_params(
 
 
 def describe_params(params: Mapping[str, Any], stage: Stage, config: Config) -> dict[str, dict[str, Any]]:
-    """The entries of a manifest, {name: {dtype, shape, crc32}}, for parameters as place_params gives them."""
+    """Returns the entries of a manifest, {name: {dtype, shape, crc32}}, for parameters that place_params returned."""
     entries: dict[str, dict[str, Any]] = {}
     shapes = leaf_shapes(config, stage)
     for name, _, array in _parts(params):
@@ -88,11 +88,10 @@ def write_params(
     overwrite: bool = False,
     caption_dropout: float | None = None,
 ) -> None:
-    """Writes a model folder from parameters as place_params gives them, float32.
+    """Writes a model folder from float32 parameters that place_params returned.
 
-    caption_dropout: of the manifest (see read_manifest); None leaves it out.
-
-    Raises OutputError or UsageError; nothing half-written is left behind.
+    dtype: number type of the weights on disk. caption_dropout: entry of the manifest (see read_manifest); None leaves
+    it out. Raises OutputError or UsageError. If it fails, no part of the folder stays.
     """
     weight_bytes = sum(numpy_dtype(dtype).itemsize * count_parameters(config, stage) for stage in STAGES)
     check_free_disk(folder, weight_bytes + (64 << 20), "the model")
@@ -117,7 +116,7 @@ def write_params(
 
 
 def _one_by_one(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves with stacked blocks taken apart."""
+    """Splits stacked blocks into one leaf per layer."""
     apart = {}
     for name, leaf in leaves.items():
         if not name.startswith("blocks/"):
@@ -148,7 +147,7 @@ def _check_fit(leaves: Mapping[str, Any], stage: Stage, config: Config) -> None:
 
 
 def _parts(params: Mapping[str, Any]) -> Iterator[tuple[str, int | None, np.ndarray]]:
-    """(name, layer, array) in the order of the layout of training, the layers of a stacked tensor one after another."""
+    """Yields (name, layer, array) in the order of the layout of training, with the layers of a tensor in a row."""
     flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
     keys = []
     for name, leaf in flat.items():

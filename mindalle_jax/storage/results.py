@@ -1,4 +1,4 @@
-"""Writes the weights that a run has trained into its folder; the rest of the model is copied from its base model."""
+"""Writes the weights that a run has trained into its folder, and copies the rest from the base model."""
 
 import json
 import os
@@ -35,11 +35,14 @@ def write_model(
     caption_dropout: float | None = None,
     captions: Iterable[str] = (),
 ) -> None:
-    """Writes a model into an existing folder: stage 2 from leaf(path, shape), what is not there as in the model `base`.
+    """Writes a model into an existing folder: stage 2 from leaf(path, shape), and missing files from the model `base`.
 
-    caption_dropout: of the manifest (see read_manifest); None leaves it out. captions: that it was trained on besides;
-    their words join the list of the tokenizer, where it has one.
-    The manifest is replaced last, so a folder with an old model in it holds one of the two.
+    leaf: returns a float32 array by path and shape. source: the manifest's text about where the weights come from.
+    caption_dropout: entry of the manifest (see read_manifest); None leaves it out. captions: captions of the training;
+    their words are added to the tokenizer's list of words, if it has one.
+
+    The manifest is replaced last. So a folder with an old model holds either the old or the new one. Raises
+    OutputError if the disk is too small, and CheckpointError for a damaged base.
     """
     shapes = leaf_shapes(config, "stage2")
     stage1_bytes = (base / "stage1.safetensors").stat().st_size
@@ -85,7 +88,7 @@ def write_vqgan(config: Config, folder: Path, params: Mapping[str, np.ndarray], 
 
 
 def _replace(folder: Path, name: str, tensors: dict[str, Any], about: dict[str, Any]) -> None:
-    """Puts the weights `name`.partial in their place, and a manifest of these tensors. about: more of its entries."""
+    """Renames the weights `name`.partial to `name`, and writes a manifest of these tensors with the entries `about`."""
     text = json.dumps(
         {
             "format_version": FORMAT_VERSION,

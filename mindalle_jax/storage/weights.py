@@ -1,11 +1,11 @@
-"""Weights on disk: safetensors files, each tensor with a CRC-32 in the folder's manifest. One writer, one reader.
+"""Weights on disk: safetensors files, and a manifest with a CRC-32 of each tensor. Here are the one writer and reader.
 
 A model folder holds
 
     config.yaml  tokenizer/  stage1.safetensors  stage2.safetensors  manifest.json  LICENSE  README.md
 
-Tensors are named by their Flax path (blocks/qkv/weight) in the layout of training: the layers of the transformer
-stacked. Both sides work in chunks of at most one layer, so memory stays far below the size of the file.
+Tensors are named by their Flax path (blocks/qkv/weight) in the layout of training, with the layers of the transformer
+stacked. Writer and reader work in chunks of at most one layer, so they need far less memory than the file is large.
 """
 
 import functools
@@ -43,13 +43,13 @@ FORMAT_VERSION = 1
 STAGES = ("stage1", "stage2")
 
 DiskDType = Literal["float32", "float16", "bfloat16"]
-"""Dtype of weights on disk, whatever they are computed in. float16 ends at 65504."""
+"""Dtype of weights on disk. The compute dtype is independent of it. float16 ends at 65504."""
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""NumPy's names of the dtypes that weights may have -> those of safetensors."""
+"""NumPy's names of the dtypes that weights may have -> the names in safetensors."""
 
 
 def leaf_shapes(config: Config, stage: Stage) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of a stage by its path, in the layout of training and disk. Allocates nothing."""
+    """Returns the shape of every parameter of a stage by its path, in the layout of disk. Allocates no arrays."""
     return dict(_leaf_shapes(config, stage))
 
 
@@ -69,12 +69,12 @@ def _leaf_shapes(config: Config, stage: Stage) -> tuple[tuple[str, tuple[int, ..
 
 
 def count_parameters(config: Config, stage: Stage) -> int:
-    """Number of parameters of a stage."""
+    """Returns the number of parameters of a stage."""
     return sum(math.prod(shape) for shape in leaf_shapes(config, stage).values())
 
 
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a/b": x} -> {"a": {"b": x}}."""
+    """Turns {"a/b": x} into {"a": {"b": x}}."""
     return flax.traverse_util.unflatten_dict(dict(leaves), sep="/")
 
 
@@ -83,7 +83,9 @@ def write_weights(
 ) -> dict[str, Any]:
     """Writes a safetensors file from consecutive chunks and returns its part of the manifest.
 
-    chunks: (name, array) in the order of `shapes`; those of one tensor follow each other and fill it in C order.
+    shapes: shape of each tensor by name. chunks: (name, array in dtype), in the order of `shapes`; the chunks of one
+    tensor follow each other and fill it in C order. Raises FileExistsError if the file exists, and OSError if it cannot
+    be written.
     """
     itemsize = numpy_dtype(dtype).itemsize
     header, offset = {}, 0
@@ -98,7 +100,7 @@ def write_weights(
         file.write(struct.pack("<Q", len(text)) + text)
         for name, array in chunks:
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-            writing = writer.submit(_write, file, data)  # the digest meanwhile
+            writing = writer.submit(_write, file, data)  # the digest is computed meanwhile
             crcs[name] = zlib.crc32(data, crcs[name])
             written[name] += len(data)
             writing.result()
@@ -119,13 +121,13 @@ def _write(file: BinaryIO, data: memoryview) -> None:
 def read_weights(path: Path, tensors: Mapping[str, Any]) -> Iterator[tuple[str, int | None, np.ndarray]]:
     """Yields (name, layer, array) for every tensor of a safetensors file, checking each against the manifest.
 
-    tensors: the file's part of the manifest. Tensors of the blocks come one layer at a time, all others complete, with
-    layer None. Arrays are views of the mapped file. Raises CheckpointError for a file that is missing, damaged, or not
-    the one the manifest describes; a wrong digest is seen when the last part of its tensor is read, and that part is
-    not given out.
+    tensors: the file's part of the manifest. Tensors of the blocks come one layer at a time. All other tensors come
+    complete, with layer None. Arrays are views of the memory-mapped file. Raises CheckpointError for a file that is
+    missing, damaged, or not the one that the manifest describes. A wrong digest is detected before the last part of its
+    tensor is yielded.
     """
     places = _locate(path, tensors)
-    # Mapped and not read through the safetensors library, which copies first and takes twice the time.
+    # Memory-mapped, because the safetensors library copies first and takes twice the time.
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     for name, (dtype, shape, start) in places.items():
@@ -135,7 +137,7 @@ def read_weights(path: Path, tensors: Mapping[str, Any]) -> Iterator[tuple[str, 
         for layer in layers:
             array = leaf if layer is None else leaf[layer]
             crc = zlib.crc32(array.reshape(-1).view(np.uint8).data, crc)
-            # Before the last part goes out: a caller who has all parts need not ask for another.
+            # Checked before the last part is yielded: a caller with all parts may not ask for more.
             if layer == layers[-1] and crc != tensors[name]["crc32"]:
                 raise CheckpointError(
                     f"{path}: {name} is damaged: CRC-32 {crc:08x}, {MANIFEST} says {tensors[name]['crc32']:08x}; "
@@ -145,7 +147,10 @@ def read_weights(path: Path, tensors: Mapping[str, Any]) -> Iterator[tuple[str, 
 
 
 def map_weights(path: Path, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Views of the mapped file, whole tensors by name, after every digest was checked; otherwise as read_weights."""
+    """Returns complete tensors by name, as views of the memory-mapped file, after checking every digest.
+
+    Arguments and errors are as in read_weights.
+    """
     for _ in read_weights(path, tensors):
         pass
     with open(path, "rb") as file:
@@ -156,7 +161,7 @@ def map_weights(path: Path, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]
 
 
 def _locate(path: Path, tensors: Mapping[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...], int]]:
-    """(dtype, shape, first byte) of each tensor, after the file's header has been held against the manifest."""
+    """Compares the file's header with the manifest; returns (dtype, shape, first byte) of each tensor."""
     try:
         with safetensors.safe_open(path, framework="numpy") as file:  # checks offsets and sizes
             if set(file.keys()) != set(tensors):
@@ -182,16 +187,17 @@ def _locate(path: Path, tensors: Mapping[str, Any]) -> dict[str, tuple[np.dtype,
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """The dtype that `name`, a DiskDType, stands for. Raises UsageError for another."""
+    """Returns the NumPy dtype of a DiskDType. Raises UsageError for another name."""
     if name not in _DTYPE_NAMES:
-        raise UsageError(f"weights are {', '.join(_DTYPE_NAMES)}, not {name!r}")
+        raise UsageError(f"the dtype of weights must be one of {', '.join(_DTYPE_NAMES)}, not {name!r}")
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """manifest.json of a model folder: {"format_version", "tensors": {stage: {name: {dtype, shape, crc32}}}, ...}.
+    """Reads manifest.json: {"format_version": 1, "tensors": {stage: {name: {dtype, shape, crc32}}}, ...}.
 
-    "caption_dropout" is the share of captions that training left blank, in [0, 1]; it is missing where nobody knows.
+    "caption_dropout" is the share of captions that training left blank, in [0, 1]; it is absent if nobody knows.
+    Raises CheckpointError if the file is missing, damaged, or of another format.
     """
     path = folder / MANIFEST
     try:
@@ -221,10 +227,10 @@ def _check_entries(tensors: dict[str, Any]) -> None:
 
 
 def fingerprint(tensors: Mapping[str, Mapping[str, Any]]) -> str:
-    """SHA-256, hexadecimal, of a model: of the dtype, shape and CRC-32 of every tensor, by stage and name.
+    """Returns a hexadecimal SHA-256 over the dtype, shape and CRC-32 of every tensor of a model.
 
-    tensors: {stage: {name: {dtype, shape, crc32}}}, as a manifest has them. The same weights have the same fingerprint,
-    whoever wrote the folder and whatever else the manifest says.
+    tensors: {stage: {name: {dtype, shape, crc32}}}, as in a manifest. The same weights always have the same
+    fingerprint: nothing else in the manifest matters.
     """
     rows = [
         [stage, name, entry["dtype"], list(entry["shape"]), entry["crc32"]]
@@ -237,9 +243,9 @@ def fingerprint(tensors: Mapping[str, Mapping[str, Any]]) -> str:
 def check_tensors(
     folder: Path, stage: str, tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """The manifest's tensors of a stage in the order of `shapes`, which is what config.yaml asks for.
+    """Returns the manifest's tensors of a stage in the order of `shapes`, the shapes that config.yaml asks for.
 
-    Raises CheckpointError naming all that differ.
+    Raises CheckpointError, which lists all tensors that differ.
     """
     found = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
     if found != shapes:
@@ -251,9 +257,10 @@ def check_tensors(
 def load_stacked(
     folder: Path, stage: Stage, config: Config, dtypes: Mapping[str, np.dtype], shardings: Mapping[str, Sharding]
 ) -> dict[str, jax.Array]:
-    """Parameters of a stage by path in the layout of training, each in its dtype and with its sharding.
+    """Loads the parameters of a stage by path, in the layout of training, each with its dtype and sharding.
 
-    Each device gets its part from the mapped file: no parameter is whole on a device unless its sharding says so.
+    Each device gets its part from the memory-mapped file, so no device holds a complete parameter unless the sharding
+    says so. Raises CheckpointError.
     """
     tensors = check_tensors(folder, stage, read_manifest(folder)["tensors"][stage], leaf_shapes(config, stage))
     leaves = {}
@@ -266,10 +273,10 @@ def load_stacked(
 def load_params(
     folder: Path, stage: Stage, config: Config, dtype: np.dtype, mesh: Mesh, *, int8: bool = False
 ) -> dict[str, Any]:
-    """Parameters of a stage in `dtype` on every device of the mesh, in the layout of sampling.
+    """Loads the parameters of a stage, nested, in `dtype`, on every device of the mesh, in the layout of sampling.
 
-    The blocks come one by one, as `blocks_0`, `blocks_1`, ...; no more than one tensor is held twice.
-    int8: weights of linear layers are int8, each with `weight_scale` f32 beside it (models/quantization.py).
+    Blocks are separate, as `blocks_0`, `blocks_1`, ... At most one tensor is in memory twice. int8: weights of linear
+    layers become int8 with `weight_scale` f32 beside them (models/quantization.py). Raises CheckpointError.
     """
     tensors = check_tensors(folder, stage, read_manifest(folder)["tensors"][stage], leaf_shapes(config, stage))
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -281,7 +288,7 @@ def load_params(
             rows = quantize(array, np.float32)
             parts = {name: rows.values, f"{name}_scale": rows.scale}
         else:
-            # A copy: on CPU the device array shares the memory of the NumPy array, which here is the mapped file.
+            # A copy: on CPU a device array shares the memory of the NumPy array, and this one is the mapped file.
             parts = {name: np.array(array, dtype)}
         leaves |= {name: jax.device_put(part, replicated) for name, part in parts.items()}
     return nest(leaves)

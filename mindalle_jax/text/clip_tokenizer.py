@@ -1,7 +1,7 @@
-"""Tokenizers of CLIP: Hugging Face's files and OpenAI's list of merges, read with `tokenizers` alone.
+"""Tokenizers of CLIP, from Hugging Face's files or from OpenAI's list of merges. Only `tokenizers` is needed.
 
-Texts are cleaned as openai/CLIP cleans them. The ids are then those of its SimpleTokenizer, and for most texts those of
-transformers' CLIPTokenizer too, which takes seconds to import.
+Texts are cleaned as in openai/CLIP. So the ids are the same as with its SimpleTokenizer. For most texts they are also
+the same as with transformers' CLIPTokenizer, which takes seconds to import.
 """
 
 import gzip
@@ -19,12 +19,15 @@ from mindalle_jax.text.tokenizer import TokenizedPrompts
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 BPE_MERGES = 49_152 - 256 - 2
-"""How many merges of its file OpenAI's tokenizer takes: the vocabulary has 49,408 entries, 512 of them bytes."""
+"""Number of merges that OpenAI's tokenizer takes from its file. The vocabulary has 49,408 entries; 512 are bytes."""
 MAX_BPE_BYTES = 16 << 20  # unpacked; the published file has 3 MB
 
 
 def read_clip_tokenizer(path: Path, config: ClipTextConfig) -> Tokenizer:
-    """The tokenizer of a folder or of OpenAI's file of merges; CheckpointError if it does not fit the network."""
+    """Reads the tokenizer of a folder or of OpenAI's file of merges.
+
+    config: sizes of the text tower. Raises CheckpointError if the tokenizer is missing, damaged, or does not fit them.
+    """
     try:
         if path.is_file() and path.suffix == ".gz":
             tokenizer = make_clip_tokenizer(*_read_openai_merges(path))
@@ -35,14 +38,14 @@ def read_clip_tokenizer(path: Path, config: ClipTextConfig) -> Tokenizer:
         else:
             raise CheckpointError(
                 f"{path}: holds no tokenizer: neither tokenizer.json nor vocab.json with merges.txt; name a folder "
-                "that does, or OpenAI's bpe_simple_vocab_16e6.txt.gz"
+                "that has one, or OpenAI's bpe_simple_vocab_16e6.txt.gz"
             )
         tokenizer.no_padding()
         tokenizer.no_truncation()
         ids = tokenizer.encode("").ids
     except (CheckpointError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # the library raises bare Exception, and where its Rust panics not even that
+    except BaseException as error:  # the library raises bare Exception, and its Rust panics a BaseException
         raise CheckpointError(f"{path}: the tokenizer cannot be read: {one_line(error)}") from None
     highest = max([*tokenizer.get_vocab().values(), *ids], default=-1)
     if highest >= config.vocab_size:
@@ -52,7 +55,7 @@ def read_clip_tokenizer(path: Path, config: ClipTextConfig) -> Tokenizer:
         )
     if len(ids) != 2:
         raise CheckpointError(f"{path}: the tokenizer does not put a start and an end token around a text")
-    # Or the network would take the feature of a text at another place than its end, without a word.
+    # Without this check the network would take the feature of a text at a wrong position, without an error.
     expected = highest if config.eos_token_id == 2 else config.eos_token_id
     if ids[-1] != expected:
         raise CheckpointError(
@@ -63,10 +66,10 @@ def read_clip_tokenizer(path: Path, config: ClipTextConfig) -> Tokenizer:
 
 
 def clip_ids(tokenizer: Tokenizer, prompts: list[str], length: int) -> TokenizedPrompts:
-    """Ids int32[P, length] of P prompts, which are cleaned first (clean_text).
+    """Cleans P prompts (clean_text) and returns their ids int32[P, length].
 
-    Each row is start token, text, end token, and more end tokens up to `length`. A text that is too long loses what is
-    between; num_tokens counts all, with start and end. No text is unknown.
+    Each row is start token, text, end token, and more end tokens up to `length`. A text that is too long is cut before
+    the end token. num_tokens counts all tokens before the cut, with start and end. No token is unknown.
     """
     rows = np.empty((len(prompts), length), np.int32)
     encodings = tokenizer.encode_batch([clean_text(prompt) for prompt in prompts])
@@ -77,12 +80,12 @@ def clip_ids(tokenizer: Tokenizer, prompts: list[str], length: int) -> Tokenized
 
 
 def clean_text(text: str) -> str:
-    """The text as openai/CLIP cleans it before it splits it into tokens (clip/simple_tokenizer.py, encode).
+    """Cleans a text as openai/CLIP does before it splits it into tokens (clip/simple_tokenizer.py, encode).
 
-    ftfy mends curly quotes, full-width letters, ligatures and wrong encodings; HTML entities are replaced, twice; runs
-    of whitespace become one space; letters become lower case.
+    ftfy repairs curly quotes, full-width letters, ligatures and wrong encodings. HTML entities are replaced, twice.
+    Each run of whitespace becomes one space. Letters become lower case.
     """
-    # Both leave printable ASCII without an ampersand as it is, and ftfy takes a tenth of a second to import.
+    # ftfy takes a tenth of a second to import. It and unescape do not change printable ASCII without an ampersand.
     if not (text.isascii() and text.isprintable() and "&" not in text):
         import ftfy
 
@@ -91,12 +94,14 @@ def clean_text(text: str) -> str:
 
 
 def make_clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    """A tokenizer with the ids of OpenAI's for text that clean_text has cleaned.
+    """Makes a tokenizer that gives the same ids as OpenAI's for text that clean_text has cleaned.
 
-    It differs from the one that transformers' CLIPTokenizer builds (transformers/models/clip/tokenization_clip.py) in
-    three things. It does not compose accents (NFC): OpenAI composes them before it resolves entities and lowers, and
-    not after. OpenAI's expression ignores case, so an apostrophe and a long s are one word, and U+0345, a mark whose
-    capital is a letter, is in no word.
+    It differs in three points from the tokenizer of transformers' CLIPTokenizer (in
+    transformers/models/clip/tokenization_clip.py). First, it does not compose accents (NFC): OpenAI composes them only
+    before it resolves entities and lowers letters. OpenAI's expression ignores case, hence the other two: an apostrophe
+    with a long s is one word, and U+0345, a mark whose capital is a letter, is in no word.
+
+    vocab: token -> id. merges: pairs of tokens, in their order. Raises ValueError without start and end tokens.
     """
     for token in (START, END):
         if token not in vocab:
@@ -108,7 +113,7 @@ def make_clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) ->
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(pattern, "removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),  # or it splits words again
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),  # else it splits words again
         ]
     )
     tokenizer.post_processor = processors.RobertaProcessing(
@@ -119,7 +124,7 @@ def make_clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) ->
 
 
 def _read_openai_merges(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges as the SimpleTokenizer of OpenAI's clip/simple_tokenizer.py makes them."""
+    """Returns vocabulary and merges, as the SimpleTokenizer of OpenAI's clip/simple_tokenizer.py makes them."""
     try:
         with gzip.open(file) as stream:
             data = stream.read(MAX_BPE_BYTES + 1)
@@ -140,9 +145,9 @@ def _read_openai_merges(file: Path) -> tuple[dict[str, int], list[tuple[str, str
 
 
 def byte_tokens() -> list[str]:
-    """The first 512 tokens of a vocabulary: one for each byte, then one for each that ends a word.
+    """Returns the first 512 tokens of a vocabulary: one per byte, then one per byte that ends a word.
 
-    A byte is written as itself if it can be printed, else as a character from 256 on; in that order.
+    A printable byte is written as itself, and these come first. The rest are written as characters from 256 on.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     symbols = [chr(code) for code in [*printable, *range(256, 512 - len(printable))]]

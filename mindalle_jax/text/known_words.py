@@ -1,8 +1,8 @@
-"""The words that a model was trained on, where its folder says so: tokenizer/words.json.
+"""The words that a model was trained on, if its folder has a list of them: tokenizer/words.json.
 
-    {"about": "draws coloured shapes", "examples": ["a red circle"], "words": ["a", "circle", "red"]}
+    {"about": "samples colored shapes", "examples": ["a red circle"], "words": ["a", "circle", "red"]}
 
-A small model knows few words, and draws something for every prompt. The published model has no such list.
+A small model knows few words, but it samples an image for every prompt. The published model has no such list.
 """
 
 import dataclasses
@@ -17,27 +17,30 @@ from mindalle_jax.errors import CheckpointError
 
 WORDS_FILE = "words.json"
 MAX_WORDS = 20_000
-"""Captions with more distinct words are the language at large: no list is written, and nothing is warned of."""
+"""Maximum size of a list. Captions with more distinct words cover most of the language, so no list is written."""
 MAX_BYTES = 4 << 20
 MAX_LENGTH = 40
 """Longest word that is compared with the known ones, in characters."""
 FUNCTION_WORDS = frozenset("a an and as at by for from in into is of on or s the to with".split())
-"""Words that name nothing: a prompt of these and of unknown words alone has no known word."""
-LARGER_MODEL = "for photographs and paintings take the published model, minDALL-E/1.3B (a download of 5 GB)"
+"""Words that name nothing, so they do not count as known words of a prompt."""
+LARGER_MODEL = "for photographs and paintings use the published model, minDALL-E/1.3B (a download of 5 GB)"
 
 
 @dataclasses.dataclass(frozen=True)
 class KnownWords:
-    """The words of one model, lower case."""
+    """The words of one model, in lower case."""
 
     words: frozenset[str]
     about: str = ""
-    """Continues the name of the model: "draws coloured shapes"."""
+    """The rest of a sentence that starts with the model: "samples colored shapes"."""
     examples: tuple[str, ...] = ()
-    """Prompts that it follows."""
+    """Prompts that the model follows."""
 
     def warning(self, prompt: str, model: str) -> str | None:
-        """The words of the prompt that `model` does not know, with the nearest known ones; None if it knows all."""
+        """Returns a warning that names unknown words of the prompt, with the nearest known ones; None without any.
+
+        model: the name of the model.
+        """
         content = [word for word in dict.fromkeys(split_words(prompt)) if word not in FUNCTION_WORDS]
         unknown = [word for word in content if word not in self.words]
         if not unknown:
@@ -52,9 +55,9 @@ class KnownWords:
         return f"{said} (in {_shortened(prompt)!r}). It {about}{example}; {LARGER_MODEL}"
 
     def extended(self, captions: Iterable[str]) -> "KnownWords":
-        """The same with the words of captions that the model was trained on besides.
+        """Returns the list with the words of more captions added.
 
-        If there are new ones, what was said about the model does not hold any more, and goes.
+        If there are new words, `about` and `examples` may not be true any more, so they are dropped.
         """
         words = self.words | frozenset(count_words(captions))
         return self if words == self.words else KnownWords(words)
@@ -70,14 +73,14 @@ class KnownWords:
     def _with_nearest(self, word: str) -> str:
         if len(word) > MAX_LENGTH:
             return f"{word[:20]}..."
-        # Of 20,000 words few are compared; a slip is seldom in the first letter.
+        # Compares only words with the same first letter, because typing errors are seldom there.
         alike = [known for known in self.words if known[:1] == word[:1] and abs(len(known) - len(word)) <= 2]
         near = difflib.get_close_matches(word, alike, n=1, cutoff=0.7)
         return f"{word} (nearest: {near[0]})" if near else word
 
 
 def read_known_words(folder: Path) -> KnownWords | None:
-    """The words of the tokenizer in a folder, None if it has no list. Raises CheckpointError for a damaged file."""
+    """Returns the list of words in a tokenizer's folder, or None. Raises CheckpointError if the file is damaged."""
     path = folder / WORDS_FILE
     if not path.is_file():
         return None
@@ -88,7 +91,7 @@ def read_known_words(folder: Path) -> KnownWords | None:
         if not isinstance(tree["examples"], list) or not isinstance(tree["words"], list):
             raise TypeError("examples and words must be lists")
         texts = [tree["about"], *tree["examples"], *tree["words"]]
-        # It is shown on a terminal, where control characters are commands.
+        # The texts are shown on a terminal, where control characters are commands.
         if not all(isinstance(text, str) and text.isprintable() for text in texts):
             raise ValueError("about, examples and words must be text without control characters")
         if len(tree["about"]) > 200 or not all(0 < len(text.strip()) <= 200 for text in tree["examples"]):
@@ -99,7 +102,7 @@ def read_known_words(folder: Path) -> KnownWords | None:
 
 
 def count_words(captions: Iterable[str]) -> Counter[str]:
-    """How often each word occurs."""
+    """Counts how often each word occurs in the captions."""
     counts = Counter[str]()
     for caption in captions:
         counts.update(split_words(caption))
@@ -107,7 +110,7 @@ def count_words(captions: Iterable[str]) -> Counter[str]:
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text: runs of letters and digits, lower case."""
+    """Returns the words of a text, which are runs of letters and digits, in lower case."""
     return re.findall(r"[^\W_]+", text.lower())
 
 

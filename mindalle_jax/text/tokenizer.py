@@ -1,7 +1,7 @@
-"""Prompt -> int32[N]: character-level BPE, lower-cased, padded with [PAD] to a fixed length.
+"""Prompt -> int32[N]: character-level BPE in lower case, padded with [PAD] to a fixed length.
 
-The same ids as the original's `tokenizers.CharBPETokenizer`, with one difference that is meant: `[PAD]` or `[UNK]`
-typed in a prompt stays text, where the original turns it into the special token.
+The ids are the same as those of the original's `tokenizers.CharBPETokenizer`, with one intended difference: `[PAD]` or
+`[UNK]` typed in a prompt stays text here. The original turns it into the special token.
 """
 
 import dataclasses
@@ -19,28 +19,28 @@ VOCAB_FILE = "bpe-16k-vocab.json"
 MERGES_FILE = "bpe-16k-merges.txt"
 UNKNOWN, PAD, WORD_END = "[UNK]", "[PAD]", "</w>"
 MAX_PROMPT_CHARACTERS = 2_000
-"""Longer prompts are refused before tokenising: a megabyte takes seconds, and 64 tokens are used at most."""
+"""Longer prompts are refused before they are tokenized: a megabyte takes seconds, and only 64 tokens are used."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedPrompts:
-    """Ids and what a person should know about them; every array has one row or entry a prompt."""
+    """The ids of P prompts, and the counts for warnings. Everything has one row or entry per prompt."""
 
     ids: np.ndarray
     """int32[P, N]"""
     num_tokens: list[int]
-    """Tokens before padding and cutting."""
+    """Number of tokens before padding and cutting."""
     num_unknown: list[int]
-    """How many of the tokens kept are [UNK]."""
+    """Number of [UNK] among the kept tokens."""
 
     def warnings(self, prompts: list[str]) -> list[str]:
-        """One line for each prompt that was cut or that the vocabulary mostly does not cover."""
+        """Returns one line per prompt that was cut, and one per prompt whose tokens are mostly unknown."""
         lines = []
         context_length = self.ids.shape[1]
         for prompt, tokens, unknown in zip(prompts, self.num_tokens, self.num_unknown, strict=True):
             name = quote_prompt(prompt)
             if tokens > context_length:
-                lines.append(f"{name} has {tokens} tokens; the first {context_length} are used and the rest ignored")
+                lines.append(f"{name} has {tokens} tokens; the first {context_length} are used and the rest is ignored")
             if 2 * unknown > min(tokens, context_length):
                 lines.append(
                     f"{unknown} of the {min(tokens, context_length)} tokens of {name} are unknown to the vocabulary; "
@@ -55,8 +55,8 @@ class TextTokenizer:
     def __init__(self, folder: str | Path, context_length: int, vocab_size: int):
         """Reads `bpe-16k-vocab.json` and `bpe-16k-merges.txt` from `folder`.
 
-        context_length is N, in tokens; vocab_size is the number of rows of the model's text embedding, which every id
-        must be below. Raises CheckpointError when a file is missing, damaged or does not fit.
+        context_length: N, in tokens. vocab_size: number of rows of the model's text embedding; every id must be below
+        it. Raises CheckpointError if a file is missing, damaged or does not fit.
         """
         folder = Path(os.path.expanduser(folder))
         vocab, merges = _read_vocab(folder / VOCAB_FILE), _read_merges(folder / MERGES_FILE)
@@ -70,7 +70,7 @@ class TextTokenizer:
         self.unk_id, self.pad_id = vocab[UNKNOWN], _pad_id(folder, vocab, vocab_size)
         self.context_length = context_length
         self.known_words: KnownWords | None = read_known_words(folder)
-        """The words that the model was trained on, where its folder says so."""
+        """The words that the model was trained on; None if the folder has no list."""
         try:
             bpe = models.BPE(vocab, merges, unk_token=UNKNOWN, end_of_word_suffix=WORD_END)
         except Exception as error:  # the library raises bare Exception
@@ -78,9 +78,10 @@ class TextTokenizer:
         self._tokenizer = char_bpe(bpe)
 
     def __call__(self, prompts: list[str]) -> TokenizedPrompts:
-        """Ids of each prompt, int32[P, N]. An empty prompt gives N times [PAD].
+        """Returns the ids of P prompts, int32[P, N]. An empty prompt gives N times [PAD].
 
-        Raises UsageError for more than 2,000 characters, NUL characters, lone surrogates, and anything but text.
+        Raises UsageError for a prompt with more than 2,000 characters, with NUL characters or lone surrogates, and for
+        anything but text.
         """
         for prompt in prompts:
             check_prompt(prompt)
@@ -95,7 +96,7 @@ class TextTokenizer:
         )
 
     def save(self, folder: Path) -> None:
-        """Writes the vocabulary, and the known words, into a new folder, for TextTokenizer to read."""
+        """Writes the vocabulary and the known words into a new folder, which TextTokenizer can read."""
         folder.mkdir(parents=True)
         self._tokenizer.model.save(str(folder), VOCAB_FILE.removesuffix("-vocab.json"))
         if self.known_words is not None:
@@ -103,7 +104,7 @@ class TextTokenizer:
 
 
 def char_bpe(model: models.BPE) -> Tokenizer:
-    """The tokenizer of CharBPETokenizer(lowercase=True), without registering the special tokens for matching."""
+    """Makes the tokenizer of CharBPETokenizer(lowercase=True), but does not look for special tokens in texts."""
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.BertNormalizer(lowercase=False), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -111,17 +112,17 @@ def char_bpe(model: models.BPE) -> Tokenizer:
 
 
 def quote_prompt(prompt: str) -> str:
-    """The prompt, or its beginning, as messages name it."""
+    """Returns the prompt in quotes, or the first 37 characters of a long one, for messages."""
     return repr(prompt if len(prompt) <= 40 else prompt[:37] + "...")
 
 
 def check_prompt(prompt: str) -> None:
-    """Raises UsageError as TextTokenizer.__call__ does."""
+    """Raises UsageError for a prompt that TextTokenizer.__call__ refuses."""
     if not isinstance(prompt, str):
         raise UsageError(f"a prompt is text, not {type(prompt).__name__}")
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise UsageError(
-            f"the prompt {prompt[:30]!r}... has {len(prompt):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are taken"
+            f"the prompt {prompt[:30]!r}... has {len(prompt):,} characters; the limit is {MAX_PROMPT_CHARACTERS:,}"
         )
     if "\0" in prompt:
         raise UsageError(f"the prompt {prompt[:40]!r} holds a NUL character")
@@ -166,9 +167,9 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 
 
 def _pad_id(folder: Path, vocab: dict[str, int], vocab_size: int) -> int:
-    """The id of [PAD]. A vocabulary without it gives it the next one, as the original does.
+    """Returns the id of [PAD]. If the vocabulary does not have it, it gets a new id, as in the original.
 
-    It is the number of its tokens, or where [UNK] has a higher id the one after it: with a 0, b 5 and [UNK] 7 it is 8.
+    The new id is the number of tokens, or the id after [UNK] if that is higher. With a 0, b 5 and [UNK] 7 it is 8.
     """
     pad_id = vocab.get(PAD, max(len(vocab), vocab[UNKNOWN] + 1))
     if pad_id >= vocab_size or (PAD not in vocab and pad_id in vocab.values()):

@@ -1,16 +1,17 @@
-"""The state of a training on disk: written while training continues, whole or not at all, and verified when it is read.
+"""Checkpoints: the state of a training on disk.
 
-A folder of checkpoints holds one folder for each step that is kept; Orbax writes them:
+A checkpoint is written while training continues. It is either complete or not there at all, and every read verifies
+it. A folder of checkpoints holds one folder per kept step, which Orbax writes:
 
-    300/state/                  the arrays, uncompressed: random floats do not shrink, and compressing takes longer
+    300/state/                  the arrays, uncompressed: weights hardly shrink, and compressing them takes longer
     300/record/record.json      the position in the data, the validation loss, and path, shape, dtype and digest of
                                 every array; a CRC-32 over all of it
     400.orbax-checkpoint-tmp/   a step being written, or left by a process that was killed
     .removed/                   steps being deleted
 
-A folder gets its number by a rename when it is complete, and loses it by one before the first file is deleted, so a
-process may be killed at any time. Several processes may save and restore together if they share the folder. One
-training writes to it; others may read meanwhile.
+A complete folder is renamed to the number of its step. Before its first file is deleted, it is renamed again, into
+`.removed`. So a process may be killed at any time. Several processes may save and restore together if they share the
+folder. Only one training may write to it; other programs may read it meanwhile.
 """
 
 import contextlib
@@ -43,20 +44,21 @@ class Restored(NamedTuple):
     """A checkpoint that `Checkpoints.restore` has read."""
 
     state: Any
-    """The arrays, in the tree, with the dtypes and on the devices that the target asked for."""
+    """The arrays, in a tree with the structure, dtypes and shardings of the target."""
     data_state: dict[str, Any]
-    """As given to `save`, by way of JSON: tuples are lists, keys are strings."""
+    """The data_state given to `save`, after a way through JSON: tuples have become lists, and keys strings."""
     step: int
 
 
 class Checkpoints:
-    """The checkpoints of one training. A context manager: leaving it waits for the last save, also after an error.
+    """The checkpoints of one training, as a context manager. Its end waits for the last save, also after an error.
 
-    folder: made by the first save. keep: that many newest steps are kept, and the one of the lowest validation loss.
-    fingerprint: names the data set; a checkpoint with another one is refused. Reading changes nothing on disk; the
-    first save deletes what killed processes left. Raises UsageError for a keep below 1.
+    folder: where the checkpoints are; the first save makes it. keep: number of newest steps to keep; the step of the
+    lowest validation loss is kept as well. fingerprint: a digest of the data set; `restore` refuses a checkpoint with
+    another one. Raises UsageError if keep is below 1.
 
-    When several processes train together, each makes the same calls with the same arguments, `data_state` too.
+    Reading changes nothing on disk. The first save deletes the partial files of killed processes. When several
+    processes train together, each makes the same calls with the same arguments, also the same `data_state`.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, fingerprint: str = "") -> None:
@@ -78,38 +80,40 @@ class Checkpoints:
         except OutputError as failed:
             if error is None:
                 raise
-            error.add_note(str(failed))  # what ended the training is the news
+            error.add_note(str(failed))  # the error that ended the training matters more
 
     def steps(self) -> list[int]:
-        """The complete checkpoints on disk, oldest first."""
+        """Returns the steps of the complete checkpoints on disk, oldest first."""
         if not self.folder.is_dir():
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
     def latest_step(self) -> int | None:
-        """The newest checkpoint, or None."""
+        """Returns the step of the newest checkpoint, or None."""
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The checkpoint of the lowest validation loss among those saved with a finite one, or None."""
+        """Returns the step of the checkpoint with the lowest finite validation loss, or None."""
         return self._best(self.steps())
 
     def save(
         self, step: int, state: Any, *, data_state: Mapping[str, Any], validation_loss: float | None = None
     ) -> None:
-        """Saves a tree of jax.Arrays, sharded in any way, and `data_state`, which must be JSON.
+        """Saves `state`, a tree of jax.Arrays with any sharding, and `data_state`, which must be JSON.
 
-        Returns when the arrays are copied off the devices, so that they may be donated; writing continues, and an error
-        in it is raised by the next call of save, restore, wait or close. Until the step is complete all older ones
-        stay. Random keys go in as jax.random.key_data(key). Raises OutputError if the disk is too small, cannot be
-        written to, or holds this step or a later one; UsageError for typed random keys.
+        Returns as soon as the arrays are copied from the devices, so the caller may donate them. Writing continues in
+        the background. If it fails, the next call of save, restore, wait or close raises the error. Older steps are
+        deleted only after this step is complete. Random keys are saved as jax.random.key_data(key).
+
+        Raises OutputError if the disk has too little space, cannot be written to, or holds this step or a later one.
+        Raises UsageError for typed random keys.
         """
         self.wait()
         newest = self.latest_step()
         if newest is not None and step <= newest:
             raise OutputError(
                 f"{self.folder}: step {step} is not after step {newest}, which is saved already; name another folder, "
-                "or to resume from an older step remove the later ones first (delete_after)"
+                "or remove the later steps first (delete_after) to resume from an older step"
             )
         leaves = _by_path(state)
         for path, leaf in leaves.items():
@@ -129,22 +133,25 @@ class Checkpoints:
                 "orbax-checkpoint": ocp.__version__,
             },
         }
-        arrays = {path: leaf for path, leaf in leaves.items() if leaf.size}  # Orbax refuses those of size 0
+        arrays = {path: leaf for path, leaf in leaves.items() if leaf.size}  # Orbax refuses arrays of size 0
         items = {_STATE: ocp.args.PyTreeSave(arrays), _RECORD: ocp.args.JsonSave(_seal(record))}
         self._losses[step] = validation_loss
         self._saving = step
         with self._save_errors():
             manager = self._manager = self._manager or self._open()
             check_free_disk(self.folder, sum(leaf.nbytes for leaf in arrays.values()), f"the checkpoint of step {step}")
-            manager.save(step, args=ocp.args.Composite(**items), force=True)  # when to save is the caller's decision
+            manager.save(step, args=ocp.args.Composite(**items), force=True)  # the caller decides when to save
 
     def restore(self, target: Any, step: int | None = None, *, ignore_fingerprint: bool = False) -> Restored:
-        """Reads a step, by default the newest, and verifies every array against the digest made when it was saved.
+        """Reads a step, by default the newest, and verifies every array by the digest that was saved with it.
 
-        target: the tree that was saved, as jax.ShapeDtypeStruct with shardings: any mesh, any number of processes.
-        Raises CheckpointError if there is no such step, if the target has other paths, shapes or dtypes (all are
-        listed), if the step is damaged, or if it was made with another data set; ignore_fingerprint lets that pass.
-        Raises DeviceMemoryError; UsageError for a target without shardings.
+        target: the tree that was saved, with a jax.ShapeDtypeStruct in place of each array. Each needs a sharding; the
+        mesh and the number of processes may differ from those of the save. ignore_fingerprint: accept a checkpoint
+        made with another data set.
+
+        Raises CheckpointError if there is no such step, if the target has other paths, shapes or dtypes (the message
+        lists all of them), if the step is damaged, or if it was made with another data set. Raises DeviceMemoryError
+        if the arrays do not fit into the memory of the devices, and UsageError for a target without shardings.
         """
         self.wait()
         steps = self.steps()
@@ -156,14 +163,14 @@ class Checkpoints:
         wanted = _by_path(target)
         for path, leaf in wanted.items():
             if leaf.sharding is None:
-                raise UsageError(f"{path} of the target has no sharding; jax.eval_shape gives none, add one")
+                raise UsageError(f"{path} of the target has no sharding: jax.eval_shape does not set one, so add it")
         record = self._read_record(step)
         self._check_fit(step, record["leaves"], wanted)
         if record["fingerprint"] != self.fingerprint and not ignore_fingerprint:
             raise CheckpointError(
                 f"{self.folder / str(step)}: the data set has changed since this checkpoint (its fingerprint was "
-                f"{record['fingerprint']!r} and is {self.fingerprint!r}), so its place in the data means other "
-                "samples; bring the old data back, or resume with --ignore-fingerprint (in Python: "
+                f"{record['fingerprint']!r} and is {self.fingerprint!r}), so its position in the data means "
+                "other samples; bring the old data back, or resume with --ignore-fingerprint (in Python: "
                 "ignore_fingerprint=True)"
             )
         with (
@@ -178,18 +185,21 @@ class Checkpoints:
             found = digests(leaves)
             odd = [path for path, entry in record["leaves"].items() if entry["digest"] != found[path]]
             if odd:
-                raise ValueError(f"other bits than were saved in {', '.join(odd)}")
+                raise ValueError(f"the bits have changed since the save in {', '.join(odd)}")
         state = jax.tree.unflatten(jax.tree.structure(target), leaves.values())
         return Restored(state, record["data_state"], step)
 
     def delete_after(self, step: int) -> None:
-        """Deletes the later steps, so that a training can resume from this one. Raises OutputError."""
+        """Deletes the steps after `step`, so that a training can resume from it.
+
+        Raises OutputError if the last save failed or the folder cannot be written to.
+        """
         self.close()
         self._empty_removed()
         if jax.process_index() == 0:
             with disk_errors(self.folder):
                 (self.folder / _REMOVED).mkdir(exist_ok=True)
-                for later in reversed(self.steps()):  # the newest first: what a kill leaves is a training cut short
+                for later in reversed(self.steps()):  # newest first: a kill leaves a training without its last steps
                     if later > step:
                         os.rename(self.folder / str(later), self.folder / _REMOVED / str(later))
         self._empty_removed()
@@ -197,7 +207,7 @@ class Checkpoints:
         self._losses = {saved: loss for saved, loss in self._losses.items() if saved <= step}
 
     def wait(self) -> None:
-        """Returns when nothing is being written. Raises OutputError if the last save failed."""
+        """Waits until nothing is being written. Raises OutputError if the last save failed."""
         if self._manager is None:
             return
         with self._save_errors():
@@ -205,7 +215,7 @@ class Checkpoints:
         self._empty_removed()
 
     def close(self) -> None:
-        """Waits, and lets go of Orbax's threads. May be called again. Raises OutputError if the last save failed."""
+        """Waits for the last save and stops Orbax's threads. It may be called again. Raises OutputError as `wait`."""
         self.wait()
         if self._manager is not None:
             self._manager.close()
@@ -216,14 +226,14 @@ class Checkpoints:
             shutil.rmtree(self.folder / _REMOVED, ignore_errors=True)
 
     def _open(self) -> ocp.CheckpointManager:
-        self._empty_removed()  # what a killed process left there would be in the way of the same step
+        self._empty_removed()  # the files of a killed process would block the same step
         if jax.process_index() == 0:
-            # Not by Orbax (cleanup_tmp_directories): it does so in the background, and free disk is looked at next.
+            # Orbax could do this (cleanup_tmp_directories), but in the background; the free space is checked next.
             for partial in self.folder.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(partial, ignore_errors=True)
         options = ocp.CheckpointManagerOptions(
             create=True,
-            # Orbax deletes in place by default: a kill meanwhile leaves half a step listed.
+            # By default Orbax deletes in place. If it is killed meanwhile, half a step stays listed.
             todelete_subdir=_REMOVED,
             preservation_policy=_NewestAndBest(self.keep, self._best),
         )
@@ -236,7 +246,7 @@ class Checkpoints:
     def _best(self, steps: Sequence[int]) -> int | None:
         for step in steps:
             if step not in self._losses:
-                self._losses[step] = None  # and stays so if the step is damaged
+                self._losses[step] = None  # it stays None if the step is damaged
                 with contextlib.suppress(CheckpointError):
                     self._losses[step] = self._read_record(step)["validation_loss"]
         losses = {step: loss for step in steps if (loss := self._losses[step]) is not None and math.isfinite(loss)}
@@ -251,7 +261,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _save_errors(self) -> Iterator[None]:
-        """Turns whatever Orbax raises into OutputError; the next save starts with a new manager, which cleans up."""
+        """Turns all errors of Orbax into OutputError. The next save then opens a new manager, which cleans up."""
         try:
             yield
         except Exception as error:
@@ -270,7 +280,7 @@ class Checkpoints:
             yield
         except MemoryError:
             raise
-        except Exception as error:  # Orbax and TensorStore raise whatever they like
+        except Exception as error:  # Orbax and TensorStore raise errors of many kinds
             older = max((saved for saved in self.steps() if saved < step), default=None)
             remedy = "there is no older step" if older is None else f"try the older step {older}"
             raise CheckpointError(f"{self.folder / str(step)}: damaged: {one_line(error)}; {remedy}") from error
@@ -300,13 +310,13 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
 
 
 def _reason(error: Exception) -> str:
-    """One line. In those of TensorStore, hundreds of characters, what the operating system said is anywhere."""
+    """Returns an error in one line. Of TensorStore's long messages only the operating system's part is kept."""
     number = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(number[1])) if number else one_line(error)
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
-    """{"params/blocks/ln/scale": leaf}: the same for a dict, a tuple and a NamedTuple of the same names."""
+    """Returns {"params/blocks/ln/scale": leaf}. A dict and a NamedTuple with the same names give the same paths."""
     pairs = jax.tree_util.tree_leaves_with_path(tree)
     leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
     if len(leaves) != len(pairs):
@@ -323,7 +333,7 @@ def _text(entry: Mapping[str, Any]) -> str:
 
 
 def _seal(record: Mapping[str, Any]) -> dict[str, Any]:
-    record = json.loads(json.dumps(record))  # the digest is of what will be read: lists for tuples, strings as keys
+    record = json.loads(json.dumps(record))  # the digest covers what will be read: lists for tuples, strings as keys
     return {"crc32": _crc32(record), **record}
 
 
@@ -333,7 +343,7 @@ def _unseal(text: bytes) -> dict[str, Any]:
     if record["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format {record['format_version']!r}; this version reads format {FORMAT_VERSION}")
     if crc32 != _crc32(record):
-        raise ValueError(f"{_RECORD_FILE} has another CRC-32 than it was written with")
+        raise ValueError(f"{_RECORD_FILE} does not have the CRC-32 that it was written with")
     return record
 
 
@@ -345,21 +355,21 @@ _SEEDS = (0x9E3779B9, 0x7F4A7C15)
 
 
 def digests(leaves: Mapping[str, jax.Array]) -> dict[str, str]:
-    """16 hexadecimal digits for each array, over its bits and their order; neither shape nor dtype enter."""
+    """Returns a digest of 16 hexadecimal digits per array. It covers the bits in their order, not shape and dtype."""
     lanes = jax.device_get({path: _lanes(leaf) for path, leaf in leaves.items()})
     return {path: "".join(f"{int(lane):08x}" for lane in pair) for path, pair in lanes.items()}
 
 
 @jax.jit
 def _lanes(array: jax.Array) -> tuple[jax.Array, ...]:
-    """uint32[], one for each seed:
+    """Returns one uint32[] per seed:
 
         lane(seed) = sum over i of mix(word[i] ^ mix(i ^ seed))  modulo 2**32
 
     word[i] is element i in C order as an unsigned number; elements of 8 bytes are two words, i is modulo 2**32. mix is
-    a bijection that changes half of the bits for any change of its input. So a change within one word changes both
-    lanes, always, and any other one (two elements exchanged, a block of zeros) goes unseen once in 2**64. A sum has no
-    order, which is what lets every device do its part.
+    a bijection that changes about half of the bits for any change of its input. So a change within one word always
+    changes both lanes. Any other change, such as two exchanged elements or a block of zeros, goes unseen once in 2**64.
+    The order of a sum does not matter, so every device can compute its part.
     """
     words = array.astype(jnp.uint8) if array.dtype == bool else array
     bits = min(8 * words.dtype.itemsize, 32)
@@ -369,7 +379,7 @@ def _lanes(array: jax.Array) -> tuple[jax.Array, ...]:
         stride = math.prod(words.shape[axis + 1 :]) % 2**32
         index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
     lanes = tuple(_mix(words ^ _mix(index ^ jnp.uint32(seed))) for seed in _SEEDS)
-    # One reduction, not a sum for each lane: on CPU XLA fuses it with the mixing, which is ten times faster.
+    # One reduction for both lanes: on CPU XLA fuses it with the mixing, which is ten times faster than two sums.
     zeros = (jnp.uint32(0),) * len(lanes)
     return jax.lax.reduce(lanes, zeros, lambda a, b: (a[0] + b[0], a[1] + b[1]), range(words.ndim))
 

@@ -1,6 +1,6 @@
-"""The configuration of a run: the sections that every run has, and for fine-tuning those of the model's config.yaml.
+"""The configuration of a run. Every run has the sections of RunConfig; fine-tuning also has those of config.yaml.
 
-The original's recipes are such files too: they have only the sections of config.yaml.
+The recipes of the original are such files too. They have only the sections of config.yaml.
 """
 
 import dataclasses
@@ -31,60 +31,61 @@ SCRATCH = "scratch"
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The images of a run; docs/fine-tuning.md shows the formats."""
+    """The section `data`: the images of a run. docs/fine-tuning.md shows the formats."""
 
     train: str = ""
     """Folder, tar files, or codes from mindalle prepare-codes."""
     valid: str | None = None
-    """The same for validation; None: no validation."""
+    """The same for validation; None turns validation off."""
     threads: int = 8
-    """Threads that read, decode and crop images."""
+    """Number of threads that read, decode and crop images."""
     group_size: int = 1
-    """This many consecutive samples stay together when samples are shuffled. From images that differ little in a batch
-    CLIP learns what they differ in."""
+    """Number of consecutive samples that stay together when samples are shuffled. If a batch has images that differ
+    little, CLIP learns their differences."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """The section `training` of every run, whatever it trains."""
+    """The fields of section `training` that every run has."""
 
     seed: int = 0
     """Seed of the order of the data, its crops, dropout and fresh parameters."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0."""
+    """Number of steps in which the learning rate rises from 0."""
     ema_decay: float = 0.0
-    """Decay of the moving average of the parameters that is validated, sampled and saved as the model; 0: off."""
+    """Decay of a moving average of the parameters. The average is validated, sampled and saved as the model; 0: off."""
     keep_checkpoints: int = 2
     checkpoint_every_steps: int = 0
-    """Steps between checkpoints; 0: as experiment.save_ckpt_freq, in epochs."""
+    """Number of steps between checkpoints; 0: experiment.save_ckpt_freq epochs."""
     validate_every_steps: int = 0
-    """Steps between validations; 0: as experiment.test_freq, in epochs."""
+    """Number of steps between validations; 0: experiment.test_freq epochs."""
     sample_every_steps: int = 0
-    """Steps between previews, images of sample_prompts; 0: none."""
+    """Number of steps between previews, which are images of sample_prompts; 0: none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardingConfig:
-    """How the state is sharded over devices; runtime/sharding.py has the table."""
+    """The section `sharding`: how the state is sharded over devices. runtime/sharding.py has the table."""
 
     strategy: Strategy = "replicated"
     mesh: tuple[str, ...] = ()
-    """Sizes of mesh axes, as `fsdp=4`; the axis that the strategy is named after takes the devices that are left."""
+    """Sizes of mesh axes, such as `fsdp=4`. The axis with the name of the strategy takes the devices that are left."""
 
     def sizes(self) -> dict[str, int]:
-        """mesh as {axis: size}."""
+        """Returns `mesh` as {axis: size}. Raises ConfigError for an entry that is not an axis with its size."""
         sizes = {}
         for part in self.mesh:
             match = re.fullmatch(rf"({'|'.join(AXES)})=([1-9]\d*)", part)
             if not match:
-                raise ConfigError(f"sharding.mesh: {part!r} is not one of {', '.join(AXES)} with its size, as fsdp=4")
+                axes = ", ".join(AXES)
+                raise ConfigError(f"sharding.mesh: {part!r} is not one of {axes} with its size, such as fsdp=4")
             sizes[match[1]] = int(match[2])
         return sizes
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """The sections of the file of every run."""
+    """The sections that the configuration file of every run has."""
 
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -93,7 +94,7 @@ class RunConfig:
     sharding: ShardingConfig = ShardingConfig()
 
     def check(self) -> None:
-        """Raises ConfigError for values that no run can have."""
+        """Raises ConfigError for a value out of range."""
         check_optimization(self.optimizer, self.experiment)
         t = self.training
         check_share("training.ema_decay", t.ema_decay)
@@ -113,47 +114,56 @@ class TrainingConfig(LoopConfig):
     """The section `training` of a run that trains a transformer."""
 
     init_from: str = "minDALL-E/1.3B"
-    """The model to start from, as for `mindalle sample`: a folder or a name; scratch: a fresh transformer."""
+    """The model to start from, a folder or a name as for `mindalle sample`; "scratch" starts a fresh transformer."""
     vqgan: str = ""
-    """From scratch: the model, or VQGAN alone, that turns images into codes; a folder or a name."""
+    """Only from scratch: the folder or name of the model, or of the VQGAN alone, that turns images into codes."""
     tokenizer: str = ""
-    """From scratch: a folder with bpe-16k-vocab.json and bpe-16k-merges.txt; the default is that of `vqgan`."""
+    """Only from scratch: a folder with bpe-16k-vocab.json and bpe-16k-merges.txt; the default is the tokenizer of
+    `vqgan`."""
     head: Literal["fresh", "head_img"] = "fresh"
-    """Head of an image-only model that starts from a text-to-image model: random as in the original, or taken over."""
+    """Head of an image-only model that starts from a text-to-image model: "fresh" is random, as in the original, and
+    "head_img" keeps the head of the text-to-image model."""
     text_loss_weight: float = 0.125
-    """Weight of the text term. A caption has fewer tokens that count than an image has codes, and text is not sampled:
-    at full weight it would be learned at the expense of the images. As in DALL-E (Ramesh et al., 2021)."""
+    """Weight of the text term of the loss. A caption has fewer tokens that count than an image has codes, and text is
+    not sampled. At full weight text would be learned at the expense of images. The value is that of DALL-E (Ramesh et
+    al., 2021)."""
     caption_dropout: float = 0.0
-    """Share of captions that are left blank, for guidance_scale; 0.1 is usual."""
+    """Share of captions that are left blank, so that guidance_scale works; 0.1 is usual."""
     decay: Literal["all", "matrices"] = "all"
-    """The parameters that weight_decay covers: all, as in the original, or those of two and more axes but tables."""
+    """Parameters that weight_decay covers: "all", as in the original, or "matrices", without embedding tables, biases
+    and gains."""
     freeze: tuple[str, ...] = ()
-    """Patterns of parameters that stay as they are; a whole path must match: `blocks/.*`, `tok_emb_img/embedding`."""
+    """Patterns of parameters that are not trained. A pattern must match the complete path: `blocks/.*`,
+    `tok_emb_img/embedding`."""
     remat: Remat = "dots"
-    """Recomputation in the backward pass, to save memory: none, dots (little) or full (more, a third slower)."""
+    """Recomputation in the backward pass, to save memory: "none", "dots" (a little) or "full" (all blocks, a third
+    slower)."""
     flash_attention: bool = False
-    """Attention by cuDNN, which keeps no weights of it: NVIDIA GPUs since Ampere, bfloat16, no dropout of attention."""
+    """Attention by cuDNN, which does not store the attention weights. It needs bfloat16, no dropout of attention, and
+    an NVIDIA GPU of the Ampere generation or newer."""
     lora: LoraConfig = LoraConfig()
     sample_prompts: tuple[str, ...] = ()
     """Prompts, or numbers of classes, that are sampled every sample_every_steps."""
 
     def check_init_from(self) -> None:
-        """Raises ConfigError for fields that do not go with init_from; before what it names is looked for."""
+        """Raises ConfigError for fields that do not fit init_from. It does not look for the model of init_from."""
         if (self.init_from == SCRATCH) != bool(self.vqgan):
             raise ConfigError(
-                f"training.vqgan names the model whose codes are learned, and goes with init_from: {SCRATCH}"
+                "training.vqgan names the model whose codes are learned: it must be set with init_from: "
+                f"{SCRATCH}, and only then"
             )
         if self.tokenizer and self.init_from != SCRATCH:
-            raise ConfigError(f"training.tokenizer goes with init_from: {SCRATCH}; other models have their own")
+            raise ConfigError(f"training.tokenizer works only with init_from: {SCRATCH}; other models have their own")
         if self.init_from == SCRATCH and (self.freeze or self.lora.rank):
             raise ConfigError(
-                "training.freeze and training.lora keep what a model has learned; from scratch it has learned nothing"
+                f"training.freeze and training.lora keep weights that a model has learned; with init_from: {SCRATCH} "
+                "there are none"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
-    """The file of `mindalle finetune`."""
+    """The configuration file of `mindalle finetune`."""
 
     training: TrainingConfig = TrainingConfig()
     dataset: DatasetConfig = DatasetConfig()
@@ -161,7 +171,7 @@ class FinetuneConfig(RunConfig):
     stage2: Stage2Config = Stage2Config()
 
     def model_config(self) -> Config:
-        """The part that lies with the model."""
+        """Returns the sections that config.yaml in the model's folder has."""
         return Config(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Config)})
 
     @property
@@ -170,7 +180,7 @@ class FinetuneConfig(RunConfig):
         return self.model_config().image_only
 
     def check(self) -> None:
-        """As RunConfig.check, and for the model and what is trained of it."""
+        """As RunConfig.check; also checks the model and the choice of trained parameters."""
         super().check()
         self.model_config().check()
         t = self.training
@@ -180,9 +190,7 @@ class FinetuneConfig(RunConfig):
                 f"training.text_loss_weight must be a finite number of at least 0, not {t.text_loss_weight}"
             )
         if t.flash_attention and (not self.experiment.use_amp or self.stage2.hparams.attn_pdrop):
-            raise ConfigError(
-                "training.flash_attention goes with experiment.use_amp=true and stage2.hparams.attn_pdrop=0"
-            )
+            raise ConfigError("training.flash_attention needs experiment.use_amp=true and stage2.hparams.attn_pdrop=0")
         if t.lora.rank < 0:
             raise ConfigError(f"training.lora.rank must be at least 0, not {t.lora.rank}")
         if not 0 < t.lora.alpha < math.inf:
@@ -196,11 +204,11 @@ class FinetuneConfig(RunConfig):
 
 
 def check_share(path: str, share: float) -> None:
-    """Raises ConfigError for what does not lie in [0, 1)."""
+    """Raises ConfigError for a share that does not lie in [0, 1). path: the name of its field, for the message."""
     if not 0 <= share < 1:
         raise ConfigError(f"{path} must lie in [0, 1), not {share}")
 
 
 def load_finetune_config(path: str | Path, overrides: Iterable[str] = (), base: Config | None = None) -> FinetuneConfig:
-    """Reads the file as config.load_config does; base: the configuration of the model to start from."""
+    """Reads the configuration of a run, as config.file.load_config. base: that of the model to start from."""
     return load_config(path, overrides, FinetuneConfig, base)

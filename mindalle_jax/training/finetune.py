@@ -1,4 +1,4 @@
-"""Training of the transformer: further, on other images, as another kind of model, or from scratch.
+"""Training of the transformer: fine-tuning, transfer to another kind of model, or from scratch.
 
 base model -> parameters on the mesh -> the loop -> model folder
 """
@@ -57,9 +57,10 @@ class FinetuneRun(Run):
     """One run of `mindalle finetune`."""
 
     def __init__(self, config: FinetuneConfig, base: Path, out: Path):
-        """config: as load_finetune_config gives it. base: the folder of the model to start from. out: of the run.
+        """Checks everything that can be wrong, and writes nothing.
 
-        Raises ConfigError, CheckpointError, DataError or UsageError before anything is written.
+        config: as load_finetune_config gives it. base: the folder of the model to start from. out: the folder of the
+        run. Raises ConfigError, CheckpointError, DataError or UsageError.
         """
         check_base(config, base)
         self.config, self.base = config, base
@@ -85,7 +86,7 @@ class FinetuneRun(Run):
                 raise ConfigError(f"training.freeze: {pattern!r} matches none of {', '.join(self.shapes)}")
         if training.lora.rank:
             if training.freeze:
-                raise ConfigError("training.freeze goes without training.lora, beside which nothing else is trained")
+                raise ConfigError("training.freeze cannot be used with training.lora, which trains only the adapters")
             trained = adapter_shapes(self.shapes, training.lora)
         else:
             trained = {path: shape for path, shape in self.shapes.items() if not matches(path, training.freeze)}
@@ -116,22 +117,22 @@ class FinetuneRun(Run):
 
         self.frozen: Params = {}
         self.stage1: dict[str, Any] = {}  # the VQGAN, loaded by init_state if there are images to encode or to decode
-        self.encoder = VQGAN(config.stage1)  # in float32 whatever the dtype: stage 1 is small
+        self.encoder = VQGAN(config.stage1)  # always in float32: stage 1 is small
         self.previewer: Previewer | None = None
         if (training.sample_every_steps or not self.source.has_codes) and jax.process_count() == 1:
             prompts = training.sample_prompts or (("",) if self.task == "unconditional" else ())
             self.previewer = Previewer(self.model_config, prompts, self.tokenizer)
 
     def prepare(self) -> None:
-        """Writes the model to start from, for a transfer and from scratch."""
+        """For a transfer or a run from scratch, writes the model to start from into the folder of the run."""
         self.base = start_folder(self.config, self.base, self.out)
 
     def base_fingerprint(self) -> str:
-        """The fingerprint of the weights that the run starts from."""
+        """Returns the fingerprint of the weights that the run starts from."""
         return fingerprint(read_manifest(self.base)["tensors"])
 
     def init_state(self) -> TrainState:
-        """Trained parameters in float32, the rest in the compute dtype; all sharded over the mesh by the strategy."""
+        """Loads the parameters, sharded by the strategy: trained ones in float32, frozen ones in the compute dtype."""
         config = self.config
         shardings = param_shardings(self.shapes, config.sharding.strategy, self.mesh)
         dtypes = {path: np.dtype("float32" if path in self.trained_shapes else self.dtype) for path in self.shapes}
@@ -148,17 +149,17 @@ class FinetuneRun(Run):
         return init_state(self.step_config, params)
 
     def compile_step(self, state: TrainState) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-        """Compiles step.train_step."""
+        """Returns the compiled step.train_step."""
         step = compile_train_step(self.step_config, jax.tree.map(lambda leaf: leaf.sharding, state))
         return lambda state, batch: step(state, self.frozen, batch)
 
     def make_batch(self, rows: Rows) -> Batch:
-        """The batch of train_step: prefix, codes and index in micro-batches."""
+        """Returns the batch of train_step: prefix, codes and index, in micro-batches."""
         batch = {"index": rows["index"].astype(np.uint32), "prefix": _prefix(rows)}
         return self._with_codes(self.shard_batch(batch | _images(rows), micro=True))
 
     def validate(self, state: TrainState) -> dict[str, float]:
-        """Mean cross-entropies over the validation data, of the moving average where there is one."""
+        """Returns mean cross-entropies (nats) over the validation data, with the moving average if the run has one."""
         params, totals = state.ema or state.params, np.zeros(4)
         for rows in self.validation_rows():
             batch = {"prefix": _prefix(rows), "rows": rows["valid"].astype(np.float32)} | _images(rows)
@@ -171,12 +172,15 @@ class FinetuneRun(Run):
         return {"loss": image + self.config.training.text_loss_weight * text, "image_loss": image, "text_loss": text}
 
     def memory(self, state: TrainState) -> dict[str, Any]:
-        """Parameters, the optimizer's state, the average, and the VQGAN where it is loaded."""
+        """Returns the parameters, the optimizer's state, the average, and the VQGAN if it is loaded."""
         parts = {"trained": state.params, "frozen": self.frozen, "optimizer": state.opt_state, "average": state.ema}
         return parts | ({"vqgan": self.stage1} if self.stage1 else {})
 
     def preview_data(self) -> None:
-        """Writes reconstructions.png: images of the data above what the VQGAN, at its best, makes of them."""
+        """Writes reconstructions.png: images of the data above their reconstructions by the VQGAN.
+
+        No sample of the model can be sharper than these.
+        """
         path, source = self.out / "reconstructions.png", self.valid_source or self.source
         if self.previewer is None or source.has_codes or path.exists():
             return
@@ -185,7 +189,7 @@ class FinetuneRun(Run):
         write_reconstructions(self.config.stage1, self.stage1, images, path, dtype=self.dtype_name, mesh=self.mesh)
 
     def preview_samples(self, state: TrainState, step: int) -> None:
-        """Writes samples/step_*.png: images of the sample prompts, of the moving average where there is one."""
+        """Writes samples/step_*.png: images of the sample prompts, by the moving average if the run has one."""
         if self.previewer is not None and self.previewer.prompts:
             stage2 = model_params(self.step_config, state.ema or state.params, self.frozen)
             path = self.out / "samples" / f"step_{step:06d}.png"
@@ -193,7 +197,7 @@ class FinetuneRun(Run):
             self.previewer.write_samples(params, path, dtype=self.dtype_name, mesh=self.mesh)
 
     def write_result(self, state: TrainState) -> None:
-        """Turns the folder of the run into a model: the average where there is one, adapters merged."""
+        """Turns the folder of the run into a model: of the moving average if the run has one, with adapters merged."""
         trained = {path: gather_to_host(leaf) for path, leaf in (state.ema or state.params).items()}
         if jax.process_index() != 0:
             return
@@ -224,7 +228,7 @@ class FinetuneRun(Run):
             (self.out / "adapters.safetensors").write_bytes(safetensors.numpy.save(trained, metadata=about))
 
     def _with_codes(self, batch: Batch) -> Batch:
-        """The batch with codes instead of images."""
+        """Replaces the images of a batch by their codes."""
         if "image" in batch:
             with matmul_precision(jnp.float32):
                 batch["codes"] = encode_batch(self.encoder, self.stage1, batch.pop("image"))
@@ -234,7 +238,7 @@ class FinetuneRun(Run):
 def finetune(config_file: str | Path, overrides: Sequence[str], out: Path, *, ignore_fingerprint: bool = False) -> bool:
     """Runs `mindalle finetune`: reads the configuration, finds the model to start from, and starts or resumes the run.
 
-    Returns whether the run is complete.
+    Returns True if the run is complete, and False if a signal stopped it. Raises as read_finetune and run_training.
     """
     config, base = read_finetune(config_file, overrides)
     out = Path(os.path.expanduser(out))
@@ -242,9 +246,10 @@ def finetune(config_file: str | Path, overrides: Sequence[str], out: Path, *, ig
 
 
 def read_finetune(config_file: str | Path, overrides: Sequence[str]) -> tuple[FinetuneConfig, Path]:
-    """The configuration, and the folder of the model to start from, or from scratch of the VQGAN.
+    """Reads the configuration; returns it with the folder of the model to start from (from scratch: of the VQGAN).
 
-    Fields of dataset, stage1 and stage2 that the file leaves out are as in that model.
+    Fields of dataset, stage1 and stage2 that the file leaves out are as in that model. Raises ConfigError, and as
+    find_model.
     """
     file = ConfigFile(config_file, overrides)
     training = file.section("training", TrainingConfig)
@@ -267,7 +272,7 @@ def _images(rows: Rows) -> Rows:
 
 
 def _prefix(rows: Rows) -> np.ndarray:
-    """int32[B, p]: text ids, class labels [B, 1], or zeros."""
+    """Returns int32[B, p]: text ids, or class labels [B, 1], or zeros [B, 1]."""
     if "text" in rows:
         return rows["text"]
     return rows["label"][:, None] if "label" in rows else np.zeros((len(rows["index"]), 1), np.int32)
@@ -275,9 +280,10 @@ def _prefix(rows: Rows) -> np.ndarray:
 
 @partial(jax.jit, static_argnames="encoder")
 def encode_batch(encoder: VQGAN, params: dict[str, Any], images: jax.Array) -> jax.Array:
-    """Codes int32[..., b, t] of images uint8[..., b, S, S, 3], a micro-batch of b at a time.
+    """Encodes images uint8[..., b, S, S, 3], one micro-batch of b at a time, into codes int32[..., b, t].
 
-    Images that are sharded over the batch are encoded where they lie. params: of the VQGAN, nested.
+    Images that are sharded over the batch are encoded on the device that holds them. params: parameters of the VQGAN,
+    nested.
     """
     if images.ndim > 4:
         return jax.lax.map(partial(encode_batch, encoder, params), images)

@@ -1,9 +1,9 @@
-"""The loop of a run, whatever it trains, and the one way to start a run.
+"""The training loop that all runs share, and the function that starts or resumes a run.
 
     run_training: check the folder -> build the run -> create the folder -> train
     Run:          data -> batches -> (resume) -> steps, validation, previews, checkpoints -> result
 
-Whatever interrupts a run, the same command resumes it after the last checkpoint, with the same samples and numbers.
+If a run is interrupted, the same command resumes it after the last checkpoint, with the same samples and numbers.
 """
 
 import abc
@@ -47,34 +47,36 @@ def run_training(
 ) -> bool:
     """Starts or resumes the run of `config` in the folder `out`; returns whether the run is complete.
 
-    make_run: builds the run, and raises for all else that can be wrong with configuration, model and data. Until it
-    returns nothing is written. Raises as check_run_dir, make_run and Run.__call__.
+    make_run: builds the run, and raises if the configuration, the model or the data is wrong. Nothing is written before
+    it returns. Raises as check_run_dir, make_run and Run.__call__.
     """
     with pinned():
         check_run_dir(out, config)
         run = make_run()
-        multihost_utils.sync_global_devices("checked")  # the first process changes what the other ones looked at
+        multihost_utils.sync_global_devices("checked")  # the first process changes a folder that all have checked
         create_run_dir(out, config)
         run.prepare()
-        multihost_utils.sync_global_devices("created")  # and they read what it wrote
+        multihost_utils.sync_global_devices("created")  # all processes read what the first one wrote
         return run(ignore_fingerprint=ignore_fingerprint)
 
 
 class Run(abc.ABC):
-    """One run: mesh and data are set up once, then it is called. A subclass says what is trained.
+    """One run. The constructor sets up mesh and data, and a call trains. A subclass defines what is trained.
 
-    A state is a NamedTuple of trees of arrays on the mesh. Two of its fields are known here: `step`, int32, batches
-    seen, and `skipped`, int32, steps in a row that changed nothing because a loss or gradient was not finite.
+    A state is a NamedTuple of trees of arrays on the mesh. This class uses two of its fields: `step`, int32, is the
+    number of batches seen. `skipped`, int32, is the number of the last steps in a row that changed nothing, because a
+    loss or gradient was not finite.
     """
 
     task: DataTask
     flops_per_sample: float = 0.0
-    """Number of operations of a forward and a backward pass, for MFU; 0: not counted."""
+    """Number of operations of a forward and a backward pass over one sample, for MFU; 0: not counted."""
 
     def __init__(self, config: RunConfig, out: Path, *, image_size: int, tokenizer: Any = None, **options: Any):
-        """out: folder of the run. image_size: in pixels. tokenizer: as Loader. options: of open_source.
+        """Sets up mesh and data, and writes nothing.
 
-        Raises ConfigError, DataError or UsageError before anything is written.
+        out: folder of the run. image_size: side in pixels. tokenizer: as for Loader. options: passed to open_source.
+        Raises ConfigError, DataError or UsageError.
         """
         self._config, self.out, self.tokenizer, self._image_size = config, out, tokenizer, image_size
         prepare_process()
@@ -92,8 +94,8 @@ class Run(abc.ABC):
             )
         if batch_devices(self.mesh) % jax.process_count():
             raise ConfigError(
-                f"sharding: a batch in {batch_devices(self.mesh)} parts cannot be read by {jax.process_count()} "
-                "processes, each its own; give tensor a size that divides the devices of one process"
+                f"sharding: a batch in {batch_devices(self.mesh)} parts cannot be shared by {jax.process_count()} "
+                "processes; give tensor a size that divides the number of devices of one process"
             )
         self.micro_batches = experiment.total_batch_size // rows
         self.valid_batch = -(-experiment.valid_batch_size // batch_devices(self.mesh)) * batch_devices(self.mesh)
@@ -116,48 +118,49 @@ class Run(abc.ABC):
 
     @abc.abstractmethod
     def base_fingerprint(self) -> str:
-        """Names the model, tokenizer or other start of the run; a checkpoint with another fingerprint is refused."""
+        """Returns a digest of the weights or tokenizer that the run starts from; another one refuses a checkpoint."""
 
     @abc.abstractmethod
     def init_state(self) -> Any:
-        """The state before the first step."""
+        """Returns the state before the first step."""
 
     @abc.abstractmethod
     def compile_step(self, state: Any) -> Callable[[Any, Batch], tuple[Any, Metrics]]:
-        """(state, batch) -> (next state, metrics), for states with the shardings of this one; the state is donated.
+        """Returns a function (state, batch) -> (next state, metrics) for states with the shardings of this one.
 
-        Metrics are scalars: loss, grad_norm, learning_rate, skipped (as in the state), and more of the subclass.
+        It donates the state. Metrics are scalars: loss, grad_norm, learning_rate, skipped (as in the state), and the
+        subclass's own.
         """
 
     @abc.abstractmethod
     def make_batch(self, rows: Rows) -> Batch:
-        """The batch of a step from the rows [total batch, ...] that the loader gave; see `shard_batch`."""
+        """Turns the loader's rows [total batch, ...] into the batch of a step on the mesh; see `shard_batch`."""
 
     @abc.abstractmethod
     def validate(self, state: Any) -> dict[str, float]:
-        """Metrics over valid_source (see `validation_rows`); the best checkpoint is that of the lowest `loss`."""
+        """Returns metrics over valid_source, see `validation_rows`. The best checkpoint has the lowest `loss`."""
 
     @abc.abstractmethod
     def write_result(self, state: Any) -> None:
         """Turns the folder of the run into a model."""
 
     def prepare(self) -> None:  # noqa: B027
-        """Is called when the folder of the run exists, before init_state; may write the model to start from."""
+        """Is called after the folder of the run is made and before init_state; may write the model to start from."""
 
     def memory(self, state: Any) -> dict[str, Any]:
-        """Trees of arrays that stay on the devices, by names for people."""
+        """Returns the trees of arrays that stay on the devices, by the names that the log shows."""
         return {"state": state}
 
     def preview_data(self) -> None:  # noqa: B027
-        """Is called before the first step of each start."""
+        """Is called before the first step, also when a run resumes; may write images of the data."""
 
     def preview_samples(self, state: Any, step: int) -> None:  # noqa: B027
-        """Is called every training.sample_every_steps."""
+        """Is called every training.sample_every_steps steps; may write images of the model."""
 
     # ---- a subclass can use these
 
     def load_rows(self, source: Source, train: bool) -> Loader:
-        """Batches of a source: endless for training, one pass in order otherwise."""
+        """Returns the batches of a source: endless and shuffled for training, else one pass in order."""
         config = self._config
         return Loader(
             source,
@@ -173,12 +176,12 @@ class Run(abc.ABC):
         )
 
     def validation_rows(self) -> Iterator[Rows]:
-        """Rows [valid_batch, ...]; `valid` bool[valid_batch] is False for those that fill the last batch."""
+        """Yields rows [valid_batch, ...]; `valid` bool[valid_batch] is False for rows that only fill the last batch."""
         assert self.valid_source is not None
         return iter(self.load_rows(self.valid_source, train=False))
 
     def shard_batch(self, rows: Rows, micro: bool) -> Batch:
-        """Arrays on the mesh with their rows split over it: [a, b, ...] in micro-batches, or [b, ...]."""
+        """Splits the rows over the mesh. Returns arrays [a, b, ...] in micro-batches if `micro`, else [b, ...]."""
         sharded = {}
         for name, array in rows.items():
             if micro:
@@ -190,11 +193,13 @@ class Run(abc.ABC):
     # ---- the loop
 
     def __call__(self, *, ignore_fingerprint: bool = False) -> bool:
-        """Trains, and returns whether the run is complete: not so after SIGTERM or Ctrl-C, which save and stop.
+        """Trains. Returns True if the run is complete, and False if SIGTERM or Ctrl-C stopped it after a save.
 
-        Raises NonFiniteError after MAX_SKIPPED steps in a row without a finite loss, and as __init__.
+        Raises NonFiniteError after MAX_SKIPPED steps in a row without a finite loss, DeviceMemoryError if the
+        parameters or a step do not fit, CheckpointError if the run cannot resume, OutputError if a save fails, and
+        DataError if too many images cannot be read.
         """
-        # Flax's remat keeps tracers in a cache, which jax_check_tracer_leaks would take for a leak of ours.
+        # Flax's remat keeps tracers in a cache, which jax_check_tracer_leaks would report as a leak.
         with pinned(self.dtype), jax.check_tracer_leaks(False):
             return self._train(ignore_fingerprint)
 
@@ -217,10 +222,10 @@ class Run(abc.ABC):
             done = 0
             if saved.latest_step() is not None:
                 target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-                del state  # not twice in memory
+                del state  # so that it is not in memory twice
                 restored = saved.restore(target, ignore_fingerprint=ignore_fingerprint)
                 if restored.data_state["base"] != base_fingerprint:
-                    raise CheckpointError(f"{self.out}: the run began from another model than is given now")
+                    raise CheckpointError(f"{self.out}: the run started from another model than the one given now")
                 state, done = restored.state, restored.step
                 self.loader.set_state(restored.data_state["loader"])
                 del restored
@@ -234,19 +239,19 @@ class Run(abc.ABC):
 
             # ---- steps
             with (
-                stop_on_signals("finishing this step, then saving; once more stops at once") as stop,
+                stop_on_signals("finishing this step, then saving; a second signal stops at once") as stop,
                 Monitor(self.out, self.flops_per_sample, batch_size, done, self.max_steps) as monitor,
                 device_memory(too_large),
             ):
                 monitor.log(memory_line(self.memory(state)))
                 monitor.log(f"{self.source.report}; {self.max_steps} steps of {batch_size}")
                 self.preview_data()
-                unlogged: list[Any] = []  # the metrics of a step are fetched while the next step is computed
+                unlogged: list[Any] = []  # metrics of a step are fetched while the next one runs
                 while done < self.max_steps:
                     rows = next(self.loader)
                     state, metrics = step_fn(state, self.make_batch(rows))
                     done += 1
-                    samples = _gathered(rows["sample"]).T.reshape(-1)  # process p has p, p + P, ... of the batch
+                    samples = _gathered(rows["sample"]).T.reshape(-1)  # process p has rows p, p + P, ... of the batch
                     unlogged.append((done, metrics, samples))
                     valid_loss = None
                     last, stopping = done == self.max_steps, _any_process(stop.requested)
@@ -268,11 +273,11 @@ class Run(abc.ABC):
                         return False
         self.write_result(state)
         self._write_summary(time.perf_counter() - start_s)
-        multihost_utils.sync_global_devices("written")  # a process that ends well may say so
+        multihost_utils.sync_global_devices("written")  # no process returns before the model is written
         return True
 
     def _log(self, monitor: Monitor, step: int, metrics: Metrics, samples: np.ndarray) -> None:
-        """Writes the metrics of a step. Raises NonFiniteError after MAX_SKIPPED in a row without a finite loss."""
+        """Logs the metrics of a step. Raises NonFiniteError after MAX_SKIPPED steps in a row without a finite loss."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         skipped = int(values.pop("skipped"))
         if skipped:
@@ -308,17 +313,17 @@ class Run(abc.ABC):
 
 
 def gather_to_host(leaf: jax.Array) -> np.ndarray:
-    """The complete array on the host, however it is sharded. Every process must call it."""
+    """Returns the complete array on the host, with any sharding. Every process must call it."""
     if leaf.is_fully_addressable:
         return np.asarray(leaf)
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
 def _any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process, so that all stop after the same step."""
+    """Returns whether the flag is set in any process, so that all stop after the same step."""
     return bool(_gathered(np.array(flag)).any())
 
 
 def _gathered(array: np.ndarray) -> np.ndarray:
-    """[P, ...]: the array of each process."""
+    """Returns [P, ...]: the arrays of all P processes."""
     return array[None] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(array))

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def init_adapters(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
-    """Adapters float32 by path: A from N(0, 1 / in), B zeros."""
+    """Returns adapters, float32 by path: A is sampled from N(0, 1 / in), and B is zero."""
     adapters = {}
     for number, (path, shape) in enumerate(sorted(shapes.items())):
         if path.endswith("/lora_a"):

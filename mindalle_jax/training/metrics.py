@@ -1,4 +1,4 @@
-"""Shows a run while it goes: a progress bar, metrics.jsonl, TensorBoard, and the memory that it takes."""
+"""Shows a run while it trains: a progress bar, metrics.jsonl, TensorBoard, and the memory that the run takes."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mindalle_jax.config.schema import Config
 from mindalle_jax.storage.weights import leaf_shapes
 
-# jax's device_kind -> dense bfloat16 FLOP/s, by the makers' data sheets.
+# jax's device_kind -> dense bfloat16 FLOP/s, from the data sheets of the makers.
 PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -28,10 +28,11 @@ PEAK_FLOPS = {
 
 
 def flops_per_sequence(config: Config) -> float:
-    """Number of operations of a forward and a backward pass over one sequence.
+    """Returns the number of operations of a forward and a backward pass over one sequence.
 
-    6 per weight of a matrix and position, and 12 per layer, width and pair of positions. Half of the pairs are masked;
-    tables are looked up, and each head has its own positions. Recomputation to save memory does not count.
+    It counts 6 per weight of a matrix and position, and 12 per layer, width and pair of positions. Half of the pairs
+    are masked and do not count. Nor do embedding tables, which are only looked up. Each head has its own positions.
+    Recomputation to save memory does not count.
     Chowdhery et al., "PaLM", 2022, arXiv:2204.02311, appendix B.
     """
     c, h = config.stage2, config.stage2.hparams
@@ -47,9 +48,10 @@ class Monitor:
     """Writes the metrics of a run. It does so in the first process only and is silent in all other processes."""
 
     def __init__(self, out: Path, flops_per_sample: float, batch_size: int, first_step: int, max_steps: int):
-        """flops_per_sample: for MFU; 0 if it is not counted.
+        """Opens metrics.jsonl in the folder `out` and the progress bar.
 
-        first_step: the number of steps that a resumed run has made; later lines of metrics.jsonl are removed.
+        flops_per_sample: number of operations per sample, for MFU; 0: no MFU. first_step: number of steps that a
+        resumed run has made; later lines of metrics.jsonl are removed.
         """
         self.is_first = jax.process_index() == 0
         self._bar = tqdm(total=max_steps, initial=first_step, unit="step", disable=not self.is_first)
@@ -63,7 +65,7 @@ class Monitor:
             _drop_later_lines(path, first_step)
             self._file = path.open("a", encoding="utf-8")
             try:
-                from tensorboardX import SummaryWriter  # an extra
+                from tensorboardX import SummaryWriter  # tensorboardX is in the extra [train]
 
                 self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
             except ImportError:
@@ -103,13 +105,13 @@ class Monitor:
                     self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def log(self, line: str) -> None:
-        """Writes a line above the bar, to stderr: only results go to stdout."""
+        """Writes a line to stderr, above the bar. Only results go to stdout."""
         if self.is_first:
             self._bar.write(line, file=sys.stderr)
 
 
 def memory_line(parts: dict[str, Any]) -> str:
-    """Says how many bytes named trees of arrays take on the first device: "weights 5.2 GB, optimizer 10.3 GB"."""
+    """Returns the memory of named trees of arrays on the first device: "weights 5.2 GB, optimizer 10.3 GB"."""
     device = jax.local_devices()[0]
     texts = []
     for name, tree in parts.items():
@@ -124,7 +126,7 @@ def memory_line(parts: dict[str, Any]) -> str:
 
 
 def _drop_later_lines(path: Path, last_step: int) -> None:
-    """Keeps the lines up to the step that a run resumes from; a killed run may have got further."""
+    """Removes the lines after the step that a run resumes from; a killed run may have written some."""
     if not path.exists():
         return
     kept = []

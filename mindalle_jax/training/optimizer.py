@@ -1,4 +1,4 @@
-"""AdamW or Muon with a cosine schedule. A gradient is clipped by global norm before anything else."""
+"""AdamW or Muon with a cosine schedule. Gradients are first clipped by their global norm."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,13 +9,16 @@ from mindalle_jax.config.schema import OptimizerConfig
 from mindalle_jax.errors import ConfigError
 
 MUON_RMS = 0.2
-"""Root mean square of a step of Muon at learning rate 1: about that of AdamW, so that one rate serves both."""
+"""Root mean square of a step of Muon at learning rate 1. It is about as large as with AdamW, so both can use the same
+learning rate."""
 
 
 def learning_rate(optimizer: OptimizerConfig, warmup_steps: int, max_steps: int) -> optax.Schedule:
-    """Rate of step i = 0, 1, ...: base_lr * i / warmup_steps, then a cosine that is at min_lr from max_steps on.
+    """Returns the learning rate of step i = 0, 1, ... as a function of i.
 
-    Without warm-up it is the original's: min + (base - min) (1 + cos(pi i / max_steps)) / 2.
+    The rate is base_lr * i / warmup_steps first. Then it follows a cosine, and from max_steps on it is min_lr. Without
+    warm-up it is the original's schedule: min + (base - min) (1 + cos(pi i / max_steps)) / 2. Raises ConfigError for
+    warmup_steps outside [0, max_steps) and for a base_lr of 0 or less.
     """
     if not 0 <= warmup_steps < max_steps:
         raise ConfigError(
@@ -37,9 +40,9 @@ def make_optimizer(
     decay: str,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> optax.GradientTransformation:
-    """The optimizer of parameters of these shapes by path. decay: see TrainingConfig.
+    """Returns the optimizer of parameters with these shapes by path. decay: "all" or "matrices", see TrainingConfig.
 
-    Muon: Jordan et al. 2024, with the scale of Liu et al. 2025 (arXiv:2502.16982), by optax.contrib.
+    Muon is from Jordan et al. 2024, with the scale of Liu et al. 2025 (arXiv:2502.16982), as in optax.contrib.
     """
     mask = {path: decay == "all" or _is_matrix(path) for path in shapes}
     b1, b2 = optimizer.betas
@@ -56,9 +59,9 @@ def make_optimizer(
 
 
 def _matrix_axes(path: str, shape: tuple[int, ...]) -> optax.contrib.MuonDimensionNumbers | None:
-    """Axes of a matrix for Muon; along all other axes there are several matrices.
+    """Returns the axes of a matrix for Muon. The other axes number several such matrices.
 
-    None for AdamW: heads, and kernels that see colors.
+    Returns None for parameters that AdamW trains: all but matrices, heads, and kernels that read or write colors.
     """
     last = len(shape) - 1
     if not _is_matrix(path) or path.startswith("head"):
@@ -69,12 +72,15 @@ def _matrix_axes(path: str, shape: tuple[int, ...]) -> optax.contrib.MuonDimensi
 
 
 def _is_matrix(path: str) -> bool:
-    """Whether it is a weight that vectors are multiplied with: no bias, gain or table of embeddings."""
+    """Returns whether vectors are multiplied by this weight: it is no bias, gain or embedding table."""
     return path.endswith(("/weight", "/kernel", "/lora_a", "/lora_b"))
 
 
 def count_steps(config_max_steps: int, images: int, batch_size: int, epochs: int) -> int:
-    """Number of steps: optimizer.max_steps, or if that is 0 (images // batch_size) * epochs, as in the original."""
+    """Returns the number of steps: optimizer.max_steps, or if that is 0 images // batch_size * epochs.
+
+    The original counts in the same way. Raises ConfigError if there would be no step.
+    """
     steps = config_max_steps or images // batch_size * epochs
     if steps < 1:
         raise ConfigError(

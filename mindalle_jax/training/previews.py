@@ -1,6 +1,6 @@
-"""Images to look at while a model is trained: samples of fixed prompts, and reconstructions of the data by the VQGAN.
+"""Images to watch a training: samples of fixed prompts, and reconstructions of the data by the VQGAN.
 
-Both are made on the first device of the run's mesh, which holds a copy of the complete model meanwhile.
+Both are made on the first device of the run's mesh. It holds a copy of the complete model meanwhile.
 """
 
 from pathlib import Path
@@ -27,17 +27,18 @@ RECONSTRUCTIONS = 8
 
 
 class Previewer:
-    """Samples the prompts of a run with the model as it is trained: seed 0, temperature 1, the default top-k."""
+    """Samples the prompts of a run with its current parameters, with seed 0, temperature 1 and the default top-k."""
 
     def __init__(self, config: Config, prompts: tuple[str, ...], tokenizer: TextTokenizer | None):
-        """prompts: texts, or numbers of classes. Raises ConfigError for those that the model does not take."""
+        """Checks the prompts: texts, or numbers of classes. Raises ConfigError if the model does not take one."""
         self.config, self.prompts, self.tokenizer = config, list(prompts), tokenizer
         _check_prompts(config, self.prompts, tokenizer)
 
     def write_samples(self, params: dict[str, Any], path: Path, *, dtype: DType, mesh: Mesh) -> None:
         """Writes a grid with one block of images per prompt.
 
-        params: {"stage1", "stage2"}, nested, on the mesh of the run; stage 2 in the layout of training.
+        params: {"stage1": ..., "stage2": ...}, nested, on the mesh of the run; stage 2 in the layout of training.
+        dtype: compute dtype. Raises OSError if the file cannot be written.
         """
         generation = self._generate(params, dtype, _first_device(mesh))
         path.parent.mkdir(exist_ok=True)
@@ -57,9 +58,9 @@ class Previewer:
 def write_reconstructions(
     config: Stage1Config, params: dict[str, Any], images: np.ndarray, path: Path, *, dtype: DType, mesh: Mesh
 ) -> None:
-    """Writes images uint8[n, S, S, 3] above what the VQGAN makes of them.
+    """Writes images uint8[n, S, S, 3] in a row, above their reconstructions by the VQGAN.
 
-    params: of the VQGAN, nested, on the mesh of the run. dtype: compute dtype of the decoder.
+    params: parameters of the VQGAN, nested, on the mesh of the run. dtype: compute dtype of the decoder.
     """
     codec = ImageCodec(config, params, dtype=dtype, mesh=_first_device(mesh))
     decoded = np.concatenate(list(codec.decode(codec.encode(images))))

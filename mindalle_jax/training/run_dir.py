@@ -1,4 +1,4 @@
-"""The folder of a run: whether a run may start or resume there, and from which model."""
+"""The folder of a run: checks whether a run may start or resume in it, and from which model."""
 
 import dataclasses
 import shutil
@@ -17,7 +17,7 @@ from mindalle_jax.training.config import SCRATCH, FinetuneConfig, RunConfig
 CONFIG_FILE = "run.yaml"
 START = "start"
 """Folder with the model that a transfer or a run from scratch starts from."""
-# Fields that may change when a run is resumed, because they have no effect on what is learned.
+# Fields that may change when a run resumes, because they have no effect on what is learned.
 FREE_FIELDS = (
     "data.threads", "experiment.local_batch_size", "experiment.valid_batch_size", "experiment.save_ckpt_freq",
     "experiment.test_freq", "training.keep_checkpoints", "training.checkpoint_every_steps",
@@ -27,13 +27,13 @@ FREE_FIELDS = (
 
 
 def check_base(config: FinetuneConfig, base: Path) -> None:
-    """Raises ConfigError where a run of `config` cannot start from the model `base`."""
+    """Raises ConfigError if a run of `config` cannot start from the model in the folder `base`."""
     theirs = load_config(base / "config.yaml")
     scratch = config.training.init_from == SCRATCH
     if not scratch and theirs.image_only != config.image_only:
         return check_upstream(theirs, config.model_config())
     before, now = (_flat(dataclasses.asdict(c)) for c in (theirs, config.model_config()))
-    # Rates of dropout change no weight, and nothing but the two stages shapes the weights.
+    # Only the fields of the two stages decide the shapes of the weights, and among them dropout rates do not.
     shaped = "stage1" if scratch else "stage"
     shaping = {path: value for path, value in now.items() if path.startswith(shaped) and "pdrop" not in path}
     if lines := _differences(before, shaping):
@@ -41,9 +41,9 @@ def check_base(config: FinetuneConfig, base: Path) -> None:
 
 
 def start_folder(config: FinetuneConfig, base: Path, out: Path) -> Path:
-    """The folder whose weights a run starts from: `base`, or a folder that is made in the folder of the run.
+    """Returns the folder whose weights a run starts from: `base`, or a new folder in the folder of the run.
 
-    It is made for a transfer, whose weights are partly fresh, and for a run from scratch.
+    The new folder is written for a transfer, whose weights are partly fresh, and for a run from scratch.
     """
     training, start = config.training, out / START
     scratch = training.init_from == SCRATCH
@@ -59,9 +59,10 @@ def start_folder(config: FinetuneConfig, base: Path, out: Path) -> Path:
 
 
 def check_run_dir(out: Path, config: RunConfig) -> None:
-    """Raises OutputError if `out` holds something else than a run, ConfigError if a run of another configuration.
+    """Raises OutputError if `out` is neither empty nor the folder of a run, or cannot be written to.
 
-    A run without a checkpoint has nothing to resume from: it starts again, with any configuration.
+    Raises ConfigError if the run in it has another configuration. A run without a checkpoint has nothing to resume
+    from: it starts again, with any configuration.
     """
     file = out / CONFIG_FILE
     if file.exists() and Checkpoints(out / "checkpoints").latest_step() is None:
@@ -70,15 +71,19 @@ def check_run_dir(out: Path, config: RunConfig) -> None:
         theirs = _flat(dataclasses.asdict(load_config(file, kind=type(config))))
         if lines := _differences(theirs, _flat(dataclasses.asdict(config))):
             raise ConfigError(
-                f"{out} holds a run of another configuration: {'; '.join(lines)}; name another folder, or undo that"
+                f"{out} holds a run of another configuration: {'; '.join(lines)}; name another folder, or "
+                "undo the changes"
             )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} exists, is not empty and holds no run to resume; name another place")
+        raise OutputError(f"{out} exists, is not empty and holds no run to resume; name another folder")
     check_writable(out)
 
 
 def create_run_dir(out: Path, config: RunConfig) -> None:
-    """Creates the folder of a run with its configuration, and removes what a run without a checkpoint left there."""
+    """Creates the folder of a run and writes its configuration; deletes the start model of a run without a checkpoint.
+
+    Raises OutputError if the folder cannot be written to.
+    """
     if jax.process_index() == 0:
         with disk_errors(out):
             if Checkpoints(out / "checkpoints").latest_step() is None:
@@ -88,7 +93,7 @@ def create_run_dir(out: Path, config: RunConfig) -> None:
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """A line for each field that differs and is not one of FREE_FIELDS."""
+    """Returns a text per field that differs and is not one of FREE_FIELDS."""
     return [
         f"{path} was {theirs[path]!r} and is {value!r}"
         for path, value in ours.items()
@@ -97,7 +102,7 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Turns {"a": {"b": 1}} into {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}

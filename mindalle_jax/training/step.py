@@ -1,14 +1,14 @@
-"""One step of training: gradients of a batch in micro-batches, clipped, then the optimizer. Pure functions of a state.
+"""One training step of the transformer, in pure functions: gradients in micro-batches, clipping, the optimizer.
 
     loss = mean CE(image logits, codes) + text_loss_weight * mean CE(text logits, text ids[1:])
 
-PAD targets do not count in the text term, which image-only models do not have. Means are over all of the batch of a
-step, however it is split, so the loss does not depend on the number of devices that share it.
+PAD targets do not count in the text term. Image-only models have no text term. Means are over the complete batch of a
+step, so the loss does not depend on how the batch is split or on the number of devices.
 
 Parameters are flat dicts by path (`blocks/qkv/weight`) in the layout of training. The state holds the parameters that
-are trained. The rest, which is frozen or has adapters that are trained in its place, is an argument.
+are trained. Frozen parameters, also those with adapters, are an argument.
 
-`optimizer_step` is the last part of the step of every network that is trained: transformer, CLIP and VQGAN.
+`optimizer_step` ends the step of every network: transformer, CLIP and VQGAN.
 
 Dimensions: a micro-batches, b batch, t image positions, p prefix length, v vocabulary.
 """
@@ -28,33 +28,33 @@ from mindalle_jax.storage.weights import nest
 
 Params = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-"""Scalars by name, of one step."""
+"""The scalars of one step, by name."""
 
 
 class Terms(NamedTuple):
-    """A number for each term of the loss, float32."""
+    """One number per term of the loss, float32."""
 
     image: Any
     text: Any
 
 
 class TrainState(NamedTuple):
-    """All that a step hands to the next one. Keys of random numbers follow from the seed and `step`."""
+    """The state between two steps. Random keys are not in it: they follow from the seed and `step`."""
 
     step: jax.Array
-    """int32: batches seen"""
+    """int32: number of batches seen"""
     params: Params
     """float32: the parameters that are trained"""
     opt_state: Any
     ema: Params
-    """float32: moving average of params; empty where it is off"""
+    """float32: moving average of params; empty if it is off"""
     skipped: jax.Array
-    """int32: steps skipped in a row, because the loss or a gradient was not finite"""
+    """int32: number of steps skipped in a row, because the loss or a gradient was not finite"""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """The constants of a step, known at compilation."""
+    """The constants of a step, which are fixed at compilation."""
 
     model: Transformer
     optimizer: optax.GradientTransformation
@@ -86,7 +86,7 @@ State = TypeVar("State", bound=Any)
 
 
 def init_state(config: Optimized, params: Params) -> TrainState:
-    """The state before the first step. The moments and the average of a parameter lie where the parameter does."""
+    """Returns the state before the first step. A parameter's moments and average have the sharding of the parameter."""
 
     def init(params: Params) -> TrainState:
         ema = jax.tree.map(jnp.copy, params) if config.ema_decay else {}
@@ -97,9 +97,10 @@ def init_state(config: Optimized, params: Params) -> TrainState:
 
 
 def state_shardings(state: TrainState, shardings: Mapping[str, Any]) -> TrainState:
-    """The sharding of each array of a state: that of the parameter of its path; replicated if it belongs to none.
+    """Returns the sharding of each array of a state.
 
-    state: arrays or their shapes. shardings: NamedSharding of each parameter that is trained.
+    An array that belongs to a parameter has the parameter's sharding; all other arrays are replicated. state: arrays or
+    their shapes. shardings: NamedSharding of each trained parameter, by path.
     """
     mesh = next(iter(shardings.values())).mesh
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -111,12 +112,15 @@ def state_shardings(state: TrainState, shardings: Mapping[str, Any]) -> TrainSta
 
 
 def compile_train_step(config: StepConfig, shardings: TrainState) -> Any:
-    """train_step for a state with these shardings, which it keeps; (state, frozen, batch) -> (state, metrics)."""
+    """Returns a compiled train_step, (state, frozen, batch) -> (state, metrics), that keeps the state's shardings.
+
+    It donates the state.
+    """
     return jax.jit(partial(train_step, config), out_shardings=(shardings, None), donate_argnums=0)
 
 
 def model_params(config: StepConfig, params: Params, frozen: Params) -> dict[str, Any]:
-    """Trained and frozen parameters together, nested; adapters scaled by alpha / rank."""
+    """Returns trained and frozen parameters in one nested dict, with adapters scaled by alpha / rank."""
     scaled = {path: leaf * config.lora_scale if path.endswith("/lora_b") else leaf for path, leaf in params.items()}
     return nest(frozen | scaled)
 
@@ -124,16 +128,16 @@ def model_params(config: StepConfig, params: Params, frozen: Params) -> dict[str
 def train_step(
     config: StepConfig, state: TrainState, frozen: Params, batch: dict[str, jax.Array]
 ) -> tuple[TrainState, Metrics]:
-    """The next state, and the metrics of this step.
+    """Makes one step; returns the next state and the metrics of this step.
 
-    batch: micro-batches, prefix int32[a, b, p], codes int32[a, b, t], and index uint32[a, b], the position of each
-    sample in the stream. The gradients of the a micro-batches are added up.
-    A step whose loss or gradient is not finite changes nothing but the counts.
+    batch: prefix int32[a, b, p], codes int32[a, b, t], and index uint32[a, b], the position of each sample in the
+    stream. The gradients of the `a` micro-batches are added up. If the loss or gradient is not finite, only the counts
+    `step` and `skipped` change.
     """
     key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), state.step)
     dropout_key, caption_key = jax.random.split(key)
     if config.caption_dropout and config.pad_id is not None:
-        # By the position of a sample in the stream, so that it does not matter how a batch is split.
+        # The key is that of the sample's position in the stream, so it does not matter how a batch is split.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(caption_key, batch["index"].reshape(-1))
         dropped = jax.vmap(lambda key: jax.random.bernoulli(key, config.caption_dropout))(keys)
         dropped = dropped.reshape(*batch["index"].shape, 1)
@@ -143,7 +147,7 @@ def train_step(
     has_dropout = _has_dropout(config.model)
 
     def share(params: Params, micro: dict[str, jax.Array], i: jax.Array) -> tuple[jax.Array, Terms]:
-        """The part of a micro-batch in the loss of the batch."""
+        """Returns the share of one micro-batch in the loss of the batch."""
         micro_key = jax.random.fold_in(dropout_key, i) if has_dropout else None
         sums = loss_sums(config.model, model_params(config, params, frozen), micro, config.pad_id, micro_key)
         terms = Terms(sums.image / counts.image, sums.text / counts.text)
@@ -174,11 +178,11 @@ def optimizer_step(
     also_finite: jax.Array | bool = True,
     hold: jax.Array | bool = False,
 ) -> tuple[State, Metrics]:
-    """The state after a batch of this loss and gradient, and the metrics that every step has.
+    """Returns the state after a batch with this loss and gradient, and the metrics that every step has.
 
-    A step whose loss or gradient is not finite changes nothing but the counts `step` and `skipped`.
-    limit: is applied to the new parameters. also_finite: bool[], False where something else of this step is not finite.
-    hold: bool[], True where parameters, optimizer and average stay as they are though all is finite.
+    If the loss or gradient is not finite, only the counts `step` and `skipped` change.
+    limit: a function that is applied to the new parameters. also_finite: bool[], False if something else in this step
+    is not finite. hold: bool[], True if parameters, optimizer and average must stay as they are.
     """
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & also_finite
@@ -196,7 +200,7 @@ def optimizer_step(
         "learning_rate": config.schedule(steps_made(state.opt_state)),
         "skipped": jnp.where(finite, 0, state.skipped + 1),
     }
-    skipped = jnp.copy(metrics["skipped"])  # the state's own: its memory is taken by the next step
+    skipped = jnp.copy(metrics["skipped"])  # a copy, because the next step takes over the state's memory
     return (
         state._replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, skipped=skipped),
         metrics,
@@ -204,19 +208,22 @@ def optimizer_step(
 
 
 def select(condition: jax.Array, new: Any, old: Any) -> Any:
-    """The tree `new` where the condition bool[] holds, else `old`."""
+    """Returns the tree `new` if the condition bool[] is true, else the tree `old`."""
     return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
 
 
 @partial(jax.jit, static_argnames="config")
 def eval_step(config: StepConfig, params: Params, frozen: Params, batch: dict[str, jax.Array]) -> tuple[Terms, Terms]:
-    """Sums of the cross-entropies of a batch (prefix [b, p], codes [b, t], rows [b]), and how many targets count."""
+    """Returns the sums of the cross-entropies (nats) of a batch, and the numbers of targets that count.
+
+    batch: prefix int32[b, p], codes int32[b, t], and rows f32[b], see target_weights.
+    """
     sums = loss_sums(config.model, model_params(config, params, frozen), batch, config.pad_id)
     return sums, Terms(*(jnp.sum(weights) for weights in target_weights(batch, config.pad_id)))
 
 
 def steps_made(opt_state: Any) -> jax.Array:
-    """How many steps the optimizer has made; skipped ones do not count. 0 where its rate never changes."""
+    """Returns the number of steps that the optimizer has made, without skipped ones; 0 if its rate never changes."""
     of_schedule: Any = lambda path, _: getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"  # noqa: E731
     counts = optax.tree.get_all_with_path(opt_state, "count", filtering=of_schedule)  # Muon has two, always equal
     return counts[0][1] if counts else jnp.int32(0)
@@ -228,10 +235,11 @@ def _has_dropout(model: Transformer) -> bool:
 
 
 def target_weights(batch: dict[str, jax.Array], pad_id: int | None) -> Terms:
-    """Weights of the targets, f32[..., b, t] and f32[..., b, p - 1]: 1 where a target counts, else 0.
+    """Returns weights of the targets, f32[..., b, t] and f32[..., b, p - 1]: 1 if a target counts, else 0.
 
     batch: prefix int32[..., b, p] (text ids, or class labels [..., b, 1]), codes int32[..., b, t], and rows
-    f32[..., b], 0 for those that fill up a last batch. pad_id: of a text-to-image model; None for an image-only one.
+    f32[..., b], which is 0 for rows that only fill the last batch. pad_id: the id of [PAD]; None for an image-only
+    model.
     """
     rows, codes, targets = batch["rows"][..., None], batch["codes"], batch["prefix"][..., 1:]
     text = rows * (targets != pad_id) if pad_id is not None else jnp.zeros(targets.shape)
@@ -245,7 +253,10 @@ def loss_sums(
     pad_id: int | None,
     dropout_key: jax.Array | None = None,
 ) -> Terms:
-    """Sums of the cross-entropies (nats) over the targets that count. dropout_key: None turns dropout off."""
+    """Returns the sums of the cross-entropies (nats) over the targets that count.
+
+    batch: as for target_weights. dropout_key: None turns dropout off.
+    """
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     result: Any = model.apply({"params": params}, batch["prefix"], batch["codes"], dropout_key is not None, rngs=rngs)
     image_logits, text_logits = result
@@ -257,6 +268,6 @@ def loss_sums(
 
 
 def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log p(target), f32[b, s], of logits f32[b, s, v]."""
+    """Returns -log p(target), f32[b, s], from logits f32[b, s, v] and targets int32[b, s]."""
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen

@@ -1,9 +1,9 @@
 """Makes tokenizers from captions: the transformer's character-level BPE, and CLIP's byte-level BPE.
 
-A vocabulary is: its symbols, each also as the last of a word (`a`, `a</w>`), then what merges give, the most frequent
-first; [UNK] and [PAD] come before them, <|startoftext|> and <|endoftext|> after them. The order of the symbols is fixed
-before training. Left to the library it would be another in each process, and so would be the choice among merges that
-are equally frequent.
+A vocabulary holds the symbols first, each also in the form that ends a word (`a`, `a</w>`). Then come the tokens that
+merges make, the most frequent first. [UNK] and [PAD] come before all of these in the transformer's vocabulary;
+<|startoftext|> and <|endoftext|> come after them in CLIP's. The order of the symbols is fixed here, before training.
+The library would choose another order in each process, and with it other merges among equally frequent ones.
 """
 
 import json
@@ -25,23 +25,26 @@ from mindalle_jax.text.tokenizer import MERGES_FILE, PAD, UNKNOWN, VOCAB_FILE, W
 Kind = Literal["mindalle", "clip"]
 KINDS = ("mindalle", "clip")
 MAX_CHARACTERS = 1_000
-"""This many of the most frequent characters become symbols, the rest is [UNK]; as in CharBPETokenizer.train."""
+"""Maximum number of characters that become symbols; rarer characters are [UNK]. As in CharBPETokenizer.train."""
 MIN_FREQUENCY = 2
-"""A pair of tokens is merged if it is at least this frequent."""
+"""A pair of tokens is merged only if it occurs at least this often."""
 
 
 def train_tokenizer(data: str | Path, out: Path, *, vocab_size: int, kind: Kind) -> str:
-    """Trains on the captions of a data set and writes the folder `out`; returns one line that says what was made.
+    """Trains a tokenizer on the captions of a data set and writes the folder `out`; returns a line that describes it.
 
-    kind mindalle: bpe-16k-vocab.json, bpe-16k-merges.txt, and words.json with the words of the captions, for
-    text.tokenizer. kind clip: tokenizer.json, for text.clip_tokenizer and for transformers' CLIPTokenizer.
-    Raises OutputError if `out` holds something, DataError for data without captions, UsageError as the functions below.
+    data: as for open_source. vocab_size: maximum number of tokens. kind "mindalle" writes bpe-16k-vocab.json,
+    bpe-16k-merges.txt and words.json, which lists the words of the captions; text.tokenizer reads them. kind "clip"
+    writes tokenizer.json, which text.clip_tokenizer and transformers' CLIPTokenizer read.
+
+    Raises OutputError if `out` is not empty or cannot be written to, DataError for data without captions, and
+    UsageError for another kind or a vocab_size that is too small.
     """
     if kind not in KINDS:
         raise UsageError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
     out = Path(os.path.expanduser(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} exists and is not empty; name another place")
+        raise OutputError(f"{out} exists and is not empty; name another folder")
     check_writable(out)
     captions = [caption for sample in open_source(data, "text").samples for caption in sample.captions]
     if kind == "clip":
@@ -64,10 +67,10 @@ def train_tokenizer(data: str | Path, out: Path, *, vocab_size: int, kind: Kind)
 
 
 def train_char_bpe(captions: Iterable[str], vocab_size: int) -> Tokenizer:
-    """The transformer's tokenizer: ids 0 [UNK], 1 [PAD], and up to vocab_size - 1 what the captions need.
+    """Trains the transformer's tokenizer: id 0 is [UNK], 1 is [PAD], and the rest are learned from the captions.
 
-    Fewer tokens than vocab_size are made where the captions have no more pairs that come twice.
-    Raises DataError for captions without text, UsageError for a vocab_size below 2 + 2 * characters.
+    The vocabulary has fewer than vocab_size tokens if no more pairs occur twice. Raises DataError for captions without
+    text, and UsageError for a vocab_size below 2 + 2 * number of characters.
     """
     captions, bare = list(captions), char_bpe(models.BPE())
     normalizer, pre_tokenizer = bare.normalizer, bare.pre_tokenizer
@@ -86,9 +89,9 @@ def train_char_bpe(captions: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def train_clip_bpe(captions: Iterable[str], vocab_size: int) -> Tokenizer:
-    """CLIP's tokenizer: 512 tokens of bytes, so that no text is unknown, what merges give, and last start and end.
+    """Trains CLIP's tokenizer: 512 tokens of bytes, then the tokens that merges make, then start and end.
 
-    Otherwise as train_char_bpe; vocab_size is at least 514.
+    No text is unknown to it. The rest is as in train_char_bpe, but vocab_size must be at least 514.
     """
     captions, symbols = list(captions), byte_tokens()
     _check_size(vocab_size, len(symbols) + 2, "two for each byte, and the start and the end of a text")
@@ -103,7 +106,10 @@ def train_clip_bpe(captions: Iterable[str], vocab_size: int) -> Tokenizer:
 def _train(
     bare: Tokenizer, captions: list[str], vocab_size: int, symbols: list[str], characters: list[str]
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges; `symbols` have the first ids. bare: normalizes and splits. characters: the alphabet."""
+    """Learns vocabulary and merges; `symbols` get the first ids.
+
+    bare: a tokenizer that only normalizes and splits. characters: the alphabet.
+    """
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=MIN_FREQUENCY,
@@ -118,7 +124,7 @@ def _train(
 
 
 def _learned(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary in the order of its ids, and merges in the order in which they apply."""
+    """Returns the vocabulary in the order of its ids, and the merges in the order in which they apply."""
     model = json.loads(tokenizer.to_str())["model"]
     vocab = sorted(model["vocab"].items(), key=lambda item: item[1])
     return dict(vocab), [(left, right) for left, right in model["merges"]]
@@ -126,4 +132,4 @@ def _learned(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]
 
 def _check_size(vocab_size: int, least: int, what: str) -> None:
     if vocab_size < least:
-        raise UsageError(f"a vocabulary of {vocab_size} is too small: {least} are needed at least, {what}")
+        raise UsageError(f"a vocabulary of {vocab_size} is too small: at least {least} tokens are needed, {what}")

@@ -86,9 +86,9 @@ def test_a_file_of_openai_takes_its_tokenizer_from_elsewhere(convert, tmp_path, 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--to", "torch"], "is a CLIP model, which is written in Hugging Face's format; leave out --to torch"),
-        (["--config", "x.yaml"], "--config goes with a model of minDALL-E"),
-        (["--download-from", "x.tar.gz"], "--download-from goes with a name to download"),
+        (["--to", "torch"], "is a CLIP model, and is written in Hugging Face's format; leave out --to torch"),
+        (["--config", "x.yaml"], "--config is only for models of minDALL-E"),
+        (["--download-from", "x.tar.gz"], "--download-from works only with minDALL-E/1.3B"),
     ],
 )
 def test_what_does_not_go_with_a_clip(convert, tmp_path, tiny_clip_folder, options, said):
@@ -99,9 +99,9 @@ def test_what_does_not_go_with_a_clip(convert, tmp_path, tiny_clip_folder, optio
 @pytest.mark.parametrize("source", ["tiny_folder", "tiny_model_folder"])
 def test_a_tokenizer_goes_with_a_clip_alone(convert, tmp_path, request, source):
     code, _, message = convert(request.getfixturevalue(source), tmp_path / "new", "--tokenizer", tmp_path)
-    assert code == 2 and "--tokenizer goes with a CLIP model" in message
+    assert code == 2 and "--tokenizer is only for CLIP models" in message
     code, _, message = convert("demo", tmp_path / "new", "--adapters", "x", "--tokenizer", tmp_path)
-    assert code == 2 and "--adapters goes with --dtype and --overwrite alone" in message
+    assert code == 2 and "--adapters works only with --dtype and --overwrite" in message
 
 
 def test_a_clip_of_the_hub(convert, tmp_path, tiny_clip_folder, monkeypatch):
@@ -254,7 +254,7 @@ def test_convert_to_a_place_that_is_taken(mindalle_cli, tmp_path, tiny_folder, t
     before = tree(tmp_path)
     code, _, err = mindalle_cli("convert", tiny_folder, tmp_path / "model")
     assert code == 6 and message(err, "convert").endswith(
-        "exists already; name another place or pass --overwrite to replace it"
+        "exists already; name another folder or pass --overwrite to replace it"
     )
     code, _, err = mindalle_cli("convert", tiny_folder, tmp_path / "documents", "--overwrite")
     assert code == 6 and "--overwrite does not replace it" in message(err, "convert")
@@ -279,7 +279,7 @@ def test_a_download_that_fails_is_told(mindalle_cli, tmp_path):
 
 def test_download_from_goes_with_a_name(mindalle_cli, tmp_path, tiny_folder):
     code, _, err = mindalle_cli("convert", tiny_folder, tmp_path / "a", "--download-from", "x.tar.gz")
-    assert code == 2 and "--download-from goes with a name to download (minDALL-E/1.3B)" in message(err, "convert")
+    assert code == 2 and "--download-from works only with minDALL-E/1.3B as the source" in message(err, "convert")
 
 
 def test_the_conversion_script_does_the_same(tmp_path, tiny_folder, tiny_model_folder):

@@ -55,5 +55,5 @@ def test_help_shows_the_defaults_and_every_task(capsys):
     with pytest.raises(SystemExit):
         main(["prepare-codes", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "(default: 8)" in text and "(default: text)" in text and "random crops are gone" in text
+    assert "(default: 8)" in text and "(default: text)" in text and "Random crops, which training" in text
     assert f"{{{','.join(get_args(DataTask))}}}" in text

@@ -84,7 +84,7 @@ def test_overwrite_replaces_files_of_the_same_names(sample, out):
 
 def test_overwrite_needs_a_place(mindalle_cli):
     code, _, err = mindalle_cli("sample", "a cat", "--overwrite")
-    assert code == 2 and "--overwrite goes with --out" in err
+    assert code == 2 and "--overwrite works only with --out" in err
 
 
 def test_overwrite_takes_the_images_of_before_away(sample, out):
@@ -271,7 +271,7 @@ def test_warmup_compiles_all_that_drawing_takes(
     """The images that are then drawn compile nothing; the warm-up itself writes nothing."""
     shared = ("--model", tiny_model_folder, "--num-candidates", 2, "--ranker", tiny_clip_folder, *arguments)
     code, stdout, _ = mindalle_cli("sample", "--warmup", "--out", out, *shared)
-    assert code == 0 and stdout.startswith("compiled, or loaded, what samples 2 candidates at once: ")
+    assert code == 0 and stdout.startswith("compiled, or loaded, the programs that sample 2 candidates at once: ")
     assert not out.exists()
     prompt = () if arguments[:1] == ("a cat",) else ("the dog",)
     compilations.clear()
@@ -285,7 +285,9 @@ def test_an_image_of_another_model_is_varied_with_a_warning(sample, out, tmp_pat
     meta = generation.meta | {"model_sha256": "0" * 64}
     (path,) = dataclasses.replace(generation, meta=meta).save(tmp_path / "other")
     code, _, err = sample("--vary", path, "--keep-rows", 2)
-    assert code == 0 and f"warning: {path} was sampled by another model, whose codes may mean other patches\n" in err
+    assert (
+        code == 0 and f"warning: {path} was sampled by another model, whose codes may stand for other patches\n" in err
+    )
 
 
 # Where it writes to, prompts, and interruptions
@@ -327,7 +329,7 @@ def test_prompts_come_in_any_place_and_form(sample, out, tmp_path):
 def test_words_without_quotes_are_noted(sample, prompts, noted):
     """One word each may be meant so; it is noted, and nobody has to answer."""
     code, _, err = sample(*prompts)
-    line = f"mindalle sample: {noted}; if one was meant, put it in quotes\n"
+    line = f"mindalle sample: {noted}; if you meant one prompt, put it in quotes\n"
     assert code == 0 and (line in err if noted else "prompts:" not in err)
 
 
@@ -343,7 +345,7 @@ def test_unknown_words_and_the_remedy_are_told(mindalle_cli, out):
     told = [line.removeprefix("warning: ") for line in err.splitlines() if line.startswith("warning: ")]
     assert len(told) == 2 and told[1].startswith("--guidance-scale 2 costs twice the time")
     assert told[0].startswith(
-        "demo-scenes knows none of these words: gray (nearest: grey), cat (in 'a gray cat'). It draws "
+        "demo-scenes knows none of these words: gray (nearest: grey), cat (in 'a gray cat'). It samples "
     )
     assert "minDALL-E/1.3B" in told[0]
 

@@ -23,12 +23,12 @@ from mindalle_jax.text.tokenizer import MERGES_FILE
         ([""], "a prompt is blank"),
         ([" \t\n"], "a prompt is blank"),
         (["a cat", ""], "a prompt is blank"),
-        (["x" * 10_000], r"has 10,000 characters; at most 2,000 are taken"),
-        (["a cat", "x" * 1_000_000], r"has 1,000,000 characters; at most 2,000 are taken"),
+        (["x" * 10_000], r"has 10,000 characters; the limit is 2,000"),
+        (["a cat", "x" * 1_000_000], r"has 1,000,000 characters; the limit is 2,000"),
         (["a\0cat"], r"the prompt 'a\\x00cat' holds a NUL character"),
         (["a \udc80 cat"], r"the prompt 'a \\udc80 cat' is not valid text: lone surrogate at character 2"),
         ([], "no prompt was given; write one in quotes, or name a file with --prompts-file"),
-        (["a cat", "--class-id", 3], "draws from text; --class-id is for image-only models"),
+        (["a cat", "--class-id", 3], "samples from prompts; --class-id is for image-only models"),
         (["a cat", "--top-k", 0], r"--top-k must be an integer in \[1, 80\] .*not 0$"),
         (["a cat", "--top-k", -1], r"--top-k must be an integer in \[1, 80\] .*not -1$"),
         (["a cat", "--top-k", 81], r"--top-k must be an integer in \[1, 80\] \(the number of codes\).*not 81$"),
@@ -80,8 +80,8 @@ def test_what_is_no_number_or_option_is_a_usage_error(sample, not_loaded, argume
     ("arguments", "text"),
     [
         (["--image", "{dir}/good.png"], "--image needs --keep-rows, the number of rows of codes to keep from the top"),
-        (["--keep-rows", "3"], "--keep-rows goes with --image or --vary"),
-        (["--image", "{dir}/good.png", "--vary", "{dir}/good.png", "--keep-rows", "3"], "exclude each other"),
+        (["--keep-rows", "3"], "--keep-rows works only with --image or --vary"),
+        (["--image", "{dir}/good.png", "--vary", "{dir}/good.png", "--keep-rows", "3"], "cannot be used together"),
         (["--image", "{dir}/good.png", "--keep-rows", "0"], "--keep-rows must be an integer in [1, 7]"),
         (["--image", "{dir}/good.png", "--keep-rows", "8"], "--keep-rows must be an integer in [1, 7]"),
         (
@@ -95,7 +95,7 @@ def test_what_is_no_number_or_option_is_a_usage_error(sample, not_loaded, argume
         (["--image", "{dir}/a.gif", "--keep-rows", "3"], "a.gif: cannot be read as PNG, JPEG or WebP"),
         (["--image", "{dir}/none.png", "--keep-rows", "3"], "none.png: no such file"),
         (["--image", "{dir}", "--keep-rows", "3"], "cannot be read as PNG, JPEG or WebP"),
-        (["--vary", "{dir}/good.png", "--keep-rows", "3"], "good.png: does not say how it was made"),
+        (["--vary", "{dir}/good.png", "--keep-rows", "3"], "good.png: has no record of how it was made"),
         (["--best", "0"], "--best must be at least 1, not 0"),
         (["--guidance-scale", "-1"], "--guidance-scale must be a finite number >= 0"),
         (["--guidance-scale", "nan"], "--guidance-scale must be a finite number >= 0"),
@@ -134,8 +134,8 @@ def test_a_ranker_that_is_none_is_told_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["a cat"], "draws without text; it takes --class-id at most, not a prompt"),
-        (["a cat", "--class-id", 3], "draws without text; it takes --class-id at most, not a prompt"),
+        (["a cat"], "samples without text; it takes no prompt, only --class-id if it has classes"),
+        (["a cat", "--class-id", 3], "samples without text; it takes no prompt, only --class-id if it has classes"),
         ([], r"this model is class-conditional: name a class in \[0, 5\)"),
         (["--class-id", 5], r"classes must lie in \[0, 5\), not \[5, 5\]"),
         (["--class-id", -1], r"classes must lie in \[0, 5\), not \[-1, -1\]"),
@@ -193,11 +193,11 @@ def test_what_is_wrong_with_the_request_is_told_before_the_place(sample, not_loa
     ("make", "options", "text"),
     [
         (lambda out: (out.mkdir(), (out / "old.txt").touch()), [], "exists and is not empty; .* or pass --overwrite"),
-        (lambda out: out.write_text("mine"), [], "is not a folder that can be written to; name another place"),
+        (lambda out: out.write_text("mine"), [], "is not a folder that can be written to; name another folder"),
         (
             lambda out: out.write_text("mine"),
             ["--overwrite"],
-            "is not a folder that can be written to; name another place",
+            "is not a folder that can be written to; name another folder",
         ),
     ],
     ids=["not empty", "file", "file, overwrite"],
@@ -217,7 +217,7 @@ def test_a_place_that_cannot_be_written_is_told(mindalle_cli, not_loaded, tmp_pa
     out = tmp_path / "file" / "out"
     code, _, err = mindalle_cli("sample", "a cat", "--model", tiny_model_folder, "--out", out)
     assert code == 6
-    assert message(err) == f"{out}: {tmp_path / 'file'} is not a folder that can be written to; name another place"
+    assert message(err) == f"{out}: {tmp_path / 'file'} is not a folder that can be written to; name another folder"
 
 
 # Models

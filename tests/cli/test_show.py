@@ -81,7 +81,9 @@ def test_what_is_shown(sample, mindalle_cli, out, tiny_dalle, tiny_model_folder)
 def test_an_image_of_a_blank_prompt_has_no_command(mindalle_cli, tiny_dalle, tmp_path):
     (file,) = tiny_dalle.generate("", num_candidates=1, allow_empty=True).save(tmp_path / "out")
     code, stdout, _ = mindalle_cli("show", file)
-    assert code == 0 and stdout.splitlines()[-1].startswith("# no command: a blank prompt is sampled from Python alone")
+    assert code == 0 and stdout.splitlines()[-1].startswith(
+        "# no command: a blank prompt can be sampled only from Python"
+    )
 
 
 def test_a_hostile_file_reaches_neither_terminal_nor_shell(sample, mindalle_cli, out, tmp_path):

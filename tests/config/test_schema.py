@@ -11,7 +11,7 @@ from mindalle_jax.errors import ConfigError
     [
         (["stage2.hparams.n_heads=5"], "embed_dim 32 must be a multiple of n_heads 5"),
         (["stage2.hparams.n_dense_layers=3"], "n_dense_layers 3 must equal n_layers 2"),
-        (["stage2.hparams.ctx_len_img=60"], "ctx_len_img 60 must be the codes of an image: 8 x 8 = 64"),
+        (["stage2.hparams.ctx_len_img=60"], "ctx_len_img 60 must be the number of codes in an image: 8 x 8 = 64"),
         (["stage2.hparams.ctx_len_txt=13"], "ctx_len_txt 13 must equal dataset.context_length 12"),
         (["stage2.vocab_size_img=81"], "vocab_size_img 81 must equal stage1.n_embed 80"),
         (["dataset.image_resolution=64"], "image_resolution 64 and stage1.hparams.resolution 32 must be equal"),

@@ -94,7 +94,7 @@ def test_classes_are_kept(data, tmp_path):
     source = open_source(tmp_path / "out", "class", vqgan="v", num_classes=2, classes=["cat", "dog"])
     assert [sample.label for sample in source.samples] == [0, 0, 1, 1] and source.classes == ["cat", "dog"]
     assert set(next(Loader(source, batch_size=2, train=False))) == {"index", "sample", "codes", "label", "valid"}
-    with pytest.raises(DataError, match="its 2 classes are not the 3 of the training data"):
+    with pytest.raises(DataError, match="its 2 classes are not the 3 classes of the training data"):
         open_source(tmp_path / "out", "class", vqgan="v", classes=["ant", "cat", "dog"])
 
 
@@ -128,7 +128,9 @@ def test_killed_and_resumed(data, tmp_path):
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sorted(files(tmp_path / "out")) == ["00000.json", "00000.npy", "00001.json", "00001.npy", "codes.json"]
-    with pytest.raises(DataError, match="3 of 5 shards are not there; the same mindalle prepare-codes command resumes"):
+    with pytest.raises(
+        DataError, match="3 of 5 shards are missing; run the same mindalle prepare-codes command again to resume"
+    ):
         open_source(tmp_path / "out", "text", vqgan="a" * 64)
     # As a kill in the middle of a write leaves it.
     (tmp_path / "out" / ".00002.npy.partial").write_bytes(b"\x93NUMPY")
@@ -145,7 +147,7 @@ def test_killed_and_resumed(data, tmp_path):
 def test_nothing_is_overwritten_or_mixed(data, tmp_path):
     write(data, tmp_path / "out")
     before = files(tmp_path / "out")
-    with pytest.raises(OutputError, match="out: holds codes that differ from these in vqgan; name another place"):
+    with pytest.raises(OutputError, match="out: holds codes that differ from these in vqgan; name another folder"):
         write(data, tmp_path / "out", vqgan="b" * 64)
     (data / "00.txt").write_text("another caption")
     with pytest.raises(OutputError, match="differ from these in data;"):
@@ -161,7 +163,7 @@ def test_codes_of_another_vqgan(data, tmp_path):
     write(data, tmp_path / "out")
     with pytest.raises(DataError, match=r"codes of another VQGAN \(aaaaaaaa\) than that of the model \(bbbbbbbb\)"):
         open_source(tmp_path / "out", "text", vqgan="b" * 64)
-    with pytest.raises(UsageError, match="nothing says of which VQGAN they should be"):
+    with pytest.raises(UsageError, match="holds codes, which only mindalle finetune reads"):
         open_source(tmp_path / "out", "text")
 
 

@@ -99,14 +99,14 @@ def test_validation_folders_get_the_labels_of_training(tmp_path):
     assert labels(open_source(tmp_path / "val", "class", classes=classes)) == {"c/x.jpg": 2}
     fill(tmp_path / "val", d__x_jpg=None)
     with pytest.raises(
-        DataError, match="has classes that the training data has not: d; the training data has 3: a, b, c"
+        DataError, match="has classes that the training data does not have: d; the training data has 3: a, b, c"
     ):
         open_source(tmp_path / "val", "class", classes=classes)
 
 
 def test_no_class_folders(tmp_path):
     fill(tmp_path, a_jpg=None)
-    with pytest.raises(DataError, match="holds no folders; the task 'class' needs one folder of images per class"):
+    with pytest.raises(DataError, match="holds no subfolders; the task 'class' needs one folder of images per class"):
         open_source(tmp_path, "class")
 
 
@@ -146,7 +146,7 @@ def test_bad_lines_of_metadata_are_counted(tmp_path):
     assert dict(source.report.dropped) == {
         "lines that are no JSON object": 2,
         "lines without file_name": 1,
-        "lines whose file_name leads out of the folder": 2,
+        "lines whose file_name points outside the folder": 2,
         "lines whose image is missing": 1,
         "in a format other than JPEG, PNG and WebP": 1,
         "lines whose text is no text": 1,

@@ -130,7 +130,7 @@ def test_groups_stay_together_and_are_shuffled(stream):
 
 @pytest.mark.parametrize("group_size", [0, 3])
 def test_groups_must_be_whole(source, group_size):
-    with pytest.raises(DataError, match=f"22 samples are no multiple of data.group_size {group_size}"):
+    with pytest.raises(DataError, match=f"22 samples are not a multiple of data.group_size {group_size}"):
         Loader(source, batch_size=8, train=True, image_size=16, group_size=group_size)
 
 

@@ -57,7 +57,7 @@ def test_folders_and_patterns_of_tars(tmp_path):
     ]
     assert len(open_source(f"{tmp_path}/cc-{{00,0{{3..4}}}}.tar", "text")) == 3
     assert len(open_source(f"{tmp_path}/cc-0*.tar", "text")) == 10
-    with pytest.raises(DataError, match=r"no .tar fits .*cc-12.tar \(2 of 4 patterns fit none\)"):
+    with pytest.raises(DataError, match=r"no .tar matches .*cc-12.tar \(2 of 4 patterns match none\)"):
         open_source(f"{tmp_path}/cc-{{10..13}}.tar", "text")
 
 
@@ -83,7 +83,7 @@ def test_hostile_members_are_left_alone(tmp_path):
     assert captions(source) == {"a.tar/a.jpg": ["a cat"]}
     assert dict(source.report.dropped) == {
         "members of a tar that are no regular files": 3,
-        "members of a tar whose name leads out of it": 2,
+        "members of a tar whose name points outside it": 2,
         "with a caption or label that cannot be read": 4,
     }
 

@@ -69,7 +69,7 @@ def test_an_unfinished_run_is_called_that(tmp_path):
     """It was said to lack the checkpoints of the original."""
     (tmp_path / "run.yaml").touch()
     with pytest.raises(
-        CheckpointError, match="a training run that is not complete; the command that began it resumes it"
+        CheckpointError, match="a training run that is not complete; the command that started it resumes it"
     ):
         resolve.find_model(tmp_path)
 

@@ -147,7 +147,7 @@ def test_transformers_loads_a_folder_in_float16(torch, small, tmp_path):
 
 
 def test_weights_in_no_known_dtype(small, tmp_path):
-    with pytest.raises(UsageError, match="weights are float32, .*not 'int8'"):
+    with pytest.raises(UsageError, match="the dtype of weights must be one of float32, .*not 'int8'"):
         write_clip(tmp_path / "clip", small, dtype="int8")
     assert not (tmp_path / "clip").exists()
 
@@ -340,7 +340,7 @@ BAD_FOLDERS = {
     "flax of another model": (lambda f: write_flax(f, {"w": np.ones(2, "f4")}), r"config.json, 95 differences:"),
     "no tokenizer": (
         lambda f: (f / "tokenizer.json").unlink(),
-        "holds no tokenizer: neither tokenizer.json nor vocab.json with merges.txt; name a folder that does",
+        "holds no tokenizer: neither tokenizer.json nor vocab.json with merges.txt; name a folder that has one",
     ),
     "vocabulary without merges": (
         lambda f: (clip_oracle.write_vocab(f), (f / "tokenizer.json").unlink(), (f / "merges.txt").unlink()),
@@ -429,9 +429,12 @@ BAD_OPENAI = {
     ),
     "pictures not square": (
         lambda s: s | {"visual.positional_embedding": np.ones((6, 128))},
-        "6 rows, not one and a sq",
+        "6 rows, not 1 plus a sq",
     ),
-    "heads": (lambda s: s | {"text_projection": np.ones((65, 36))}, "has width 65; OpenAI's models have heads of 64"),
+    "heads": (
+        lambda s: s | {"text_projection": np.ones((65, 36))},
+        "has width 65, not a multiple of 64, the width of a head",
+    ),
     "no layers": (
         lambda s: {k: a for k, a in s.items() if not k.startswith("transformer.")},
         "text_config.num_hidden_layers is 0",
@@ -564,10 +567,10 @@ def test_a_folder_is_replaced_only_if_it_is_a_clip_model_and_only_when_asked(sma
 
 
 def test_a_source_is_never_replaced_by_its_conversion(folder, vocab_folder):
-    with pytest.raises(OutputError, match="is, or holds, what is converted"):
+    with pytest.raises(OutputError, match="is, or holds, the source of the conversion"):
         convert_clip(folder, folder, overwrite=True)
     shutil.copytree(vocab_folder, folder / "words")
-    with pytest.raises(OutputError, match="is, or holds, what is converted: .*words"):
+    with pytest.raises(OutputError, match="is, or holds, the source of the conversion, .*words"):
         convert_clip(vocab_folder, folder, folder / "words", overwrite=True)
 
 

@@ -415,7 +415,7 @@ def change_config(folder: Path, **stage2) -> None:
         ),
         (lambda s: shutil.copyfile(s / "stage1_last.ckpt", s / "stage2_last.ckpt"), "this is a checkpoint of stage1"),
         (lambda s: shutil.copyfile(s / "stage2_last.ckpt", s / "stage1_last.ckpt"), "this is a checkpoint of stage2"),
-        (lambda s: change_config(s, type="igpt"), "this is a text-to-image model, the config says igpt"),
+        (lambda s: change_config(s, type="igpt"), "this is a text-to-image model: set stage2.type to transformer1d"),
     ],
     ids=["module.", "stage 1 as 2", "stage 2 as 1", "text as igpt"],
 )
@@ -647,7 +647,7 @@ def test_overwrite_does_not_replace_the_source(source, model, tmp_path, kind):
     place = source if kind == "import" else model
     (tmp_path / "link").symlink_to(place)
     for target in (place, place / ".." / place.name, tmp_path / "link"):
-        with unchanged(tmp_path), pytest.raises(OutputError, match="is, or holds, what is converted"):
+        with unchanged(tmp_path), pytest.raises(OutputError, match="is, or holds, the source of the conversion"):
             convert(kind, source, model, target, overwrite=True)
 
 

@@ -381,7 +381,7 @@ def test_a_ranker_saved_in_float16_is_nearly_the_same(ranker, pictures, tmp_path
         np.testing.assert_allclose(features, expected, atol=8 * 2**-11)
         assert (features != expected).any(), "nothing was rounded"
     assert loaded.rank("a red cat", pictures)[0] == ranker.rank("a red cat", pictures)[0]
-    with pytest.raises(UsageError, match="weights are float32, .*not 'float8'"):
+    with pytest.raises(UsageError, match="the dtype of weights must be one of float32, .*not 'float8'"):
         ranker.save_pretrained(tmp_path / "other", dtype="float8")
 
 

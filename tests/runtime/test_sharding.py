@@ -153,7 +153,7 @@ def test_the_named_axis_takes_what_is_left(strategy, shape, sizes):
         ("fsdp", {"data": 3}, "data 3 x fsdp 2 x tensor 1 is not 8"),
         ("replicated", {"data": 16}, "data 16 x fsdp 1 x tensor 1 is not 8"),
         ("fsdp", {"data": 16}, "data 16 x fsdp 1 x tensor 1 is not 8"),
-        ("replicated", {"fsdp": 2}, "strategy 'replicated' splits nothing over fsdp; give its size to another"),
+        ("replicated", {"fsdp": 2}, "strategy 'replicated' splits nothing over fsdp; use another axis"),
         ("fsdp", {"tensor": 2}, "strategy 'fsdp' splits nothing over tensor"),
         ("tensor", {"fsdp": 2}, "strategy 'tensor' splits nothing over fsdp"),
     ],

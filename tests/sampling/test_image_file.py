@@ -86,7 +86,7 @@ def test_files_without_a_record_are_told(tmp_path):
     (tmp_path / "page.png").write_text("<html>")
     (tmp_path / "cut.png").write_bytes((tmp_path / "plain.png").read_bytes()[:50])
     for name in ("plain.png", "other.png"):
-        with pytest.raises(UsageError, match=f"{name}: does not say how it was made"):
+        with pytest.raises(UsageError, match=f"{name}: has no record of how it was made"):
             read_image_record(tmp_path / name)
     with pytest.raises(UsageError, match="missing.png: no such file"):
         read_image_record(tmp_path / "missing.png")

@@ -22,7 +22,11 @@ def test_the_card_is_that_of_the_kind_of_model(tmp_path, request, config, draws,
     text = (folder / "README.md").read_text()
     about = yaml.safe_load(text.split("---")[1])
     assert about["pipeline_tag"] == task and about["license_link"] == "LICENSE"
-    assert named in text and "1,234,567 parameters" in text and "32 x 32 pixels only, 64 codes out of 80" in text
+    assert (
+        named in text
+        and "1,234,567 parameters" in text
+        and "only 32 x 32 pixels, made of 64 codes. There are 80 different codes" in text
+    )
     assert 'converted from "cats"' in (folder / "LICENSE").read_text()
 
 

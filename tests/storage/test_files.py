@@ -115,7 +115,7 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path, parent):
 
 def test_what_exists_is_an_error_before_the_block_runs(tmp_path):
     make(tmp_path / "old", manifest_json="old")
-    with pytest.raises(OutputError, match="exists already; name another place or pass --overwrite"):
+    with pytest.raises(OutputError, match="exists already; name another folder or pass --overwrite"):
         with new_folder(tmp_path / "old"):
             pytest.fail("the block must not run")
     assert contents(tmp_path) == {"old/": "", "old/manifest.json": "old"}
@@ -216,5 +216,5 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path):
     check_writable(tmp_path / "new" / "folder")
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OutputError, match="file is not a folder that can be written to; name another place"):
+        with pytest.raises(OutputError, match="file is not a folder that can be written to; name another folder"):
             check_writable(path)

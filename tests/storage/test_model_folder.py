@@ -172,7 +172,7 @@ def test_a_flipped_bit_is_refused(model, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float64", "int8", "f4", ""])
 def test_another_dtype_than_the_three_is_refused(model, tmp_path, tiny_folder, dtype):
-    match = f"weights are float32, float16, bfloat16, not '{dtype}'"
+    match = f"the dtype of weights must be one of float32, float16, bfloat16, not '{dtype}'"
     refused(UsageError, match, model, tmp_path / "a", dtype=dtype)
     with pytest.raises(UsageError, match=match):
         import_checkpoint(tiny_folder, tmp_path / "a", dtype=dtype)
@@ -186,13 +186,13 @@ def test_a_target_is_replaced_only_when_told_and_never_the_source(model, tmp_pat
     assert tree(target) == tree(model)
     (tmp_path / "link").symlink_to(model)
     for place in (model, tmp_path / "link"):
-        refused(OutputError, "is, or holds, what is converted", model, place, overwrite=True)
+        refused(OutputError, "is, or holds, the source of the conversion", model, place, overwrite=True)
     # A folder of links, as in the cache of the hub: what they lead to is the source as well.
     links = tmp_path / "links"
     links.mkdir()
     for path in model.iterdir():
         (links / path.name).symlink_to(path)
-    refused(OutputError, "is, or holds, what is converted", links, model, overwrite=True)
+    refused(OutputError, "is, or holds, the source of the conversion", links, model, overwrite=True)
     copy_model(links, tmp_path / "copy")
     for _ in range(2):  # a place within the source is none that holds it
         copy_model(model, model / "within", overwrite=True)

@@ -31,7 +31,7 @@ def test_unknown_words_are_named_with_the_nearest(prompt, said):
     """Words that name nothing (a, the, on) are neither known nor unknown."""
     warning = WORDS.warning(prompt, "demo")
     assert warning is not None and warning.startswith(said)
-    assert warning.endswith("take the published model, minDALL-E/1.3B (a download of 5 GB)")
+    assert warning.endswith("use the published model, minDALL-E/1.3B (a download of 5 GB)")
 
 
 def test_a_prompt_reaches_a_terminal_escaped():

@@ -142,7 +142,7 @@ def test_long_prompts_are_shortened_in_messages(tokenizer):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("x" * (MAX_PROMPT_CHARACTERS + 1), "2,001 characters; at most 2,000"),
+        ("x" * (MAX_PROMPT_CHARACTERS + 1), "2,001 characters; the limit is 2,000"),
         ("a\0b", "NUL character"),
         ("a\ud800b", "lone surrogate at character 1"),
         (b"cat", "text, not bytes"),

@@ -278,7 +278,7 @@ def test_no_flipped_bit_is_taken_for_good(two_steps, tmp_path):
         path.write_bytes(whole)
         assert error or path not in (record, data), f"{path.name}: byte {at}"
         if path == data and "other bits" in error:
-            assert "other bits than were saved in leaf" in error
+            assert "the bits have changed since the save in leaf" in error
     assert outcome(folder) == ""
 
 

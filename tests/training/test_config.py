@@ -73,13 +73,13 @@ def test_numbers_of_steps_are_not_negative(load, name):
 @pytest.mark.parametrize(
     ("training", "message"),
     [
-        (TrainingConfig(init_from="scratch"), "goes with init_from: scratch"),
-        (TrainingConfig(vqgan="a"), "goes with init_from: scratch"),
-        (TrainingConfig(tokenizer="a"), "training.tokenizer goes with init_from: scratch"),
-        (TrainingConfig(init_from="scratch", vqgan="a", freeze=("ln_f/.*",)), "from scratch it has learned nothing"),
+        (TrainingConfig(init_from="scratch"), "must be set with init_from: scratch, and only then"),
+        (TrainingConfig(vqgan="a"), "must be set with init_from: scratch, and only then"),
+        (TrainingConfig(tokenizer="a"), "training.tokenizer works only with init_from: scratch"),
+        (TrainingConfig(init_from="scratch", vqgan="a", freeze=("ln_f/.*",)), "with init_from: scratch there are none"),
         (
             TrainingConfig(init_from="scratch", vqgan="a", lora=LoraConfig(rank=2)),
-            "from scratch it has learned nothing",
+            "with init_from: scratch there are none",
         ),
     ],
 )

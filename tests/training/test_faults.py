@@ -123,7 +123,7 @@ WRONG = {
     "threads": (["data.threads=0"], 3, "data.threads must be at least 1, not 0"),
     "flash attention without a GPU": (["training.flash_attention=true", "experiment.use_amp=true"], 3, "JAX uses cpu"),
     "flash attention in float32": (
-        ["training.flash_attention=true", "experiment.use_amp=false"], 3, "goes with experiment.use_amp=true",
+        ["training.flash_attention=true", "experiment.use_amp=false"], 3, "needs experiment.use_amp=true",
     ),
     "rank": (["training.lora.rank=-4"], 3, "training.lora.rank must be at least 0, not -4"),
     "bad pattern": (["training.freeze=['blocks/(']"], 3, "'blocks/(' is not a pattern"),
@@ -207,7 +207,7 @@ def test_a_folder_with_something_else_is_left_alone(finetune, tmp_path, tiny_mod
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     code, _, err = finetune(write_config(tmp_path / "run.yaml", tiny_model_folder, codes), tmp_path / "out")
     assert code == 6
-    assert message(err).endswith("exists, is not empty and holds no run to resume; name another place")
+    assert message(err).endswith("exists, is not empty and holds no run to resume; name another folder")
     assert tree(tmp_path / "out") == {"thesis.txt": b"mine"}
 
 
@@ -217,7 +217,7 @@ def test_a_run_of_another_configuration_is_refused(finetune, begun):
     code, _, err = finetune(config, out, "optimizer.base_lr=0.5", "training.freeze=['ln_f/.*']", "data.threads=2")
     assert code == 3 and message(err) == (
         f"{out} holds a run of another configuration: optimizer.base_lr was 0.001 and is 0.5; "
-        "training.freeze was () and is ('ln_f/.*',); name another folder, or undo that"
+        "training.freeze was () and is ('ln_f/.*',); name another folder, or undo the changes"
     )
     assert tree(out) == before
 
@@ -277,7 +277,7 @@ def test_another_base_model_at_the_same_place_is_refused(
         (tmp_path / "moved.yaml" if file == config else file).write_text(yaml.safe_dump(text))
     edit_model(tiny_config, tiny_folder, place, lambda tensors: tensors["ln_f.bias"].__iadd__(1))
     code, _, err = finetune(tmp_path / "moved.yaml", out)
-    assert code == 4 and message(err) == f"{out}: the run began from another model than is given now"
+    assert code == 4 and message(err) == f"{out}: the run started from another model than the one given now"
     assert not (out / "manifest.json").exists()
     shutil.rmtree(place)
     shutil.copytree(tiny_model_folder, place)

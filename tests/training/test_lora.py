@@ -174,7 +174,7 @@ def test_a_file_that_is_none(convert, run, tiny_model_folder, tmp_path, kind):
 @pytest.mark.parametrize("more", [["--to", "torch"], ["--config", "x.yaml"], ["--download-from", "x.tar.gz"]])
 def test_what_adapters_do_not_go_with(convert, run, tiny_model_folder, tmp_path, more):
     code, err = convert(tiny_model_folder, tmp_path / "a", "--adapters", run / "adapters.safetensors", *more)
-    assert code == 2 and err.startswith("--adapters goes with --dtype and --overwrite alone")
+    assert code == 2 and err.startswith("--adapters works only with --dtype and --overwrite")
 
 
 def test_a_vqgan_alone_has_nothing_to_adapt(convert, run, tiny_model_folder, tmp_path):
@@ -187,4 +187,4 @@ def test_a_vqgan_alone_has_nothing_to_adapt(convert, run, tiny_model_folder, tmp
         run, tmp_path / "a.safetensors", lambda _, about: about.update(base_fingerprint=fingerprint_of(vqgan))
     )
     code, err = convert(vqgan, tmp_path / "a", "--adapters", file)
-    assert code == 4 and err == f"{vqgan}: a VQGAN alone has no weights that adapters go with"
+    assert code == 4 and err == f"{vqgan}: a VQGAN alone has no transformer, to which adapters belong"

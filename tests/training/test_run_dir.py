@@ -36,7 +36,7 @@ def test_a_new_folder_gets_the_configuration(tmp_path):
 
 def test_a_run_is_resumed_with_its_own_configuration(resumable):
     check_run_dir(resumable, CONFIG)
-    with pytest.raises(ConfigError, match="training.seed was 0 and is 1; name another folder, or undo that"):
+    with pytest.raises(ConfigError, match="training.seed was 0 and is 1; name another folder, or undo the changes"):
         check_run_dir(resumable, OTHER)
 
 

@@ -208,13 +208,13 @@ def test_images_alone_are_learned_from_scratch_too(tiny_model_folder, tmp_path, 
 
 WRONG = {
     # name: overrides, exit code, message; a run that would do is left over when they are taken away
-    "no vqgan": (["training.vqgan=''"], 3, "training.vqgan names the model whose codes are learned, and"),
-    "vqgan without scratch": (["training.init_from={model}"], 3, "goes with init_from: scratch"),
+    "no vqgan": (["training.vqgan=''"], 3, "training.vqgan names the model whose codes are learned: it"),
+    "vqgan without scratch": (["training.init_from={model}"], 3, "must be set with init_from: scratch, and only then"),
     "tokenizer without scratch": (
-        ["training.init_from={model}", "training.vqgan=''"], 3, "training.tokenizer goes with init_from: scratch",
+        ["training.init_from={model}", "training.vqgan=''"], 3, "training.tokenizer works only with init_from: scratch",
     ),
-    "freeze": (["training.freeze=['ln_f/.*']"], 3, "training.freeze and training.lora keep what a model has learned"),
-    "lora": (["training.lora.rank=2"], 3, "training.freeze and training.lora keep what a model has learned"),
+    "freeze": (["training.freeze=['ln_f/.*']"], 3, "training.freeze and training.lora keep weights that a model has"),
+    "lora": (["training.lora.rank=2"], 3, "training.freeze and training.lora keep weights that a model has"),
     "no tokenizer": (["training.tokenizer={work}/none"], 4, "none/bpe-16k-vocab.json: missing"),
     "no tokenizer beside the vqgan": (
         ["training.tokenizer=''"], 3, "vqgan has no tokenizer; name one under training.tokenizer",

@@ -143,7 +143,7 @@ def test_captions_without_text_are_refused(train, texts):
 
 @pytest.mark.parametrize(("train", "least"), [(train_char_bpe, 2 + 2 * 3), (train_clip_bpe, 514)])
 def test_the_least_size_is_named_and_works(train, least):
-    with pytest.raises(UsageError, match=f"{least - 1} is too small: {least} are needed"):
+    with pytest.raises(UsageError, match=f"{least - 1} is too small: at least {least} tokens are needed"):
         train(["abc"], least - 1)
     assert train(["abc"], least).get_vocab_size() == least
     with pytest.raises(UsageError, match="too small"):
@@ -152,7 +152,7 @@ def test_the_least_size_is_named_and_works(train, least):
 
 def test_a_folder_that_holds_something_stays_as_it_is(data, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(OutputError, match="exists and is not empty; name another place"):
+    with pytest.raises(OutputError, match="exists and is not empty; name another folder"):
         train_tokenizer(data, tmp_path, vocab_size=CHARS_SIZE, kind="mindalle")
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 

@@ -1,4 +1,4 @@
-"""Contrastive training of CLIP from scratch: images and captions, to a folder that ranks images.
+"""Contrastive training of CLIP from scratch. The result is a folder that ranks images.
 
 tokenizer, images with captions -> fresh parameters on the mesh -> the loop -> CLIP folder of Hugging Face
 """
@@ -37,23 +37,23 @@ class ClipTrainingConfig(LoopConfig):
     """The section `training` of a run that trains CLIP. Weight decay covers only matrices."""
 
     tokenizer: str = ""
-    """A folder of `mindalle train-tokenizer --kind clip`, or any other that text.clip_tokenizer reads."""
+    """A folder that `mindalle train-tokenizer --kind clip` wrote, or another folder that text.clip_tokenizer reads."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipTrainConfig(RunConfig):
-    """The file of `mindalle train-clip`."""
+    """The configuration file of `mindalle train-clip`."""
 
     clip: ClipConfig = ClipConfig()
-    """vocab_size and eos_token_id of clip.text follow from the tokenizer; leave them out."""
+    """Sizes of the network. clip.text.vocab_size and eos_token_id follow from the tokenizer; leave them out."""
     training: ClipTrainingConfig = ClipTrainingConfig()
 
     def check(self) -> None:
-        """As RunConfig.check, and what contrastive training cannot do."""
+        """As RunConfig.check; also checks the sizes of CLIP, the strategy and the tokenizer."""
         super().check()
         text = self.clip.text
         if (text.vocab_size, text.eos_token_id) != (ClipTextConfig.vocab_size, ClipTextConfig.eos_token_id):
-            raise ConfigError("clip.text.vocab_size and eos_token_id are those of training.tokenizer; leave them out")
+            raise ConfigError("clip.text.vocab_size and eos_token_id follow from training.tokenizer; leave them out")
         if text.max_position_embeddings < 2:
             raise ConfigError(
                 f"clip.text.max_position_embeddings must be at least 2, not {text.max_position_embeddings}: a text has "
@@ -76,9 +76,10 @@ class ClipRun(Run):
     task = "text"
 
     def __init__(self, config: ClipTrainConfig, out: Path):
-        """config: as load_config gives it. out: folder of the run.
+        """Checks everything that can be wrong, and writes nothing.
 
-        Raises ConfigError, CheckpointError, DataError or UsageError before anything is written.
+        config: as load_config gives it. out: the folder of the run. Raises ConfigError, CheckpointError, DataError or
+        UsageError.
         """
         self.clip_tokenizer, self.clip_config = read_tokenizer(config)
         length = self.clip_config.text.max_position_embeddings
@@ -96,7 +97,7 @@ class ClipRun(Run):
             raise ConfigError(
                 f"experiment.local_batch_size must be {total // self.mesh.size}, total_batch_size {total} on "
                 f"{self.mesh.size} devices, not {config.experiment.local_batch_size}: each image is compared with all "
-                "texts of a step, so a step cannot be split"
+                "texts of a step, so there are no micro-batches"
             )
         self.shapes = clip_leaf_shapes(self.clip_config)
         self.step_config = ClipStepConfig(
@@ -108,27 +109,28 @@ class ClipRun(Run):
         self.seed = config.training.seed
 
     def base_fingerprint(self) -> str:
-        """The digest of the tokenizer."""
+        """Returns the digest of the tokenizer."""
         return hashlib.sha256(self.clip_tokenizer.to_str().encode()).hexdigest()
 
     def init_state(self) -> TrainState:
-        """Fresh parameters, on every device."""
+        """Returns a state with fresh parameters, on every device."""
         replicated = NamedSharding(self.mesh, PartitionSpec())
         fresh = init_params(self.clip_config, self.shapes, self.seed)
         return init_state(self.step_config, {path: jax.device_put(array, replicated) for path, array in fresh.items()})
 
     def compile_step(self, state: TrainState) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-        """Compiles clip_step."""
+        """Returns the compiled clip_step."""
         return compile_clip_step(self.step_config, jax.tree.map(lambda leaf: leaf.sharding, state))
 
     def make_batch(self, rows: Rows) -> Batch:
-        """The batch of clip_step: image and text."""
+        """Returns the batch of clip_step: image and text."""
         return self.shard_batch({name: rows[name] for name in ("image", "text")}, micro=False)
 
     def validate(self, state: TrainState) -> dict[str, float]:
-        """Loss, and shares of images and texts that find their own among those of a batch, of the average if any.
+        """Returns the loss, and the shares of images and texts whose own partner is the best match in the batch.
 
-        All depend on experiment.valid_batch_size: among more images it is harder to find the right one.
+        They are of the moving average if the run has one. All depend on experiment.valid_batch_size: among more images
+        it is harder to find the right one.
         """
         params, totals = state.ema or state.params, np.zeros(4)
         for rows in self.validation_rows():
@@ -140,11 +142,11 @@ class ClipRun(Run):
         return {"loss": loss, "image_to_text": image_to_text, "text_to_image": text_to_image}
 
     def memory(self, state: TrainState) -> dict[str, Any]:
-        """Parameters, the optimizer's state, and the average."""
+        """Returns the parameters, the optimizer's state, and the average."""
         return {"trained": state.params, "optimizer": state.opt_state, "average": state.ema}
 
     def write_result(self, state: TrainState) -> None:
-        """Turns the folder of the run into a CLIP model: the average where there is one."""
+        """Turns the folder of the run into a CLIP model: of the moving average if the run has one."""
         params = {path: gather_to_host(leaf) for path, leaf in (state.ema or state.params).items()}
         if jax.process_index() != 0:
             return
@@ -161,16 +163,17 @@ def train_clip(
 ) -> bool:
     """Runs `mindalle train-clip`: reads the configuration, and starts or resumes the run.
 
-    Returns whether the run is complete.
+    Returns True if the run is complete, and False if a signal stopped it. Raises as load_config, ClipRun and
+    run_training.
     """
     out, config = Path(os.path.expanduser(out)), load_config(config_file, overrides, ClipTrainConfig)
     return run_training(config, out, lambda: ClipRun(config, out), ignore_fingerprint=ignore_fingerprint)
 
 
 def read_tokenizer(config: ClipTrainConfig) -> tuple[Tokenizer, ClipConfig]:
-    """The tokenizer, whose end token must be its last, and the sizes of the network for it.
+    """Reads the tokenizer; returns it with the sizes of the network that fit it. Its end token must be its last one.
 
-    Raises CheckpointError or ConfigError.
+    Raises CheckpointError for a tokenizer that cannot be read, and ConfigError for sizes that do not fit together.
     """
     tokenizer = read_clip_tokenizer(Path(config.training.tokenizer), ClipTextConfig(vocab_size=1 << 20, eos_token_id=2))
     end = tokenizer.encode("").ids[-1]

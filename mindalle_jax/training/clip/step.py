@@ -1,19 +1,20 @@
-"""One step of contrastive training: which text of a batch belongs to which image, and the other way around.
+"""One step of contrastive training: CLIP learns which text of a batch belongs to which image, and the reverse.
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, figure 3.
 
     logits[i, j] = exp(logit_scale) * cosine(image i, text j)
     loss = mean over i of (CE(logits[i, :], i) + CE(logits[:, i], i)) / 2
 
-The batch is all of a step: every text is a wrong answer for every other image, on whatever device it lies.
+The sums run over the complete batch of a step: a text is a wrong answer for every image but its own, also for images
+on another device.
 
-A caption that stands twice in a batch would make a right answer wrong. Such a pair, image i and the same caption of
-another image j, is left out: it is no target of i and not among its wrong answers. With captions a, b, a the logits
-that count are
+If two images i and j of a batch have the same caption, the caption of j is no wrong answer for i. So the pair of image
+i and text j is left out: it is neither the target of i nor a wrong answer. With captions a, b, a the logits are used
+like this:
 
-    .  1  x        1: the target, x: left out
+    1  .  x        1: the target, .: a wrong answer, x: left out
     .  1  .
-    x  .  1        and image 0 is told from b alone
+    x  .  1        image 0 has only one wrong answer, b
 
 Dimensions: b batch, s text length, e width of the common space.
 """
@@ -44,13 +45,13 @@ class Sums(NamedTuple):
     image_to_text: jax.Array
     """The number of images whose own text has the highest logit."""
     text_to_image: jax.Array
-    """The number of texts whose own image has it."""
+    """The number of texts whose own image has the highest logit."""
     pairs: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipStepConfig:
-    """The constants of a step, known at compilation."""
+    """The constants of a step, which are fixed at compilation."""
 
     model: CLIP
     optimizer: optax.GradientTransformation
@@ -59,9 +60,10 @@ class ClipStepConfig:
 
 
 def init_params(config: ClipConfig, shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
-    """Fresh float32 parameters by path, the same on any device; widths as OpenAI's CLIP.initialize_parameters.
+    """Returns fresh float32 parameters by path, the same on any device.
 
-    There the standard deviations are of the text tower. Here they serve both towers; patches have that of their size.
+    Standard deviations are as in OpenAI's CLIP.initialize_parameters. It sets them for the text tower only; here both
+    towers use them. The kernel that embeds patches has one over the square root of the numbers in a patch.
     """
     params = {}
     for number, (path, shape) in enumerate(shapes.items()):
@@ -87,15 +89,18 @@ def init_params(config: ClipConfig, shapes: Mapping[str, tuple[int, ...]], seed:
 
 
 def compile_clip_step(config: ClipStepConfig, shardings: TrainState) -> Any:
-    """clip_step for a state with these shardings, which it keeps; (state, batch) -> (state, metrics)."""
+    """Returns a compiled clip_step, (state, batch) -> (state, metrics), that keeps the state's shardings.
+
+    It donates the state.
+    """
     return jax.jit(partial(clip_step, config), out_shardings=(shardings, None), donate_argnums=0)
 
 
 def clip_step(config: ClipStepConfig, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
-    """The next state, and the metrics of this step.
+    """Makes one step; returns the next state and the metrics of this step.
 
-    batch: image uint8[b, y, x, 3] of the size of the model, text int32[b, s].
-    A step whose loss or gradient is not finite changes nothing but the counts.
+    batch: image uint8[b, y, x, 3] with the model's image size, text int32[b, s]. If the loss or gradient is not finite,
+    only the counts `step` and `skipped` change.
     """
     rows = jnp.ones(len(batch["text"]), jnp.float32)
 
@@ -119,9 +124,10 @@ def eval_sums(model: CLIP, params: Params, batch: Mapping[str, jax.Array], rows:
 
 
 def contrastive_sums(model: CLIP, params: Params, batch: Mapping[str, jax.Array], rows: jax.Array) -> Sums:
-    """The sums of a batch. rows f32[b] is 0 for rows that fill up a last batch, which are nobody's answer.
+    """Returns the sums of a batch.
 
-    batch: image uint8[b, y, x, 3], text int32[b, s].
+    batch: image uint8[b, y, x, 3], text int32[b, s]. rows: f32[b], 0 for rows that only fill the last batch. These rows
+    are not counted, and are no wrong answers either.
     """
     pixels = normalize_images(batch["image"])
     result: Any = model.apply({"params": nest(params)}, batch["text"], pixels)

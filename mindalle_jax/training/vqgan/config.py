@@ -10,7 +10,7 @@ from mindalle_jax.training.config import SCRATCH, LoopConfig, RunConfig
 
 @dataclasses.dataclass(frozen=True)
 class VqganOptimizerConfig(OptimizerConfig):
-    """AdamW as the VQGAN's authors have it: Adam, that is, and little memory of past gradients."""
+    """The optimizer with the defaults of the VQGAN's authors: no weight decay (so Adam) and a low beta1."""
 
     weight_decay: float = 0.0
     betas: tuple[float, ...] = (0.5, 0.9)
@@ -18,7 +18,7 @@ class VqganOptimizerConfig(OptimizerConfig):
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights of the terms; the head of training/vqgan/step.py has the formulas."""
+    """Weights of the terms of the loss. training/vqgan/step.py has the formulas in its first docstring."""
 
     l1: float = 1.0
     l2: float = 0.0
@@ -27,12 +27,13 @@ class LossConfig:
     codebook: float = 1.0
     commitment: float = 0.25
     locality: float = 0.0
-    """Weight of the change of the features of a part of an image when it is put beside a part of another image. Over 0,
-    images are mixed of parts, and codes tell of their own place alone, which a transformer learns more easily."""
+    """Weight of the locality term. If it is over 0, images are composed of parts of two images. The term is the change
+    of a part's features when another image is beside it. Codes then describe only their own patch, which a transformer
+    learns more easily."""
     adversarial: float = 0.0
-    """Weight of the discriminator, times the adaptive weight; 0: there is none. 0.75 in the published network."""
+    """Weight of the discriminator, times the adaptive weight; 0: no discriminator. 0.75 in the published network."""
     start_step: int = 0
-    """Steps before the discriminator sets in: reconstructions should be good by then."""
+    """Number of steps before the discriminator starts. Reconstructions should be good by then."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,33 +49,34 @@ class VqganTrainingConfig(LoopConfig):
     """The section `training` of a run that trains a VQGAN."""
 
     init_from: str = SCRATCH
-    """scratch: a fresh VQGAN; else the model whose VQGAN is trained further: a folder or a name."""
+    """"scratch" for a fresh VQGAN; else the folder or name of the model whose VQGAN is trained further."""
     losses: LossConfig = LossConfig()
     vgg_weights: str = ""
     """File with torchvision's state dict of vgg16, for losses.perceptual."""
     lpips_weights: str = ""
     """File with LPIPS's linear layers for vgg16, for losses.perceptual."""
     quantise_from_step: int = 0
-    """Steps before codes are used: until then the decoder sees features, and learns faster. Validation uses codes."""
+    """Number of steps before codes are used. Until then the decoder sees features, and learns faster. Validation always
+    uses codes."""
     restart_after_steps: int = 200
-    """A code that went unused for this many steps starts again from a feature where images are worst; 0: never."""
+    """A code that is unused for this many steps restarts from a feature where images are worst; 0: never."""
     merge_codes: float = 0.0
-    """At the end a row of the codebook is removed if its squared distance from a row in more use is less than this
-    number times the mean squared distance of features from their rows. Before the end a row nearer than that mean
-    starts again as if unused. 0: neither."""
+    """Removes similar codes. At the end a row of the codebook is removed if its squared distance from a more used row
+    is less than this number times d, the mean squared distance of features from their rows. During training a row that
+    is nearer than d to another row restarts like an unused one. 0: neither."""
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
 
 @dataclasses.dataclass(frozen=True)
 class VqganTrainConfig(RunConfig):
-    """The file of `mindalle train-vqgan`."""
+    """The configuration file of `mindalle train-vqgan`."""
 
     optimizer: VqganOptimizerConfig = VqganOptimizerConfig()
     training: VqganTrainingConfig = VqganTrainingConfig()
     stage1: Stage1Config = Stage1Config()
 
     def check(self) -> None:
-        """As RunConfig.check, and for the VQGAN and its losses."""
+        """As RunConfig.check; also checks the VQGAN and its losses."""
         super().check()
         check_stage1(self.stage1)
         t, size = self.training, self.stage1.hparams.resolution
@@ -88,7 +90,8 @@ class VqganTrainConfig(RunConfig):
             bool(t.vgg_weights) != bool(t.lpips_weights)
         ):
             raise ConfigError(
-                "training.losses.perceptual over 0 needs training.vgg_weights and training.lpips_weights, and they it"
+                "training.losses.perceptual over 0 needs training.vgg_weights and training.lpips_weights; without it "
+                "leave both out"
             )
         for name in ("quantise_from_step", "restart_after_steps", "merge_codes"):
             if not 0 <= getattr(t, name) < math.inf:
@@ -103,5 +106,5 @@ class VqganTrainConfig(RunConfig):
             )
         if self.sharding.strategy != "replicated":
             raise ConfigError(
-                f"sharding.strategy {self.sharding.strategy!r}: a VQGAN is whole on every device; use replicated"
+                f"sharding.strategy {self.sharding.strategy!r}: every device holds the complete VQGAN; use replicated"
             )

@@ -1,8 +1,9 @@
-"""PatchGAN (Isola et al. 2017, arXiv:1611.07004), the discriminator of the VQGAN: is a patch of an image real?
+"""PatchGAN (Isola et al. 2017, arXiv:1611.07004), the discriminator of the VQGAN: it judges if a patch is real.
 
-With three layers each logit sees 70 x 70 pixels, with two 34 x 34. It differs from the VQGAN's in one point: GroupNorm
-stands where that has BatchNorm. BatchNorm keeps running averages beside its parameters, and its logits depend on which
-images share a micro-batch or a device; here state is parameters only, and how a batch is split changes nothing.
+With three layers each logit sees 70 x 70 pixels, with two 34 x 34. There is one difference from the discriminator of
+the VQGAN's authors: GroupNorm replaces BatchNorm. BatchNorm keeps running averages beside its parameters, and with it
+the logits depend on which images share a micro-batch or a device. Here the state is only parameters, and the way in
+which a batch is split changes nothing.
 
 Dimensions: b batch, y height, x width, c channels.
 """
@@ -18,9 +19,9 @@ MAX_MULT = 8
 
 
 class PatchDiscriminator(nn.Module):
-    """Logits f32[b, y, x] of images [b, Y, X, 3] in [-1, 1]; above 0 is real. y = Y / 2**layers - 2.
+    """Computes logits f32[b, y, x] of images [b, Y, X, 3] in [-1, 1]. Above 0 means real. y = Y / 2**layers - 2.
 
-    width: channels after the first convolution, a multiple of 32. layers: how often the resolution is halved.
+    width: channels after the first convolution, a multiple of 32. layers: number of times the resolution is halved.
     dtype: compute dtype; GroupNorm statistics are float32.
     """
 

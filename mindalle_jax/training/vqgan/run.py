@@ -48,9 +48,10 @@ class VqganRun(Run):
     """One run of `mindalle train-vqgan`. All parameters are on every device, and batches are split over devices."""
 
     def __init__(self, config: VqganTrainConfig, base: Path | None, out: Path):
-        """base: the folder of the model whose VQGAN is trained further; None: from scratch. out: of the run.
+        """Checks everything that can be wrong, and writes nothing.
 
-        Raises ConfigError, CheckpointError, DataError or UsageError before anything is written.
+        base: the folder of the model whose VQGAN is trained further; None: from scratch. out: the folder of the run.
+        Raises ConfigError, CheckpointError, DataError or UsageError.
         """
         self.config, self.base, self.task = config, base, "unconditional"
         self.model_config = vqgan_model_config(config.stage1)
@@ -65,14 +66,12 @@ class VqganRun(Run):
         if training.quantise_from_step + filling >= self.max_steps:
             raise ConfigError(
                 f"training.quantise_from_step {training.quantise_from_step} and the {filling} steps that fill a "
-                f"fresh codebook must be fewer than all steps, {self.max_steps}: without codes no codebook is learned"
+                f"fresh codebook must be fewer than all steps, {self.max_steps}: the codebook is learned after them"
             )
         if training.merge_codes and self.valid_source is None:
-            raise ConfigError(
-                "training.merge_codes needs data.valid: there it is seen how far features lie from their codes"
-            )
+            raise ConfigError("training.merge_codes needs data.valid, to measure how far features are from their codes")
         if losses.locality and batch == self.micro_batches:
-            raise ConfigError("training.losses.locality mixes images: experiment.local_batch_size must be 2 at least")
+            raise ConfigError("training.losses.locality mixes images: experiment.local_batch_size must be at least 2")
         if base is not None:
             _check_same(config.stage1, load_config(base / "config.yaml").stage1, base)
         self.lpips: dict[str, Any] = {}
@@ -88,7 +87,7 @@ class VqganRun(Run):
             optimizer=make_optimizer(
                 config.optimizer, self.schedule, "all", leaf_shapes(self.model_config, "stage1")
             ),
-            # Its first step is that of start_step, and has the rate of that.
+            # Its first step is step start_step of the run, and has the learning rate of that step.
             discriminator_optimizer=discriminator and make_optimizer(
                 config.optimizer, lambda step: self.schedule(step + losses.start_step), "all",
                 discriminator_shapes(discriminator, config.stage1.hparams.resolution),
@@ -103,11 +102,11 @@ class VqganRun(Run):
         )  # fmt: skip
 
     def base_fingerprint(self) -> str:
-        """The fingerprint of the model whose VQGAN is trained further; from scratch that word."""
+        """Returns the fingerprint of the model whose VQGAN is trained further, or "scratch"."""
         return SCRATCH if self.base is None else fingerprint(read_manifest(self.base)["tensors"])
 
     def init_state(self) -> VqganState:
-        """Fresh or loaded parameters, float32, on every device."""
+        """Returns a state with fresh or loaded parameters, float32, on every device."""
         replicated = NamedSharding(self.mesh, PartitionSpec())
         self.lpips = jax.device_put(self.lpips, replicated)
         if self.base is None:
@@ -119,16 +118,16 @@ class VqganRun(Run):
         return init_vqgan_state(self.step_config, params, self.mesh, fresh_codebook=self.base is None)
 
     def compile_step(self, state: VqganState) -> Callable[[VqganState, Batch], tuple[VqganState, Metrics]]:
-        """Compiles vqgan_train_step."""
+        """Returns the compiled vqgan_train_step."""
         step = compile_vqgan_step(self.step_config, self.mesh)
         return lambda state, batch: step(state, self.lpips, batch)
 
     def make_batch(self, rows: Rows) -> Batch:
-        """The batch of vqgan_train_step: image in micro-batches."""
+        """Returns the batch of vqgan_train_step: image, in micro-batches."""
         return self.shard_batch({"image": rows["image"]}, micro=True)
 
     def validate(self, state: VqganState) -> dict[str, float]:
-        """Means over the validation images, of the moving average where there is one, and how codes are used."""
+        """Returns means over the validation images, and how codes are used, for the moving average if there is one."""
         totals = self._totals(state)
         num_images = max(totals.num_images, 1)
         return {
@@ -140,7 +139,7 @@ class VqganRun(Run):
         }
 
     def _totals(self, state: VqganState) -> EvalSums:
-        """Sums over the validation images, of the moving average where there is one."""
+        """Returns sums over the validation images, for the moving average if there is one."""
         totals: Any = EvalSums(0.0, 0.0, 0.0, 0.0, 0, 0.0)
         for rows in self.validation_rows():
             batch = self.shard_batch({"image": rows["image"], "rows": rows["valid"].astype(np.float32)}, micro=False)
@@ -149,13 +148,13 @@ class VqganRun(Run):
         return totals
 
     def memory(self, state: VqganState) -> dict[str, Any]:
-        """Parameters, the optimizer's state, the average, and the networks that serve training only."""
+        """Returns the parameters, the optimizer's state, the average, and the networks that only training uses."""
         discriminator = (state.discriminator, state.discriminator_opt_state)
         return {"trained": state.params, "optimizer": state.opt_state, "average": state.ema,
                 "discriminator": discriminator, "perceptual": self.lpips}  # fmt: skip
 
     def preview_samples(self, state: VqganState, step: int) -> None:
-        """Writes samples/step_*.png: the first images, of validation if there is one, above their reconstructions."""
+        """Writes samples/step_*.png: images above their reconstructions. Images are of the validation data if given."""
         if jax.process_count() > 1:
             return
         part = (self.valid_source or self.source).part(0, RECONSTRUCTIONS)
@@ -164,7 +163,7 @@ class VqganRun(Run):
         write_reconstructions(self.config.stage1, params, images, path, dtype=self.dtype_name, mesh=self.mesh)
 
     def write_result(self, state: VqganState) -> None:
-        """Turns the folder of the run into a model without a transformer: the average where there is one."""
+        """Turns the folder of the run into a model without a transformer: of the moving average if there is one."""
         params = {path: gather_to_host(leaf) for path, leaf in (state.ema or state.params).items()}
         stage1, merge = self.config.stage1, self.config.training.merge_codes
         if merge:
@@ -185,8 +184,8 @@ def train_vqgan(
 ) -> bool:
     """Runs `mindalle train-vqgan`: reads the configuration, and starts or resumes the run.
 
-    Fields of stage1 that the file leaves out are as in the model of training.init_from. Returns whether the run is
-    complete.
+    Fields of stage1 that the file leaves out are as in the model of training.init_from. Returns True if the run is
+    complete, and False if a signal stopped it. Raises ConfigError, and as find_model and run_training.
     """
     out, file = Path(os.path.expanduser(out)), ConfigFile(config_file, overrides)
     init_from = file.section("training", VqganTrainingConfig).init_from
@@ -196,7 +195,7 @@ def train_vqgan(
 
 
 def vqgan_model_config(stage1: Stage1Config) -> Config:
-    """The config.yaml of a VQGAN alone. Its section of the transformer has the sizes of the codes."""
+    """Returns the config.yaml of a VQGAN alone. Its section `stage2` only holds the number and length of the codes."""
     hparams = Stage2Hparams(ctx_len_img=stage1.code_size**2)
     return Config(
         dataset=DatasetConfig(image_resolution=stage1.hparams.resolution),
@@ -206,7 +205,7 @@ def vqgan_model_config(stage1: Stage1Config) -> Config:
 
 
 def _check_same(ours: Stage1Config, theirs: Stage1Config, base: Path) -> None:
-    """Raises ConfigError unless the weights of `theirs` are trained further; dropout shapes none."""
+    """Raises ConfigError if weights of `theirs` do not fit `ours`. Dropout may differ: it changes no shape."""
     before, now = (
         {f"stage1.{name}": value for name, value in dataclasses.asdict(config).items() if name != "hparams"}
         | {f"stage1.hparams.{name}": value for name, value in dataclasses.asdict(config.hparams).items()}

@@ -1,4 +1,4 @@
-"""One step of a VQGAN: gradients of a batch in micro-batches, AdamW, and unused codes start again. Pure functions.
+"""One training step of a VQGAN, in pure functions: gradients in micro-batches, the optimizer, restarts of unused codes.
 
     loss of the VQGAN = l1 |x - y| + l2 (x - y)^2 + perceptual LPIPS(x, y)                  reconstruction
                       + codebook (stop(z) - e)^2 + commitment (z - stop(e))^2               from quantise_from_step on
@@ -6,16 +6,18 @@
                       - adversarial_weight D(y)                                             from start_step on
     loss of D         = (relu(1 - D(x)) + relu(1 + D(y))) / 2
 
-x images, y their reconstructions, z features, e the rows of the codebook nearest to them, D the discriminator; means
-over all of a batch. Esser, Rombach and Ommer 2021 (arXiv:2012.09841) weigh the last line so that its gradient is as
-long as that of the first at the last layer of the decoder. That needs both gradients of the whole batch, so that it
-does not matter how the batch is split. It takes two backward passes once the discriminator is at work; the authors'
-code, which splits no batches, needs one and a little. Both networks learn from the same reconstructions y.
+x are images, y their reconstructions, z features, e the rows of the codebook nearest to z, and D the discriminator.
+All terms are means over the complete batch. adversarial_weight makes the gradient of D(y) at the last layer of the
+decoder as long as the gradient of the reconstruction (Esser, Rombach and Ommer 2021, arXiv:2012.09841). This needs
+both gradients of the complete batch, so that the way in which the batch is split does not matter. So a step takes two
+backward passes after start_step. The authors' code does not split batches, and needs little more than one. Both
+networks learn from the same reconstructions y.
 
-The encoder sees all of an image, so codes of one plain color differ by what is elsewhere, and a transformer has to
-guess which it is. With locality x are images of two parts, cut along the grid of codes. z' are the features that the
-parts have in the images that they come from; y are decoded from z', and e is nearest to z'. The idea is that of
-Kouzelis et al. 2025 (arXiv:2502.09509): what is done to features is done to the image. docs/log.md has the results.
+The encoder sees all of an image. So codes of one plain color differ with the rest of the image, and a transformer has
+to guess which code it is. With locality, x are images composed of two parts, cut along the grid of codes. z' are the
+features that the parts have in the images that they come from. y is decoded from z', and e is nearest to z'. The idea
+is from Kouzelis et al. 2025 (arXiv:2502.09509): a change of the features makes the same change of the image.
+docs/log.md has the results.
 
 Parameters are flat dicts by path, as in step.py. Dimensions: n codes in the codebook, e width of a row, a micro-batches
 of b images.
@@ -48,27 +50,27 @@ MAX_ADVERSARIAL_WEIGHT = 1e4
 
 
 class VqganState(NamedTuple):
-    """All that a step hands to the next one. Keys of random numbers follow from the seed and `step`."""
+    """The state between two steps. Random keys are not in it: they follow from the seed and `step`."""
 
     step: jax.Array
-    """int32: batches seen"""
+    """int32: number of batches seen"""
     params: Params
     """float32"""
     opt_state: Any
     ema: Params
-    """float32: moving average of params; empty where it is off"""
+    """float32: moving average of params; empty if it is off"""
     unused: jax.Array
-    """int32[n]: steps since a code was last used"""
+    """int32[n]: number of steps since a code was last used"""
     discriminator: Params
-    """float32; empty where there is none"""
+    """float32; empty if there is no discriminator"""
     discriminator_opt_state: Any
     skipped: jax.Array
-    """int32: steps skipped in a row, because a loss or a gradient was not finite"""
+    """int32: number of steps skipped in a row, because a loss or a gradient was not finite"""
 
 
 @dataclasses.dataclass(frozen=True)
 class VqganStepConfig:
-    """The constants of a step, known at compilation."""
+    """The constants of a step, which are fixed at compilation."""
 
     model: VQGAN
     discriminator: PatchDiscriminator | None
@@ -77,49 +79,49 @@ class VqganStepConfig:
     schedule: optax.Schedule
     losses: LossConfig
     quantize_from_step: int
-    """Until this step the decoder sees the features, and the codebook stays as it is. Then, while rows of a fresh
-    codebook are waiting for a feature to start from, nothing else learns."""
+    """Until this step the decoder sees the features, and the codebook does not change. After it nothing else learns
+    until every row of a fresh codebook has started from a feature."""
     restart_after_steps: int
-    """A code that went unused for this many steps is set to a feature of the batch; 0: never."""
+    """A code that is unused for this many steps is set to a feature of the batch; 0: never."""
     restart_redundant: bool
-    """A row is set to a feature, too, if its squared distance from another is less than the mean of features from
-    their rows."""
+    """If True, a row is also set to a feature if its squared distance from another row is less than the mean squared
+    distance of features from their rows."""
     ema_decay: float
     seed: int
 
 
 class EvalSums(NamedTuple):
-    """Sums over the images that count, of a batch or of several."""
+    """Sums over the images that count, in one or more batches."""
 
     loss: Any
-    """f32: the reconstruction terms"""
+    """f32: the sum of the reconstruction terms"""
     l1: Any
     """f32"""
     psnr: Any
-    """f32, dB: of each image by itself, cut to [-1, 1]"""
+    """f32, dB: PSNR of each image by itself, with its reconstruction clipped to [-1, 1]"""
     num_images: Any
     """f32: the number of images that count"""
     counts: Any
     """int32[n]: how often each code was used"""
     distance: Any
-    """f32: squared, of features from their rows of the codebook; of each image the mean"""
+    """f32: squared distance of features from their rows of the codebook, a mean per image"""
 
 
 def fresh_params(config: Stage1Config, seed: int) -> Params:
-    """Parameters of a VQGAN that has learned nothing."""
+    """Returns random parameters of a VQGAN, float32 by path."""
     images = jnp.zeros((1, config.hparams.resolution, config.hparams.resolution, 3))
     init: Any = jax.jit(VQGAN(config).init)
     return _flat(init(jax.random.key(seed, impl="threefry2x32"), images))
 
 
 def discriminator_shapes(discriminator: PatchDiscriminator, resolution: int) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter by its path."""
+    """Returns the shape of every parameter by its path. resolution: side of an image in pixels."""
     init = partial(_init_discriminator, discriminator, resolution=resolution)
     return {path: leaf.shape for path, leaf in jax.eval_shape(init, jax.random.key(0)).items()}
 
 
 def init_vqgan_state(config: VqganStepConfig, params: Params, mesh: Mesh, *, fresh_codebook: bool) -> VqganState:
-    """The state before the first step, on every device of the mesh."""
+    """Returns the state before the first step, replicated on the mesh. fresh_codebook: no row has started yet."""
 
     def init(params: Params) -> VqganState:
         ema = jax.tree.map(jnp.copy, params) if config.ema_decay else {}
@@ -138,7 +140,10 @@ def init_vqgan_state(config: VqganStepConfig, params: Params, mesh: Mesh, *, fre
 
 
 def compile_vqgan_step(config: VqganStepConfig, mesh: Mesh) -> Any:
-    """vqgan_train_step for a state on every device of the mesh; (state, frozen, batch) -> (state, metrics)."""
+    """Returns a compiled vqgan_train_step, (state, frozen, batch) -> (state, metrics), for a replicated state.
+
+    It donates the state.
+    """
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(partial(vqgan_train_step, config), out_shardings=(replicated, None), donate_argnums=0)
 
@@ -146,10 +151,10 @@ def compile_vqgan_step(config: VqganStepConfig, mesh: Mesh) -> Any:
 def vqgan_train_step(
     config: VqganStepConfig, state: VqganState, frozen: dict[str, Any], batch: dict[str, jax.Array]
 ) -> tuple[VqganState, Metrics]:
-    """The next state, and the metrics of this step.
+    """Makes one step; returns the next state and the metrics of this step.
 
-    batch: image uint8[a, b, S, S, 3]. frozen: parameters of LPIPS, nested, where losses.perceptual is over 0.
-    A step whose loss or gradient is not finite changes nothing but the counts.
+    batch: image uint8[a, b, S, S, 3]. frozen: parameters of LPIPS, nested, if losses.perceptual is over 0; else empty.
+    If a loss or gradient is not finite, only the counts `step` and `skipped` change.
     """
     key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), state.step)
     gradients_key, restart_key = jax.random.split(key)
@@ -172,7 +177,7 @@ def vqgan_train_step(
     # ---- unused codes
     params, ema = next_state.params, next_state.ema
     used = found.counts > 0
-    # A fresh row is near no feature, so that it was the nearest of them all says nothing.
+    # A fresh row that has not started is near no feature. If it is the nearest row of one, it still counts as unused.
     unused = jnp.where(used & (state.unused < NEVER_USED), 0, state.unused + 1)
     dead = finite & quantized & (unused >= (config.restart_after_steps or NEVER_USED))
     if config.restart_redundant:
@@ -181,7 +186,7 @@ def vqgan_train_step(
     dead &= jnp.cumsum(dead) <= starts_at_once(started, len(found.features))
     rows = restarts(restart_key, dead, found.features, found.errors)
     for tree in (params, ema):
-        if tree:  # the optimizer's memory of a row has faded by the time that it starts again
+        if tree:  # the optimizer's moments of a row have decayed to about 0 by the time that it restarts
             tree["codebook"] = jnp.where(dead[:, None], rows, tree["codebook"])
     unused = jnp.where(finite & quantized, jnp.where(dead, 0, unused), state.unused)
 
@@ -214,12 +219,12 @@ def vqgan_train_step(
 def vqgan_eval_step(
     config: VqganStepConfig, params: Params, frozen: dict[str, Any], batch: dict[str, jax.Array]
 ) -> EvalSums:
-    """Sums of a batch: image uint8[b, S, S, 3], rows f32[b], 0 for images that do not count."""
+    """Returns the sums of a batch: image uint8[b, S, S, 3], and rows f32[b], 0 for images that do not count."""
     images, rows = to_floats(batch["image"]), batch["rows"]
     out: Any = config.model.apply({"params": nest(params)}, images, method=_autoencode)
     terms = _reconstruction(config.losses, frozen, images, out.images)
     error = jnp.mean(((images - jnp.clip(out.images, -1, 1)) / 2) ** 2, axis=(1, 2, 3))
-    psnr = -10 * jnp.log10(jnp.maximum(error, 1e-10))  # 100 dB at most
+    psnr = -10 * jnp.log10(jnp.maximum(error, 1e-10))  # at most 100 dB
     counts = jnp.zeros(config.model.config.n_embed, jnp.int32)
     counts = counts.at[out.codes].add(rows.astype(jnp.int32)[:, None, None])
     distance = jnp.mean(jnp.sum((out.features - out.rows) ** 2, axis=-1), axis=(1, 2))
@@ -231,21 +236,22 @@ def vqgan_eval_step(
 
 
 def adversarial_weight(grads: Params, adversarial_grads: Params) -> jax.Array:
-    """Length of the gradient of the reconstruction at the last layer, over that of the discriminator's term.
+    """Returns f32[] in [0, 1e4]: a ratio of lengths of two gradients at the last layer.
 
-    In [0, 1e4]; the divisor has 1e-4 added, as in the authors' code (the paper has 1e-6).
+    It is the length of the gradient of the reconstruction, divided by the length of the gradient of the discriminator's
+    term. The divisor has 1e-4 added, as in the authors' code (the paper has 1e-6).
     """
     length, adversarial_length = (jnp.linalg.norm(tree[LAST_LAYER].ravel()) for tree in (grads, adversarial_grads))
     return jnp.clip(length / (adversarial_length + 1e-4), 0, MAX_ADVERSARIAL_WEIGHT)
 
 
 def to_floats(images: jax.Array) -> jax.Array:
-    """f32 in [-1, 1] of uint8."""
+    """Converts images from uint8 to f32 in [-1, 1]."""
     return images.astype(jnp.float32) / 255 * 2 - 1
 
 
 class _Gradients(NamedTuple):
-    """The gradients of one batch, and what the codebook needs of it."""
+    """The gradients of one batch, and the values that restarts of codes need."""
 
     grads: Params
     discriminator_grads: Params
@@ -255,9 +261,9 @@ class _Gradients(NamedTuple):
     features: jax.Array
     """[N, e]"""
     errors: jax.Array
-    """[N]: squared error of the image at the place of each feature"""
+    """[N]: mean squared error of the image in the patch of each feature"""
     distance: jax.Array
-    """[]: squared, of features from their rows, mean"""
+    """[]: mean squared distance of features from their rows"""
 
 
 def _gradients(
@@ -269,7 +275,7 @@ def _gradients(
     *,
     adversarial: bool,
 ) -> _Gradients:
-    """The gradients of a batch. adversarial: whether the discriminator is at work."""
+    """Computes the gradients of a batch. adversarial: whether the discriminator has started."""
     micro_batches, weights = len(images), config.losses
     quantized = state.step >= config.quantize_from_step
     has_dropout = config.model.config.hparams.pdrop > 0
@@ -280,7 +286,7 @@ def _gradients(
         return logits
 
     def share(params: Params, micro: jax.Array, i: jax.Array) -> tuple[tuple[jax.Array, ...], Any]:
-        """The part of a micro-batch in the loss of the batch: without the discriminator's term, and that term."""
+        """Returns the share of one micro-batch in the loss of the batch, and the discriminator's term apart."""
         x = to_floats(micro)
         dropout_key, parts_key = jax.random.split(jax.random.fold_in(key, i))
         rngs = {"dropout": dropout_key} if has_dropout else {}
@@ -349,7 +355,7 @@ def _gradients(
 def _reconstruction(
     weights: LossConfig, frozen: dict[str, Any], images: jax.Array, rebuilt: jax.Array
 ) -> dict[str, jax.Array]:
-    """f32[b]: "loss" of each image, and the terms that make it up."""
+    """Returns f32[b] by name: "loss", and the terms that it is the sum of."""
     difference = images - rebuilt
     terms = {
         "l1_loss": jnp.mean(jnp.abs(difference), axis=(1, 2, 3)),
@@ -364,7 +370,7 @@ def _reconstruction(
 
 
 def _first_parts(key: jax.Array, count: int, height: int, width: int) -> jax.Array:
-    """bool[count, height, width]: True left of or above a random line of the grid, another one in each image."""
+    """Returns bool[count, height, width]: True left of or above a random line of the grid, one line per image."""
     along, place = jax.random.split(key)
     left = jax.random.bernoulli(along, shape=(count, 1, 1))
     share = jax.random.uniform(place, (count, 1, 1))
@@ -377,9 +383,10 @@ def _autoencode(network: VQGAN, images: jax.Array) -> Autoencoded:
 
 
 def _scan(add: Callable[[Any, Any], tuple[Any, Any]], start: Any, xs: Any) -> tuple[Any, Any]:
-    """jax.lax.scan over micro-batches, on CPU a loop of Python.
+    """Works as jax.lax.scan over micro-batches; on CPU it is a loop in Python.
 
-    Within a loop XLA:CPU has no fast code for convolutions of a backward pass: 9.4 s instead of 0.65 (docs/log.md).
+    Within a compiled loop XLA:CPU has no fast code for convolutions of a backward pass: 9.4 s instead of 0.65 s
+    (docs/log.md).
     """
     if jax.default_backend() != "cpu":
         return jax.lax.scan(add, start, xs)

@@ -35,7 +35,7 @@ def config_file(tmp_path):
         ("training.restart_after_steps=-1", "restart_after_steps must be a finite number of at least 0"),
         ("training.quantise_from_step=-1", "quantise_from_step must be a finite number of at least 0"),
         ("stage1.hparams.ch=33", "stage1.hparams.ch must be a multiple of num_groups 32"),
-        ("sharding.strategy=fsdp", "'fsdp': a VQGAN is whole on every device; use replicated"),
+        ("sharding.strategy=fsdp", "'fsdp': every device holds the complete VQGAN; use replicated"),
         ("stage2.type=igpt", "unknown field stage2"),
     ],
 )
