@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import mindalle_jax
-from mindalle_jax.cli import configs, convert, prepare_codes, sample, show, train
+from mindalle_jax.cli import check_data, configs, convert, prepare_codes, sample, show, train
 from mindalle_jax.cli.logs import quiet_libraries
 from mindalle_jax.cli.parser import HelpFormatter, Parser
 from mindalle_jax.errors import MindalleError, UsageError, did_you_mean, install_hint, printable
@@ -61,6 +61,12 @@ VERBS = {
         train.run_tokenizer,
         "make a tokenizer from the captions of a data set",
         train.TOKENIZER_EXAMPLE,
+    ),
+    "check-data": Verb(
+        check_data.add_check_data_arguments,
+        check_data.run_check_data,
+        "look at a data set before training: layout, captions, damaged images",
+        check_data.EXAMPLE,
     ),
     "configs": Verb(
         configs.add_configs_arguments,

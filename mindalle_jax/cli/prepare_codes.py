@@ -14,7 +14,6 @@ overwritten."""
 
 
 def add_prepare_codes_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `mindalle prepare-codes`."""
     """Adds the arguments of `mindalle prepare-codes`."""
     parser.description = f"{parser.description}\n\n{NOTES}"
     text = "the model, as for mindalle sample; only its VQGAN is loaded"

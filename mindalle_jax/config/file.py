@@ -183,10 +183,32 @@ def _apply_override(tree: Any, override: str) -> None:
             raise ConfigError(f"override {override!r}: {section!r} is not a section")
         if tree.get(section) is None:
             tree[section] = {}
+        if isinstance(tree[section], _Override):  # of a whole section, before this one
+            tree[section] = tree[section].parsed()
         tree = tree[section]
     if not isinstance(tree, dict):
         raise ConfigError(f"override {override!r}: {path.strip()!r} is not a field of a section")
-    tree[key] = _parse_yaml(value)
+    tree[key] = _Override(value)
+
+
+class _Override:
+    """The value of an override. The type of its field decides whether it is text or YAML."""
+
+    def __init__(self, text: str):
+        self.text = text.strip()
+
+    def parsed(self) -> Any:
+        """Returns the value as YAML. Raises ConfigError if it is not YAML."""
+        return _parse_yaml(self.text)
+
+    def for_text(self) -> str | None:
+        """Returns the value for a field of text: as it is typed, so that 2021, on, `a #1` and *.tar need no quotes.
+
+        Quotes of YAML around all of it are taken off. An empty value and null are None.
+        """
+        if self.text[:1] in ("'", '"') and self.text[-1:] == self.text[:1]:
+            return str(self.parsed())
+        return None if self.text in ("", "null", "~") else self.text
 
 
 def _check_mapping(tree: Any, what: str) -> None:
@@ -200,13 +222,15 @@ def _build(cls: type, tree: Any, path: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in tree:
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=2, cutoff=0.5)
+            near = [name for name in hints if str(key).lower() in name.split("_")]
+            near = near or difflib.get_close_matches(str(key), hints, n=2, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"the fields are {', '.join(hints)}"
             raise ConfigError(f"unknown field {path}{key}; {hint}")
     values = {}
     for name, value in tree.items():
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
+            value = value.parsed() if isinstance(value, _Override) else value
             values[name] = _build(typing.cast(type, hint), {} if value is None else value, f"{path}{name}.")
         else:
             values[name] = _typed(value, hint, f"{path}{name}")
@@ -216,6 +240,14 @@ def _build(cls: type, tree: Any, path: str) -> Any:
 def _typed(value: Any, hint: Any, path: str) -> Any:
     """`value` if it is of the annotated type; ints pass for floats, lists for tuples, and bools never for numbers."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, _Override):
+        kind = options[0] if origin is types.UnionType else hint
+        if typing.get_origin(kind) is Literal and value.text in typing.get_args(kind):
+            value = value.text
+        else:
+            value = value.for_text() if kind is str else value.parsed()
+        if value is None and origin is not types.UnionType:
+            raise ConfigError(f"{path} needs a value; it cannot be empty or null")
     if origin is types.UnionType:  # X | None
         return None if value is None else _typed(value, options[0], path)
     if origin is Literal:

@@ -38,6 +38,10 @@ class ImageError(DataError):
     """An image cannot be read. The message is the reason alone; the caller puts the name in front."""
 
 
+class ShapeError(ImageError):
+    """An image is good, but smaller, larger or longer than what is read. It does not count as damaged."""
+
+
 def decode_image(source: bytes | str | Path) -> Image.Image:
     """Decodes an image file, given as bytes or as a path, to an upright RGB image with 8 bits per channel.
 
@@ -61,7 +65,7 @@ def decode_image(source: bytes | str | Path) -> Image.Image:
     except Image.UnidentifiedImageError:
         raise ImageError(f"not one of {', '.join(FORMATS)}, or its beginning is damaged") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's limit, while opening
-        raise ImageError(f"too many pixels: {one_line(error)}") from None
+        raise ShapeError(f"too many pixels: {one_line(error)}") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise ImageError(f"truncated or damaged: {one_line(error)}") from None
 
@@ -86,11 +90,11 @@ def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None) 
 
 def _check_size(width: int, height: int) -> None:
     if min(width, height) < MIN_SIDE:
-        raise ImageError(f"{width} x {height} pixels; both sides must be at least {MIN_SIDE}")
+        raise ShapeError(f"{width} x {height} pixels; both sides must be at least {MIN_SIDE}")
     if width * height > MAX_PIXELS:
-        raise ImageError(f"{width} x {height} pixels are too many; at most {MAX_PIXELS:,} are read")
+        raise ShapeError(f"{width} x {height} pixels are too many; at most {MAX_PIXELS:,} are read")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError(f"{width} x {height} pixels; one side may be at most {MAX_ASPECT} times the other")
+        raise ShapeError(f"{width} x {height} pixels; one side may be at most {MAX_ASPECT} times the other")
 
 
 def _orientation(image: Image.Image) -> int:

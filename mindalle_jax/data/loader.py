@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from mindalle_jax.data.images import ImageError, crop_square, decode_image
+from mindalle_jax.data.images import ImageError, ShapeError, crop_square, decode_image
 from mindalle_jax.data.samples import Source
 from mindalle_jax.errors import CheckpointError, DataError, UsageError, install_hint, one_line
 from mindalle_jax.text.tokenizer import TextTokenizer
@@ -122,7 +122,7 @@ class _Rows:
     def __init__(self, source: Source, train: bool, seed: int, image_size: int | None, tokenizer: TextTokenizer | None):
         self.source, self.train, self.seed = source, train, seed
         self.image_size, self.tokenizer = image_size or 0, tokenizer
-        self.images_read, self.bad = 0, set[int]()
+        self.images_read, self.damaged, self.bad = 0, 0, set[int]()
         self._lock = threading.Lock()
         self.order: Callable[[int], int] = lambda index: index % len(source)
         """Position in the stream -> number of the sample, before damaged images are replaced."""
@@ -148,7 +148,7 @@ class _Rows:
         if self.source.task == "text" and self.tokenizer is not None:
             caption = sample.captions[0 if rng is None else int(rng.integers(len(sample.captions)))]
             row["text"] = self.tokenizer([caption]).ids[0]
-        if self.source.task == "class" and sample.label is not None:
+        if self.source.task == "class" and isinstance(sample.label, int):
             row["label"] = np.int32(sample.label)
         return row if self.train else row | {"valid": np.bool_(valid)}
 
@@ -165,19 +165,20 @@ class _Rows:
         """Returns the image of a sample. If it cannot be read, counts it and returns None; DataError if too many."""
         sample = self.source[number]
         assert sample.image is not None
-        image, problem = None, ""
+        image, problem, damaged = None, "", True
         try:
             image = decode_image(sample.image.read())
         except (ImageError, OSError) as error:
-            problem = f"{sample.id}: {one_line(error)}"
+            problem, damaged = f"{sample.id}: {one_line(error)}", not isinstance(error, ShapeError)
         with self._lock:
             self.images_read += 1
             if image is not None or number in self.bad:
                 return image
             self.bad.add(number)
+            self.damaged += damaged
             tried = min(max(self.images_read, 1_000), len(self.source))
-            too_many = len(self.bad) > max(MIN_BAD_ALLOWED, MAX_BAD_FRACTION * tried)
-            share = f"{len(self.bad)} of the {min(self.images_read, len(self.source)):,}"
+            too_many = self.damaged > max(MIN_BAD_ALLOWED, MAX_BAD_FRACTION * tried)
+            share = f"{self.damaged} of the {min(self.images_read, len(self.source)):,}"
         log.warning("%s: left out: %s", self.source.path, problem)
         if too_many:
             raise DataError(

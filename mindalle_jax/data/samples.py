@@ -54,7 +54,8 @@ class Sample:
     codes: np.ndarray | None = None
     """uint16 or int32 [T], if the codes were computed beforehand."""
     captions: Sequence[str] = ()
-    label: int | None = None
+    label: int | str | None = None
+    """The number of a class. Readers may give its name, which Source turns into a number."""
 
 
 class DatasetReport:
@@ -66,6 +67,10 @@ class DatasetReport:
         """Reason -> number of samples or files left out."""
         self.first: dict[str, str] = {}
         """Reason -> name of the first sample or file left out."""
+        self.unused: dict[tuple[str, str], int] = {}
+        """(Kind, reason) of files, members or columns that nothing reads -> number of them."""
+        self.layout = ""
+        """The layout of the data set, in words."""
 
     def drop(self, reason: str, name: str) -> None:
         """Counts a sample or file that is left out."""
@@ -75,7 +80,11 @@ class DatasetReport:
     def __str__(self) -> str:
         """Returns the report in one line."""
         reasons = [f"{count:,} {reason} (first: {self.first[reason]!r})" for reason, count in self.dropped.items()]
-        return f"{self.kept:,} samples" + (f"; left out: {', '.join(reasons)}" if reasons else "")
+        unused = [f"{count:,} {kind} ({reason})" for (kind, reason), count in self.unused.items()]
+        parts = [f"{self.kept:,} samples"]
+        parts += [f"left out: {', '.join(reasons)}"] if reasons else []
+        parts += [f"not used: {', '.join(unused)}"] if unused else []
+        return "; ".join(parts)
 
 
 class Source:
@@ -90,15 +99,20 @@ class Source:
         *,
         num_classes: int | None = None,
         classes: list[str] | None = None,
+        known_classes: list[str] | None = None,
     ):
         """Keeps the samples that have what the task needs, and counts the rest in the report.
 
-        num_classes: number of classes of the model, for the task "class". classes: names of the labels, if they have
-        names. Raises DataError if no sample is left, or if a label is not in [0, num_classes).
+        num_classes: number of classes of the model, for the task "class". classes: names of the labels, if the data
+        set lists them. known_classes: for validation data the names of the training data's classes, whose numbers the
+        labels get. Raises DataError if no sample is left, or if a label is not in [0, num_classes).
         """
-        self.path, self.report, self.classes = path, report, classes
+        self.path, self.report = path, report
         self.task: DataTask = task
         self.samples = [kept for sample in samples if (kept := _fit(sample, task, report)) is not None]
+        if task == "class":
+            classes = _number_labels(path, self.samples, classes, known_classes)
+        self.classes = classes
         self.report.kept = len(self.samples)
         if not self.samples:
             raise DataError(f"{path}: nothing to train on for the task {task!r}: {report}")
@@ -146,7 +160,7 @@ def _fit(sample: Sample, task: DataTask, report: DatasetReport) -> Sample | None
     except UnicodeEncodeError:
         report.drop("with a name that is not UTF-8", ascii(sample.id))
         return None
-    if task == "class" and (sample.label is None or sample.label < 0):
+    if task == "class" and (sample.label is None or (isinstance(sample.label, int) and sample.label < 0)):
         report.drop("without a label", sample.id)
         return None
     if task == "text":
@@ -163,6 +177,38 @@ def _fit(sample: Sample, task: DataTask, report: DatasetReport) -> Sample | None
     return sample
 
 
+def _number_labels(
+    path: str, samples: list[Sample], classes: list[str] | None, known: list[str] | None
+) -> list[str] | None:
+    """Replaces the names of classes by their numbers, and returns the names.
+
+    Names without a list are numbered in sorted order: cat, dog, eel are 0, 1, 2. Raises DataError for names beside
+    numbers, and for classes that the training data does not have.
+    """
+    names = {sample.label for sample in samples if isinstance(sample.label, str)}
+    if names:
+        if number := next((sample for sample in samples if isinstance(sample.label, int)), None):
+            raise DataError(
+                f"{path}: labels are numbers and names: {number.label} ({number.id!r}), {min(names)!r}, ..."
+            )
+        classes = classes or sorted(names)
+    if known is not None and classes is not None:
+        used = names or set(classes)
+        if unknown := sorted(used - set(known)):
+            raise DataError(
+                f"{path}: has classes that the training data does not have: {', '.join(unknown[:5])}; "
+                f"the training data has {len(known)}: {', '.join(known[:5])}, ..."
+            )
+        if not names and classes != known:
+            raise DataError(f"{path}: its {len(classes)} classes are not the {len(known)} classes of the training data")
+        classes = known
+    if names and classes is not None:
+        numbers = {name: number for number, name in enumerate(classes)}
+        for at, sample in enumerate(samples):
+            samples[at] = dataclasses.replace(sample, label=numbers[str(sample.label)])
+    return classes
+
+
 def _is_prompt(caption: str) -> bool:
     try:
         check_prompt(caption)
@@ -172,4 +218,4 @@ def _is_prompt(caption: str) -> bool:
 
 
 def _label(sample: Sample) -> int:
-    return -1 if sample.label is None else sample.label
+    return sample.label if isinstance(sample.label, int) else -1

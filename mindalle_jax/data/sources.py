@@ -1,36 +1,56 @@
-"""Opens a data set on disk.
+"""Opens a data set: finds out its layout from the names in it, and calls the reader of that layout.
 
-The format is found out from the content of the path. It decides for which tasks the data can be used:
+    layout                                                                                 tasks
+    name.jpg (.jpeg, .png, .webp) with name.txt, name.caption or name.json beside it       text
+    metadata.jsonl, metadata.csv or metadata.tsv, also in subfolders                       text, class
+    captions in the JSON format of COCO                                                    text
+    one folder per class                                                                   class
+    images alone                                                                           unconditional
+    tar files as webdataset writes them: key.jpg with key.txt, key.json or key.cls         text, class
+    parquet files; a data set that `datasets` saved; hf://OWNER/NAME on the hub            text, class
+    codes that mindalle prepare-codes wrote                                                text, class
 
-    name.jpg (or .jpeg, .png, .webp) and name.txt with one caption per line; in nested folders too   text
-    metadata.jsonl or metadata.csv with file_name and text, label                                    text, class
-    one folder per class                                                                             class
-    images alone, in nested folders too                                                              unconditional
-    tar files as webdataset writes them: key.jpg with key.txt, key.json or key.cls                   text, class
-    codes that mindalle prepare-codes wrote; a data set that `datasets` saved to disk                text, class
-
-All of them can be used for the task "unconditional" too.
+All of them can be used for the task "unconditional" too. Above most of them there may be folders of splits: train/ and
+val/. Training takes train, validation takes val.
 """
 
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from mindalle_jax.data import codes, folders, tars
+from mindalle_jax.data import codes, folders, metadata, tables, tars
+from mindalle_jax.data.records import ANY_COLUMNS, Columns
 from mindalle_jax.data.samples import TASKS, DatasetReport, DataTask, Sample, Source
+from mindalle_jax.data.walk import Split, is_image, split_folder, walk
 from mindalle_jax.errors import DataError, UsageError
+
+UNPACK = {
+    ".tar.gz": "gunzip -k",
+    ".tgz": "gunzip -k -S .tgz",
+    ".tar.bz2": "bunzip2 -k",
+    ".tar.xz": "unxz -k",
+    ".tar.zst": "unzstd",
+    ".zip": "unzip",
+    ".rar": "unrar x",
+    ".7z": "7z x",
+}
+"""Extension of an archive that is not read -> the command that unpacks it."""
 
 
 def open_source(
     path: str | Path,
     task: DataTask,
     *,
+    split: Split = "train",
+    columns: Columns = ANY_COLUMNS,
     num_classes: int | None = None,
     classes: list[str] | None = None,
     vqgan: str | None = None,
 ) -> Source:
-    """Opens a data set: a folder, a .tar, or a pattern of tar files such as "cc3m-{00..31}.tar".
+    """Opens a data set: a folder, a file, a pattern of tar files such as "cc3m-{00..31}.tar", or hf://OWNER/NAME.
 
+    split: which one is read of a data set with splits. columns: names of fields, where they are not the usual ones.
     num_classes: number of classes of the model, for the task "class". classes: for validation data the names of the
     training data's classes, so that folders get the same labels. vqgan: codes.vqgan_digest of the model, with which
     codes are compared.
@@ -42,37 +62,78 @@ def open_source(
         raise UsageError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
     report, path = DatasetReport(), os.path.expanduser(path)
     try:
-        samples, names = _find_samples(path, task, classes, vqgan, report)
-        if classes is not None and names is not None and names != classes:
-            raise DataError(f"{path}: its {len(names)} classes are not the {len(classes)} classes of the training data")
-        return Source(path, task, samples, report, num_classes=num_classes, classes=names)
+        samples, names = _find_samples(path, task, split, columns, vqgan, report)
+        return Source(path, task, samples, report, num_classes=num_classes, classes=names, known_classes=classes)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
-def first_caption(path: str | Path, vqgan: str | None = None) -> str | None:
+def first_caption(path: str | Path, vqgan: str | None = None, columns: Columns = ANY_COLUMNS) -> str | None:
     """Returns the first caption of a data set, or None, and reads no further. Arguments, errors: as open_source."""
-    samples, _ = _find_samples(os.path.expanduser(path), "text", None, vqgan, DatasetReport())
+    samples, _ = _find_samples(os.path.expanduser(path), "text", "train", columns, vqgan, DatasetReport())
     return next((caption.strip() for sample in samples for caption in sample.captions if caption.strip()), None)
 
 
 def _find_samples(
-    path: str, task: DataTask, classes: list[str] | None, vqgan: str | None, report: DatasetReport
+    path: str, task: DataTask, split: Split, columns: Columns, vqgan: str | None, report: DatasetReport
 ) -> tuple[Iterator[Sample], list[str] | None]:
-    """Returns the samples, and the names of the classes if they have names. Arguments are as in open_source."""
-    folder = Path(path)
+    """Returns the samples, and the names of the classes if they are listed. Arguments are as in open_source."""
+    if path.startswith(tables.HUB):
+        return tables.hub_samples(path, split, report, columns)
     if files := tars.find_tars(path):
-        return tars.tar_samples(files, report), None
+        return tars.tar_samples(files, report, columns), None
+    folder = Path(path)
     if not folder.is_dir():
-        kind = "is neither a folder nor a .tar" if folder.exists() else "does not exist"
-        raise DataError(f"{path}: {kind}; images are read from folders and from uncompressed tars")
+        return _file_samples(folder, split, columns, report)
     if (folder / codes.MANIFEST).exists():
+        report.layout = "codes that mindalle prepare-codes wrote"
         return codes.code_samples(folder, vqgan)
     if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
-        return folders.saved_samples(folder)
-    if metadata := folders.find_metadata(folder):
-        return folders.metadata_samples(metadata, report), None
+        return tables.saved_samples(folder, split, report, columns)
+    folder = split_folder(folder, split)
+    if files := tars.find_tars(str(folder)):
+        return tars.tar_samples(files, report, columns), None
+    names = sorted(walk(folder))
+    if tables_of_metadata := [name for name in names if metadata.is_metadata(name)]:
+        return metadata.metadata_samples(folder, tables_of_metadata, report, columns), None
+    if task == "text" and (coco := metadata.find_coco(folder)):
+        return metadata.coco_samples(folder, coco, report), None
+    parquet = [name for name in names if name.lower().endswith(".parquet")]
+    if parquet and not any(map(is_image, names)):
+        return tables.parquet_samples(folder, parquet, split, report, columns)
+    if not any(map(is_image, names)):
+        _refuse_archives(folder, names)
     if task == "class":
-        names = folders.class_names(folder, classes)
-        return folders.class_samples(folder, names, report), names
-    return folders.folder_samples(folder, task, report), None
+        return folders.class_samples(folder, report), folders.class_names(folder)
+    return folders.folder_samples(folder, task, report, columns), None
+
+
+def _file_samples(
+    file: Path, split: Split, columns: Columns, report: DatasetReport
+) -> tuple[Iterator[Sample], list[str] | None]:
+    """Returns the samples of a path that is no folder and no tar. Raises DataError if it is nothing that is read."""
+    name = file.name.lower()
+    if file.is_file():
+        if name.endswith(".parquet"):
+            return tables.parquet_samples(file.parent, [file.name], split, report, columns)
+        if name.endswith((".jsonl", ".csv", ".tsv")):
+            return metadata.metadata_samples(file.parent, [file.name], report, columns), None
+        if name.endswith(".json"):
+            return metadata.coco_samples(file.parent, [file.name], report), None
+        _refuse_archives(file.parent, [file.name])
+    kind = "is no data set" if file.exists() else "does not exist"
+    raise DataError(
+        f"{file}: {kind}; images are read from folders, uncompressed tars, parquet and metadata files, and "
+        f"{tables.HUB}OWNER/NAME"
+    )
+
+
+def _refuse_archives(folder: Path, names: list[str]) -> None:
+    """Raises DataError for archives, with the command that unpacks the first."""
+    for name in names:
+        if extension := next((end for end in UNPACK if name.lower().endswith(end)), None):
+            count = sum(other.lower().endswith(extension) for other in names)
+            raise DataError(
+                f"{folder}: holds {count:,} {extension} files, which are not read; unpack them: "
+                f"{UNPACK[extension]} {shlex.quote(str(folder / name))}"
+            )

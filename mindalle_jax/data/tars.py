@@ -8,16 +8,18 @@ import itertools
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from mindalle_jax.data.images import EXTENSIONS
+from mindalle_jax.data.records import Columns, decode_text, label_of, read_record
 from mindalle_jax.data.samples import MAX_TEXT_BYTES, DatasetReport, Sample, Stored
 from mindalle_jax.errors import DataError, one_line
 from mindalle_jax.storage.files import BoundedHeader
 
-CAPTION_KEYS = ("caption", "text")
-"""Fields of key.json that may hold the caption: a text, or a list of texts."""
+TEXTS = (".txt", ".caption", ".json", ".cls")
+"""Extensions of members with captions and labels."""
 
 
 def find_tars(name: str) -> list[str]:
@@ -40,21 +42,32 @@ def find_tars(name: str) -> list[str]:
     return sorted(set(itertools.chain(*found.values())))
 
 
-def tar_samples(files: list[str], report: DatasetReport) -> Iterator[Sample]:
+def tar_samples(files: list[str], report: DatasetReport, columns: Columns) -> Iterator[Sample]:
     """Yields the samples of each tar, in the order of its members. Raises DataError for a damaged or compressed tar."""
+    report.layout = "tar files as webdataset writes them"
+    unused: Counter[str] = Counter()
     for file in files:
         short = Path(file).name
         for key, parts in _index(file, report).items():
-            images = [extension for extension in parts if f".{extension}" in EXTENSIONS]
+            images = sorted((part for part in parts if _last(part) in EXTENSIONS), key=lambda part: part.count("."))
+            unused.update(_last(part) for part in parts if _last(part) not in (*EXTENSIONS, *TEXTS))
+            for other in images[1:]:
+                report.drop("further images of a key", f"{short}/{key}.{other}")
             if not images:
                 report.drop("members without an image", f"{short}/{key}.{next(iter(parts))}")
                 continue
             try:
-                captions, label = _texts(parts)
+                captions, label = _texts(parts, columns)
             except (ValueError, RecursionError):  # ValueError includes UnicodeDecodeError and JSONDecodeError
                 report.drop("with a caption or label that cannot be read", f"{short}/{key}")
                 continue
             yield Sample(f"{short}/{key}.{images[0]}", parts[images[0]], captions=captions, label=label)
+    report.unused.update({(kind, "neither image, caption nor label"): count for kind, count in unused.items()})
+
+
+def _last(part: str) -> str:
+    """Returns the extension that says what a part is: .jpg for "jpg" and for "small.jpg", as webdataset takes it."""
+    return f".{part.rpartition('.')[2]}"
 
 
 def _index(file: str, report: DatasetReport) -> dict[str, dict[str, Stored]]:
@@ -93,32 +106,29 @@ def _index(file: str, report: DatasetReport) -> dict[str, dict[str, Stored]]:
     return index
 
 
-def _texts(parts: dict[str, Stored]) -> tuple[list[str], int | None]:
+def _texts(parts: dict[str, Stored], columns: Columns) -> tuple[list[str], int | str | None]:
     """Returns captions and label of a sample. Raises ValueError if one cannot be read."""
     captions: list[str] = []
-    label = None
-    if "txt" in parts:
-        captions = _read_text(parts["txt"]).splitlines() or [""]
-    if "json" in parts:
-        fields = json.loads(_read_text(parts["json"]))
-        if not isinstance(fields, dict):
+    label: int | str | None = None
+    by_end = {_last(part): stored for part, stored in reversed(parts.items())}
+    text = by_end.get(".txt") or by_end.get(".caption")
+    if text is not None:
+        captions = _read_text(text).splitlines() or [""]
+    if ".json" in by_end:
+        record = json.loads(_read_text(by_end[".json"]))
+        if not isinstance(record, dict):
             raise ValueError("not a JSON object")
-        if not captions:
-            text = next((fields[key] for key in CAPTION_KEYS if fields.get(key) is not None), [])
-            captions = [text] if isinstance(text, str) else text
-        if type(fields.get("label")) is int:
-            label = fields["label"]
-    if "cls" in parts:
-        label = int(_read_text(parts["cls"]))
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError("a caption is no text")
+        others, label = read_record(record, columns)
+        captions = captions or others
+    if ".cls" in by_end:
+        label = label_of(_read_text(by_end[".cls"]))
     return captions, label
 
 
 def _read_text(stored: Stored) -> str:
     if stored.size_bytes > MAX_TEXT_BYTES:
         raise ValueError(f"over {MAX_TEXT_BYTES} bytes")
-    return stored.read().decode("utf-8-sig")
+    return decode_text(stored.read())
 
 
 def _expand_braces(pattern: str) -> list[str]:

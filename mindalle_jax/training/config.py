@@ -37,6 +37,10 @@ class DataConfig:
     """Folder, tar files, or codes from mindalle prepare-codes."""
     valid: str | None = None
     """The same for validation; None turns validation off."""
+    image_column: str | None = None
+    """Name of the field with the image, in metadata files and tables; None takes a usual name, such as file_name."""
+    caption_column: str | None = None
+    """Name of the field with the captions; None takes text, caption, captions or prompt."""
     threads: int = 8
     """Number of threads that read, decode and crop images."""
     group_size: int = 1

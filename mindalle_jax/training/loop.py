@@ -20,13 +20,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mindalle_jax.data.check import MAX_CAPTIONS, describe
 from mindalle_jax.data.loader import Loader
+from mindalle_jax.data.records import Columns
 from mindalle_jax.data.samples import DataTask, Source
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from mindalle_jax.runtime.devices import DType, device_memory, pinned, prepare_process, training_devices
 from mindalle_jax.runtime.sharding import BATCH, batch_devices, make_mesh
 from mindalle_jax.runtime.signals import stop_on_signals
+from mindalle_jax.text.tokenizer import TextTokenizer
 from mindalle_jax.training.checkpoint import Checkpoints
 from mindalle_jax.training.config import RunConfig
 from mindalle_jax.training.metrics import Monitor, memory_line
@@ -104,10 +107,13 @@ class Run(abc.ABC):
         self.dtype = jnp.dtype(self.dtype_name)
 
         # ---- data
+        columns = Columns(config.data.image_column, config.data.caption_column)
+        options |= {"columns": columns}
         self.source = open_source(config.data.train, self.task, **options)
         self.valid_source: Source | None = None
         if config.data.valid is not None:
-            self.valid_source = open_source(config.data.valid, self.task, classes=self.source.classes, **options)
+            classes = self.source.classes
+            self.valid_source = open_source(config.data.valid, self.task, split="valid", classes=classes, **options)
         self.max_steps = count_steps(
             config.optimizer.max_steps, len(self.source), experiment.total_batch_size, experiment.epochs
         )
@@ -244,7 +250,12 @@ class Run(abc.ABC):
                 device_memory(too_large),
             ):
                 monitor.log(memory_line(self.memory(state)))
-                monitor.log(f"{self.source.report}; {self.max_steps} steps of {batch_size}")
+                tokenizer = self.tokenizer if isinstance(self.tokenizer, TextTokenizer) else None
+                for line in describe(self.source, tokenizer, max_captions=MAX_CAPTIONS):
+                    monitor.log(line)
+                if self.valid_source is not None:
+                    monitor.log(f"validation: {self.valid_source.report}")
+                monitor.log(f"{self.max_steps} steps of {batch_size}")
                 self.preview_data()
                 unlogged: list[Any] = []  # metrics of a step are fetched while the next one runs
                 while done < self.max_steps:

@@ -251,6 +251,60 @@ def test_overrides_apply_in_order(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "ds #1",
+        "2021",
+        "on",
+        "no",
+        "my: photos",
+        "[new] cats",
+        "{00..03}.tar",
+        "*.tar",
+        "1e5",
+        "&x",
+        "a: b: c",
+        "@home",
+        "%",
+    ],
+)
+def test_a_field_of_text_takes_what_is_typed(text):
+    """YAML would read another thing in each of them, or nothing at all."""
+    config = parse_config("{}", [f"data.train={text}", f"data.valid={text}"], FinetuneConfig)
+    assert (config.data.train, config.data.valid) == (text, text)
+
+
+def test_quotes_and_empty_values_of_text():
+    config = parse_config("{}", ["data.train='null'", 'data.valid="a b"'], FinetuneConfig)
+    assert (config.data.train, config.data.valid) == ("null", "a b")
+    for empty in ("", " ", "null", "~"):
+        assert parse_config("data: {valid: x}", [f"data.valid={empty}"], FinetuneConfig).data.valid is None
+        with pytest.raises(ConfigError, match="^data.train needs a value; it cannot be empty or null"):
+            parse_config("data: {train: x}", [f"data.train={empty}"], FinetuneConfig)
+
+
+@pytest.mark.parametrize(("override", "field"), [("sharding.strategy=fsdp", "fsdp"), ("training.remat=none", "none")])
+def test_words_of_a_choice_are_text(override, field):
+    section, name = override.partition("=")[0].split(".")
+    assert getattr(getattr(parse_config("{}", [override], FinetuneConfig), section), name) == field
+
+
+def test_a_section_and_then_its_field():
+    config = parse_config("{}", ["optimizer={base_lr: 1e-4}", "optimizer.weight_decay=0.5"], FinetuneConfig)
+    assert (config.optimizer.base_lr, config.optimizer.weight_decay) == (1e-4, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("override", "near"),
+    [("optimizer.lr=1", "base_lr"), ("experiment.batch=3", "local_batch_size or total_batch_size or valid_batch_size"),
+     ("training.every=1", "checkpoint_every_steps or validate_every_steps or sample_every_steps")],
+)  # fmt: skip
+def test_a_part_of_a_name_finds_it(override, near):
+    with pytest.raises(ConfigError, match=f"did you mean {near}"):
+        parse_config("{}", [override], FinetuneConfig)
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("optimizer.base_lr", "not of the form section.key=value"),

@@ -1,6 +1,5 @@
 """data/folders.py: captions beside images, folders of classes, tables; what is left out is counted."""
 
-import json
 import os
 
 import pytest
@@ -24,7 +23,7 @@ def test_captions_beside_pictures(tmp_path):
         "d.jpeg": ["fish"],
     }
     assert source[1].image.read() == (tmp_path / "b.jpg").read_bytes()
-    assert str(source.report) == "4 samples"
+    assert str(source.report) == "4 samples; not used: 1 .md (no caption file of an image)"
 
 
 def test_what_is_left_out_is_counted(tmp_path):
@@ -108,66 +107,3 @@ def test_no_class_folders(tmp_path):
     fill(tmp_path, a_jpg=None)
     with pytest.raises(DataError, match="holds no subfolders; the task 'class' needs one folder of images per class"):
         open_source(tmp_path, "class")
-
-
-# Metadata
-
-
-def test_metadata_jsonl(tmp_path):
-    """A list is several captions, and so are several lines of one picture."""
-    rows = [
-        {"file_name": "b.jpg", "text": ["a cat", "a small cat"], "label": 3},
-        {"file_name": "sub/a.png", "text": "a dog", "label": 0},
-        {"file_name": "b.jpg", "text": "a third"},
-    ]
-    lines = "\n".join(map(json.dumps, rows)) + "\n\n"
-    fill(tmp_path, metadata_jsonl=lines, b_jpg=None, sub__a_png=None, unlisted_jpg=None)
-    assert captions(open_source(tmp_path, "text")) == {
-        "b.jpg": ["a cat", "a small cat", "a third"],
-        "sub/a.png": ["a dog"],
-    }
-    assert labels(open_source(tmp_path, "class")) == {"b.jpg": 3, "sub/a.png": 0}
-    assert len(open_source(tmp_path, "unconditional")) == 2
-
-
-def test_metadata_csv(tmp_path):
-    table = 'file_name,text,label\nb.jpg,"a cat, small",7\na.jpg,a dog,\n'
-    fill(tmp_path, metadata_csv="\ufeff" + table, a_jpg=None, b_jpg=None)
-    assert captions(open_source(tmp_path, "text")) == {"a.jpg": ["a dog"], "b.jpg": ["a cat, small"]}
-    assert labels(open_source(tmp_path, "class")) == {"b.jpg": 7}
-
-
-def test_bad_lines_of_metadata_are_counted(tmp_path):
-    lines = ["{", "[1]", "{}", '{"file_name": "../x.jpg"}', '{"file_name": "/x.jpg"}', '{"file_name": "gone.jpg"}']
-    lines += ['{"file_name": "a.gif"}', '{"file_name": "a.jpg", "text": 5}', '{"file_name": "a.jpg", "label": "cat"}']
-    fill(tmp_path, metadata_jsonl="\n".join([*lines, '{"file_name": "a.jpg", "text": "good"}']), a_jpg=None)
-    source = open_source(tmp_path, "text")
-    assert captions(source) == {"a.jpg": ["good"]}
-    assert dict(source.report.dropped) == {
-        "lines that are no JSON object": 2,
-        "lines without file_name": 1,
-        "lines whose file_name points outside the folder": 2,
-        "lines whose image is missing": 1,
-        "in a format other than JPEG, PNG and WebP": 1,
-        "lines whose text is no text": 1,
-        "lines whose label is no number": 1,
-    }
-    assert source.report.first["lines that are no JSON object"] == "line 1"
-
-
-def test_an_unquoted_comma_does_not_cut_a_caption(tmp_path):
-    fill(tmp_path, metadata_csv="file_name,text\na.jpg,a cat, small\nb.jpg,a dog\n", a_jpg=None, b_jpg=None)
-    source = open_source(tmp_path, "text")
-    assert captions(source) == {"b.jpg": ["a dog"]} and "quote captions" in str(source.report)
-
-
-def test_metadata_that_is_none(tmp_path):
-    fill(tmp_path / "a", metadata_csv="image,caption\n")
-    with pytest.raises(DataError, match="its first line must name the columns, among them file_name and text"):
-        open_source(tmp_path / "a", "text")
-    fill(tmp_path / "b", metadata_jsonl=b"\xff\xfe")
-    with pytest.raises(DataError, match="metadata.jsonl: cannot be read"):
-        open_source(tmp_path / "b", "text")
-    fill(tmp_path / "c", metadata_jsonl="", metadata_csv="")
-    with pytest.raises(DataError, match="holds both metadata.jsonl and metadata.csv"):
-        open_source(tmp_path / "c", "text")

@@ -1,10 +1,9 @@
 """data/sources.py: every format that people have, what is left out of it, and what they are told."""
 
-import sys
-from pathlib import Path
+import shlex
 
 import pytest
-from image_folders import captions, labels, picture
+from image_folders import captions, fill, write_tar
 
 from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import DataError, UsageError
@@ -12,41 +11,54 @@ from mindalle_jax.errors import DataError, UsageError
 
 def test_no_such_path_and_no_such_task(tmp_path):
     with pytest.raises(
-        DataError, match="gone: does not exist; images are read from folders and from uncompressed tars"
+        DataError,
+        match="gone: does not exist; images are read from folders, uncompressed tars, parquet",
     ):
         open_source(tmp_path / "gone", "text")
     with pytest.raises(UsageError, match="task must be one of text, class, unconditional, not 'txt'"):
         open_source(tmp_path, "txt")
 
 
-def test_saved_datasets_need_the_library(tmp_path, monkeypatch):
-    (tmp_path / "dataset_info.json").write_text("{}")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match="saved by the library datasets: pip install 'datasets>=4'"):
-        open_source(tmp_path, "text")
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("00000.tar.gz", "gunzip -k"), ("photos.zip", "unzip"), ("a b.tar.zst", "unzstd"), ("x.tgz", "gunzip -k -S .tgz")],
+)
+def test_archives_are_refused_with_the_command_that_unpacks_them(tmp_path, name, command):
+    """In a folder, and named alone."""
+    (tmp_path / name).write_bytes(b"x")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(DataError) as caught:
+            open_source(path, "text")
+        extension = name[name.index(".") :]
+        assert f"holds 1 {extension} files, which are not read; unpack them: {command} " in str(caught.value)
+        assert shlex.split(str(caught.value))[-1] == str(tmp_path / name)
 
 
-def test_saved_datasets(tmp_path):
-    import datasets
+def test_a_layout_has_a_name(tmp_path):
+    """check-data and the start of a run say it."""
+    fill(tmp_path / "beside", a_jpg=None, a_txt="a cat")
+    fill(tmp_path / "table", metadata_csv="file_name,text\na.jpg,a cat\n", a_jpg=None)
+    write_tar(tmp_path / "tars" / "0.tar", {"a.jpg": b"x", "a.txt": "a cat"})
+    layouts = {name: open_source(tmp_path / name, "text").report.layout for name in ("beside", "table", "tars")}
+    assert layouts == {
+        "beside": "images with caption files beside them",
+        "table": "images listed in metadata.csv",
+        "tars": "tar files as webdataset writes them",
+    }
 
-    files = []
-    for number in range(4):
-        files.append(str(tmp_path / f"{number}.jpg"))
-        Path(files[-1]).write_bytes(picture(number))
-    features = datasets.Features(
-        image=datasets.Image(), caption=datasets.Value("string"), label=datasets.ClassLabel(names=["x", "y"])
-    )
-    rows = {"image": files, "caption": ["a cat", "", "a dog", None], "label": [0, 1, 1, 0]}
-    dataset = datasets.Dataset.from_dict(rows, features=features)
-    dataset.save_to_disk(tmp_path / "saved")
-    source = open_source(tmp_path / "saved", "text")
-    assert list(captions(source).values()) == [["a cat"], ["a dog"]] and source[1].image.read() == picture(2)
-    assert source.fingerprint() == open_source(tmp_path / "saved", "text").fingerprint()
-    source = open_source(tmp_path / "saved", "class", num_classes=2)
-    assert list(labels(source).values()) == [0, 1, 1, 0] and source.classes == ["x", "y"]
-    datasets.DatasetDict({"train": dataset}).save_to_disk(tmp_path / "splits")
-    with pytest.raises(DataError, match="holds several splits; name the folder of one: train"):
-        open_source(tmp_path / "splits", "text")
-    dataset.select_columns("caption").save_to_disk(tmp_path / "text")
-    with pytest.raises(DataError, match="has no column 'image' of images, only caption"):
-        open_source(tmp_path / "text", "text")
+
+@pytest.mark.parametrize(
+    "names",
+    [("a_TXT",), ("a_caption",), ("a_jpg_txt",), ("a_JPG_CAPTION",), ("a_json",), ("a_txt", "a_caption")],
+    ids=" ".join,
+)
+def test_caption_files_as_people_name_them(tmp_path, names):
+    content = '{"caption": "a cat"}' if names == ("a_json",) else "a cat"
+    fill(tmp_path, a_jpg=None, **{names[0]: content}, **dict.fromkeys(names[1:], "not this"))
+    source = open_source(tmp_path, "text")
+    assert captions(source) == {"a.jpg": ["a cat"]}
+
+
+def test_caption_files_in_utf_16(tmp_path):
+    fill(tmp_path, a_jpg=None, a_txt="a cat\r\ncats".encode("utf-16"))
+    assert captions(open_source(tmp_path, "text")) == {"a.jpg": ["a cat", "cats"]}

@@ -65,7 +65,7 @@ def test_every_mode_of_picture_trains(finetune, photos):
     add(photos, "turned.jpg", colour, exif=exif)
     add(photos, "wide.webp", colour.resize((300, 33)))
     code, err, out = finetune(photos, experiment={"local_batch_size": 1, "total_batch_size": 16})
-    assert code == 0 and "20 samples; 3 steps of 16" in err
+    assert code == 0 and "20 samples\n" in err and "3 steps of 16" in err
     lines = metrics(out)
     assert [line["bad_images"] for line in lines] == [0, 0, 0] and all(line["loss"] > 0 for line in lines)
 
