@@ -200,7 +200,7 @@ class Model:
         Args:
             folder: where the model goes; it appears when it is complete.
             overwrite: if True, a model folder that is there is replaced.
-            dtype: dtype of the weights on disk; None keeps the one they have.
+            dtype: dtype of the weights on disk: "float32", "bfloat16" or "float16"; None keeps the one they have.
 
         Raises:
             OutputError: the folder exists, cannot be written, or the disk is full.

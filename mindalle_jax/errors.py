@@ -14,7 +14,7 @@ class MindalleError(Exception):
 
 
 class UsageError(MindalleError, ValueError):
-    """An argument out of range: a prompt, a seed, top_k, an image of the wrong size."""
+    """An argument out of range: a prompt, a seed, top_k, an image of the wrong size. Or a package is missing."""
 
     exit_code = 2
 
@@ -44,13 +44,13 @@ class OutputError(MindalleError, OSError):
 
 
 class NonFiniteError(MindalleError, ArithmeticError):
-    """A network produced NaN or infinite numbers: logits while sampling, or features while ranking."""
+    """A network produced NaN or infinite numbers: in sampling, ranking or training."""
 
     exit_code = 7
 
 
 class DeviceMemoryError(MindalleError, MemoryError):
-    """The weights, or the candidates sampled at once, do not fit into the memory of the device."""
+    """The weights, a batch of candidates, or a training step do not fit into the memory of the device."""
 
     exit_code = 8
 

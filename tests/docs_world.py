@@ -157,7 +157,7 @@ def add_results(world: World) -> None:
     )
     world.command("mindalle prepare-codes --model models/mindalle --data photos --out photos-codes", folder)
     world.command('mindalle sample "a cat" --model models/mindalle --out images -n 4 --ranker off', folder)
-    shown = folder / "out/a-red-apple-seed0/rank001_score0.9258_seed0_candidate002.png"
+    shown = folder / "out/a-red-apple-seed0/rank001_score0.7886_seed0_candidate001.png"
     shown.parent.mkdir(parents=True)
     shutil.copy(folder / "images/seed0_candidate003.png", shown)
 

@@ -98,7 +98,7 @@ def test_pages_of_the_site_link_to_the_repository_by_its_address():
 
 def test_one_address_of_the_repository():
     for name in ("mkdocs.yml", "CITATION.cff"):
-        assert f": {REPOSITORY}\n" in (ROOT / name).read_text(encoding="utf-8")
+        assert REPOSITORY in (ROOT / name).read_text(encoding="utf-8")
 
 
 def test_every_page_is_in_the_navigation():

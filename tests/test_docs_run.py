@@ -10,7 +10,7 @@ from docs_world import World, add_results, build_world, remove_outputs
 from test_docs import NAMES, PAGES, commands
 
 TEXTS = dict(zip(NAMES, (page.read_text(encoding="utf-8") for page in PAGES), strict=True))
-IN_ORDER = ["README.md", "docs/index.md", "docs/sampling.md", "docs/ranking.md"]
+IN_ORDER = ["README.md", "docs/index.md", "docs/sampling.md", "docs/ranking.md", "docs/api/options.md"]
 """Pages whose blocks run one after the other in one folder; each command of the other pages runs in a fresh one."""
 NOT_RUN = {
     "--download-from": "the archive must have the published MD5; tests/hub/test_download.py has its own archive",
@@ -58,7 +58,7 @@ def test_a_page_runs(world, tmp_path, page):
     code = "\n".join(code for language, code in found if language == "python")
     lines = [line for language, code in found if language == "sh" for line in code.splitlines()]
     lines = [line for line in lines if line.startswith("mindalle ")]
-    assert code and lines
+    assert code or lines
     for line in lines:
         remove_outputs(line, folder)
     world.python(code, folder)

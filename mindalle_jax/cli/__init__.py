@@ -35,7 +35,7 @@ VERBS = {
     "show": Verb(
         show.add_show_arguments,
         show.run_show,
-        "say how an image was made, and print the command that makes it again",
+        "show how an image was made, and how to make it again",
         show.EXAMPLE,
     ),
     "finetune": Verb(
@@ -47,13 +47,13 @@ VERBS = {
     "train-vqgan": Verb(
         train.add_run_arguments,
         train.run_vqgan,
-        "train the network that turns images into codes, or resume a run",
+        "train a VQGAN, which turns images into codes, or resume",
         train.VQGAN_EXAMPLE,
     ),
     "train-clip": Verb(
         train.add_run_arguments,
         train.run_clip,
-        "train a CLIP model, which ranks images, or resume a run",
+        "train a CLIP model, which ranks images, or resume",
         train.CLIP_EXAMPLE,
     ),
     "train-tokenizer": Verb(
@@ -65,7 +65,7 @@ VERBS = {
     "check-data": Verb(
         check_data.add_check_data_arguments,
         check_data.run_check_data,
-        "look at a data set before training: layout, captions, damaged images",
+        "look at a data set before training",
         check_data.EXAMPLE,
     ),
     "configs": Verb(
@@ -77,7 +77,7 @@ VERBS = {
     "prepare-codes": Verb(
         prepare_codes.add_prepare_codes_arguments,
         prepare_codes.run_prepare_codes,
-        "compute the codes of a data set once, so that no step runs the VQGAN",
+        "compute the codes of a data set before training",
         prepare_codes.EXAMPLE,
     ),
     "convert": Verb(

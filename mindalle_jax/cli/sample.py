@@ -339,7 +339,7 @@ def _say_device(model: Any, load_s: float) -> None:
     print(f"{model.folder.name}, loaded in {load_s:.1f} s; {device.device_kind} ({model.backend}), {numbers}",
           file=sys.stderr)  # fmt: skip
     if model.backend == "cpu" and model.name not in IN_PACKAGE:
-        print('No GPU or TPU is in use; for an NVIDIA GPU: pip install -U "jax[cuda13]"', file=sys.stderr)
+        print('No GPU or TPU is in use; for an NVIDIA GPU: pip install "jax[cuda13]"', file=sys.stderr)
 
 
 def _read_prompts(path: Path) -> list[str]:

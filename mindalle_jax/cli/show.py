@@ -12,7 +12,7 @@ from mindalle_jax.errors import UsageError, printable
 if TYPE_CHECKING:
     from mindalle_jax.sampling.image_file import ImageRecord
 
-EXAMPLE = "mindalle show out/a-red-apple-seed0/rank001_score0.9258_seed0_candidate002.png"
+EXAMPLE = "mindalle show out/a-red-apple-seed0/rank001_score0.7886_seed0_candidate001.png"
 
 
 def add_show_arguments(parser: argparse.ArgumentParser) -> None:

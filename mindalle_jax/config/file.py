@@ -70,6 +70,11 @@ class ConfigFile:
         with _naming(self.path, self.overrides):
             return _build_config(self._tree, self.overrides, kind, defaults)
 
+    def check_fields(self, kind: type[AnyConfig]) -> None:
+        """Checks names and types of all fields, as config does, where the defaults are not known yet."""
+        with _naming(self.path, self.overrides):
+            _build(kind, _overridden(self._tree, self.overrides), "")
+
     def model_config(self, defaults: Config) -> Config:
         """The configuration of a model, from the file of a run too, whose other sections are left alone."""
         with _naming(self.path):

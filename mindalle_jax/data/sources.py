@@ -68,6 +68,17 @@ def open_source(
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
+def check_path(path: str | None, field: str) -> None:
+    """Raises DataError if a data set is not there, before anything is downloaded or loaded for it. None is none."""
+    if path is None or path.startswith(tables.HUB):
+        return
+    path = os.path.expanduser(path)
+    if not path.strip():
+        raise DataError(f"{field} is not set; name your images, such as {field}=photos")
+    if not tars.find_tars(path) and not os.path.exists(path):
+        raise DataError(f"{field}: {path} does not exist")
+
+
 def first_caption(path: str | Path, vqgan: str | None = None, columns: Columns = ANY_COLUMNS) -> str | None:
     """Returns the first caption of a data set, or None, and reads no further. Arguments, errors: as open_source."""
     samples, _ = _find_samples(os.path.expanduser(path), "text", "train", columns, vqgan, DatasetReport())

@@ -211,7 +211,8 @@ def _download(url: str, path: Path, md5: str) -> None:
         return _check_file(path, md5)
     by_hand = (
         f"Fetch {url} (MD5 {md5}) by other means and put it at {path}, then repeat the command; "
-        "or give that file as the source, or its unpacked folder as the model path."
+        "or unpack it and give its folder as the model; or convert it: mindalle convert minDALL-E/1.3B DIR "
+        "--download-from FILE."
     )
     with _open_part(path) as part:
         _receive_with_retries(url, part, by_hand)

@@ -125,8 +125,8 @@ class SamplingOptions:
         "a finite number >= 0, 1 for off;", lambda g: _is_number(g) and g >= 0, float,
     )  # fmt: skip
     batch_size: int | None = _option(
-        None, "rows per device per compiled call; memory grows with it, and the last bits of images depend on it "
-        "(default: by the device)",
+        None, "candidates sampled at once on each device; memory grows with it, and the last bits of images depend "
+        "on it (default: by the device)",
         f"an integer in [1, {MAX_BATCH_SIZE}]",
         lambda b: b is None or (is_integer(b) and 1 <= b <= MAX_BATCH_SIZE), int,
     )  # fmt: skip

@@ -97,6 +97,44 @@ class RunConfig:
     training: LoopConfig = LoopConfig()
     sharding: ShardingConfig = ShardingConfig()
 
+    def check_batches(self, images: int, parts: int, report: object = "") -> None:
+        """Checks batch sizes and warm-up against the number of training images, and of parts that a batch is split in.
+
+        report: describes the images in the message.
+        Raises ConfigError with everything that does not fit, and with values that do.
+        """
+        e, warmup = self.experiment, self.training.warmup_steps
+        rows = e.local_batch_size * parts
+        steps = self.count_steps(images, e.total_batch_size)
+        problems = []
+        if e.total_batch_size % rows:
+            problems.append(
+                f"experiment.total_batch_size {e.total_batch_size} must be a multiple of {rows}: local_batch_size "
+                f"{e.local_batch_size} on {parts} devices"
+            )
+        if images < e.total_batch_size:
+            found = report or f"{images} samples"
+            problems.append(f"experiment.total_batch_size {e.total_batch_size} is more than the data has: {found}")
+        elif warmup >= steps:
+            problems.append(f"training.warmup_steps {warmup} must be below the number of steps, {steps}")
+        if not problems:
+            return
+        local = min(e.local_batch_size, images // parts)
+        if local < 1:
+            raise ConfigError(f"{'; '.join(problems)}; use fewer than {images + 1} devices, or more images")
+        total = max(local * parts, min(e.total_batch_size, images) // (local * parts) * local * parts)
+        fitting = {
+            "experiment.total_batch_size": (e.total_batch_size, total),
+            "experiment.local_batch_size": (e.local_batch_size, local),
+            "training.warmup_steps": (warmup, min(warmup, (self.count_steps(images, total) - 1) // 2)),
+        }
+        line = " ".join(f"{name}={new}" for name, (old, new) in fitting.items() if new != old)
+        raise ConfigError(f"{'; '.join(problems)}; this works: {line}")
+
+    def count_steps(self, images: int, batch_size: int) -> int:
+        """Returns the number of steps: optimizer.max_steps, or if that is 0 as many as the epochs have."""
+        return self.optimizer.max_steps or images // batch_size * self.experiment.epochs
+
     def check(self) -> None:
         """Raises ConfigError for a value out of range."""
         check_optimization(self.optimizer, self.experiment)

@@ -35,7 +35,7 @@ from mindalle_jax.storage.weights import (
 )
 from mindalle_jax.text.tokenizer import TextTokenizer
 from mindalle_jax.training.config import SCRATCH, FinetuneConfig, TrainingConfig
-from mindalle_jax.training.loop import Batch, Rows, Run, gather_to_host, run_training
+from mindalle_jax.training.loop import Batch, Rows, Run, check_early, gather_to_host, run_training
 from mindalle_jax.training.lora import init_adapters
 from mindalle_jax.training.metrics import flops_per_sequence
 from mindalle_jax.training.optimizer import make_optimizer
@@ -240,6 +240,7 @@ def finetune(config_file: str | Path, overrides: Sequence[str], out: Path, *, ig
 
     Returns True if the run is complete, and False if a signal stopped it. Raises as read_finetune and run_training.
     """
+    check_early(ConfigFile(config_file, overrides), FinetuneConfig)
     config, base = read_finetune(config_file, overrides)
     out = Path(os.path.expanduser(out))
     return run_training(config, out, lambda: FinetuneRun(config, base, out), ignore_fingerprint=ignore_fingerprint)

@@ -20,20 +20,21 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mindalle_jax.config.file import ConfigFile
 from mindalle_jax.data.check import MAX_CAPTIONS, describe
 from mindalle_jax.data.loader import Loader
 from mindalle_jax.data.records import Columns
 from mindalle_jax.data.samples import DataTask, Source
-from mindalle_jax.data.sources import open_source
+from mindalle_jax.data.sources import check_path, open_source
 from mindalle_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from mindalle_jax.runtime.devices import DType, device_memory, pinned, prepare_process, training_devices
 from mindalle_jax.runtime.sharding import BATCH, batch_devices, make_mesh
 from mindalle_jax.runtime.signals import stop_on_signals
 from mindalle_jax.text.tokenizer import TextTokenizer
 from mindalle_jax.training.checkpoint import Checkpoints
-from mindalle_jax.training.config import RunConfig
+from mindalle_jax.training.config import DataConfig, RunConfig
 from mindalle_jax.training.metrics import Monitor, memory_line
-from mindalle_jax.training.optimizer import count_steps, learning_rate
+from mindalle_jax.training.optimizer import learning_rate
 from mindalle_jax.training.run_dir import check_run_dir, create_run_dir
 from mindalle_jax.training.step import Metrics
 
@@ -43,6 +44,17 @@ MAX_SKIPPED = 10
 
 Batch = dict[str, jax.Array]
 Rows = dict[str, np.ndarray]
+
+
+def check_early(file: ConfigFile, kind: type[RunConfig]) -> None:
+    """Checks what needs no model, before one is downloaded: names and types of all fields, and that the data is there.
+
+    Raises ConfigError or DataError.
+    """
+    file.check_fields(kind)
+    data = file.section("data", DataConfig)
+    check_path(data.train, "data.train")
+    check_path(data.valid, "data.valid")
 
 
 def run_training(
@@ -88,19 +100,11 @@ class Run(abc.ABC):
         self.mesh = make_mesh(config.sharding.strategy, config.sharding.sizes())
         experiment = config.experiment
         rows = experiment.local_batch_size * batch_devices(self.mesh)
-        if experiment.total_batch_size % rows:
-            below = experiment.total_batch_size // rows * rows
-            raise ConfigError(
-                f"experiment.total_batch_size {experiment.total_batch_size} must be a multiple of {rows}: "
-                f"local_batch_size {experiment.local_batch_size} on {batch_devices(self.mesh)} devices; "
-                f"{f'{below} or ' if below else ''}{below + rows} would work"
-            )
         if batch_devices(self.mesh) % jax.process_count():
             raise ConfigError(
                 f"sharding: a batch in {batch_devices(self.mesh)} parts cannot be shared by {jax.process_count()} "
                 "processes; give tensor a size that divides the number of devices of one process"
             )
-        self.micro_batches = experiment.total_batch_size // rows
         self.valid_batch = -(-experiment.valid_batch_size // batch_devices(self.mesh)) * batch_devices(self.mesh)
         amp = experiment.use_amp and jax.default_backend() != "cpu"
         self.dtype_name: DType = "bfloat16" if amp else "float32"
@@ -114,9 +118,9 @@ class Run(abc.ABC):
         if config.data.valid is not None:
             classes = self.source.classes
             self.valid_source = open_source(config.data.valid, self.task, split="valid", classes=classes, **options)
-        self.max_steps = count_steps(
-            config.optimizer.max_steps, len(self.source), experiment.total_batch_size, experiment.epochs
-        )
+        config.check_batches(len(self.source), batch_devices(self.mesh), self.source.report)
+        self.micro_batches = experiment.total_batch_size // rows
+        self.max_steps = config.count_steps(len(self.source), experiment.total_batch_size)
         self.loader = self.load_rows(self.source, train=True)
         self.schedule = learning_rate(config.optimizer, config.training.warmup_steps, self.max_steps)
 

@@ -118,8 +118,8 @@ def test_the_examples_of_the_documentation_are_commands():
     blocks = re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
     assert {command[1] for command in commands} == {
-        "sample", "show", "finetune", "train-tokenizer", "train-vqgan", "train-clip", "configs", "prepare-codes",
-        "convert",
+        "sample", "show", "finetune", "train-tokenizer", "train-vqgan", "train-clip", "check-data", "configs",
+        "prepare-codes", "convert",
     }  # fmt: skip
     for command in commands:
         assert command[0] == "mindalle"

@@ -105,7 +105,7 @@ def test_the_device_is_told_on_stderr(sample):
     _, stdout, err = sample("a cat")
     lines = err.splitlines()
     assert re.fullmatch(r"tiny, loaded in \d+\.\d s; cpu \(cpu\), float32", lines[0])
-    assert lines[1] == 'No GPU or TPU is in use; for an NVIDIA GPU: pip install -U "jax[cuda13]"'
+    assert lines[1] == 'No GPU or TPU is in use; for an NVIDIA GPU: pip install "jax[cuda13]"'
     assert err.count("GPU") == 2 and "GPU" not in stdout and "cpu" not in stdout
 
 

@@ -98,3 +98,33 @@ def test_every_run_has_the_sections_of_a_run(tmp_path):
     assert load_config(tmp_path / "run.yaml", ["data.threads=2"], RunConfig).data.threads == 2
     with pytest.raises(ConfigError, match="unknown field stage2"):
         load_config(tmp_path / "run.yaml", ["stage2.type=igpt"], RunConfig)
+
+
+@pytest.mark.parametrize(
+    ("images", "parts", "overrides", "line"),
+    [
+        (12, 1, [], "experiment.total_batch_size=8 training.warmup_steps=3"),
+        (12, 1, ["experiment.epochs=1"], "experiment.total_batch_size=8 training.warmup_steps=0"),
+        (5, 1, [], "experiment.total_batch_size=5 experiment.local_batch_size=5 training.warmup_steps=3"),
+        (70, 1, [], "training.warmup_steps=3"),
+        (1000, 6, [], "experiment.total_batch_size=48"),
+        (30, 6, [], "experiment.total_batch_size=30 experiment.local_batch_size=5 training.warmup_steps=3"),
+    ],
+)
+def test_what_does_not_fit_is_told_with_values_that_do(load, images, parts, overrides, line):
+    """The line that the message names is taken by the next run, without a second error."""
+    config = load("experiment: {local_batch_size: 8, total_batch_size: 64, epochs: 8}\ntraining: {warmup_steps: 20}",
+                  *overrides)  # fmt: skip
+    with pytest.raises(ConfigError) as caught:
+        config.check_batches(images, parts)
+    assert str(caught.value).endswith(f"; this works: {line}")
+    fitted = load("experiment: {local_batch_size: 8, total_batch_size: 64, epochs: 8}\ntraining: {warmup_steps: 20}",
+                  *overrides, *line.split())  # fmt: skip
+    fitted.check_batches(images, parts)
+
+
+def test_fewer_images_than_devices(load):
+    with pytest.raises(
+        ConfigError, match="more than the data has: 3 samples; use fewer than 4 devices, or more images"
+    ):
+        load("experiment: {local_batch_size: 1, total_batch_size: 8}").check_batches(3, 4)

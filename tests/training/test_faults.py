@@ -101,15 +101,25 @@ WRONG = {
     "batch and devices": (
         ["experiment.local_batch_size=2", "experiment.total_batch_size=40"],
         3,
-        "experiment.total_batch_size 40 must be a multiple of 16: local_batch_size 2 on 8 devices; 32 or 48 would work",
+        "experiment.total_batch_size 40 must be a multiple of 16: local_batch_size 2 on 8 devices; "
+        "experiment.total_batch_size 40 is more than the data has: 12 samples; "
+        "this works: experiment.total_batch_size=8 experiment.local_batch_size=1",
     ),
-    "batch below the devices": (["experiment.total_batch_size=5"], 3, "on 8 devices; 8 would work"),
-    "fewer samples than a batch": (["experiment.total_batch_size=16"], 9, "needs as many samples, but has 12 samples"),
+    "batch below the devices": (
+        ["experiment.total_batch_size=5"], 3, "on 8 devices; this works: experiment.total_batch_size=8",
+    ),
+    "fewer samples than a batch": (
+        ["experiment.total_batch_size=16"], 3,
+        "total_batch_size 16 is more than the data has: 12 samples; this works: experiment.total_batch_size=8",
+    ),
     "fewer samples than a batch, by epochs": (
         ["experiment.total_batch_size=16", "optimizer.max_steps=0"],
         3,
-        "12 images are fewer than experiment.total_batch_size 16: no step would be made; at most 12 would work",
+        "total_batch_size 16 is more than the data has: 12 samples; this works: experiment.total_batch_size=8",
     ),
+    "no data": (["data.train="], 3, "data.train needs a value; it cannot be empty or null"),
+    "data that is not there": (["data.train=fotos"], 9, "data.train: fotos does not exist"),
+    "validation data that is not there": (["data.valid=fotos"], 9, "data.valid: fotos does not exist"),
     "unknown section": (["trainning.seed=1"], 3, "unknown field trainning; did you mean training?"),
     "unknown key": (["training.warmup=1"], 3, "unknown field training.warmup; did you mean warmup_steps?"),
     "wrong type": (["training.seed=one"], 3, "training.seed must be of type int, not 'one'"),
@@ -137,7 +147,10 @@ WRONG = {
         ["training.lora.rank=2", "training.lora.targets=['ln_f/scale']"], 3,
         "match ln_f/scale, which is not a weight of a linear layer",
     ),
-    "warm-up": (["training.warmup_steps=20"], 3, "training.warmup_steps 20 must be below the number of steps, 20"),
+    "warm-up": (
+        ["training.warmup_steps=20"], 3,
+        "training.warmup_steps 20 must be below the number of steps, 20; this works: training.warmup_steps=9",
+    ),
     "learning rate": (["optimizer.base_lr=0"], 3, "optimizer.base_lr must be over 0, not 0"),
     "mesh axis": (["sharding.mesh=['model=2']"], 3, "'model=2' is not one of data, fsdp, tensor with its size"),
     "mesh size": (
@@ -145,7 +158,6 @@ WRONG = {
     ),
     "mesh and strategy": (["sharding.mesh=['tensor=2']"], 3, "strategy 'replicated' splits nothing over tensor"),
     "no model": (["training.init_from=nowhere/at/all"], 4, "nowhere/at/all"),
-    "no data": (["data.train=nowhere"], 9, "nowhere: does not exist"),
     "other sizes": (
         ["stage2.hparams.n_layers=3"], 3, "does not fit: stage2.hparams.n_layers was 2 and is 3",
     ),

@@ -109,20 +109,21 @@ def test_what_lacks_a_caption_is_left_out_and_said(finetune, photos):
 
 
 @pytest.mark.parametrize(
-    ("left", "message"),
+    ("left", "expected", "message"),
     [
         (
             "nothing",
+            9,
             "nothing to train on for the task 'text': 0 samples; left out: 12 without a caption (first: '000.png')",
         ),
-        ("five", "a batch of 8 needs as many samples, but has 5 samples; left out: 7 without a caption"),
+        ("five", 3, "total_batch_size 8 is more than the data has: 5 samples; left out: 7 without a caption"),
     ],
 )
-def test_too_few_with_a_caption(finetune, photos, left, message):
+def test_too_few_with_a_caption(finetune, photos, left, expected, message):
     for path in sorted(photos.glob("*.txt"))[5 if left == "five" else 0 :]:
         path.unlink()
     code, err, out = finetune(photos)
-    assert code == 9 and message in err.rstrip().splitlines()[-1]
+    assert code == expected and message in err.rstrip().splitlines()[-1]
     assert not out.exists()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tokenizers import Tokenizer
 
-from mindalle_jax.config.file import load_config
+from mindalle_jax.config.file import ConfigFile
 from mindalle_jax.errors import CheckpointError, ConfigError, DataError
 from mindalle_jax.interop.clip import ClipModel, write_clip
 from mindalle_jax.interop.clip_config import check_clip_config
@@ -27,7 +27,7 @@ from mindalle_jax.storage.weights import nest
 from mindalle_jax.text.clip_tokenizer import clip_ids, read_clip_tokenizer
 from mindalle_jax.training.clip.step import ClipStepConfig, compile_clip_step, eval_sums, init_params
 from mindalle_jax.training.config import LoopConfig, RunConfig
-from mindalle_jax.training.loop import Batch, Rows, Run, gather_to_host, run_training
+from mindalle_jax.training.loop import Batch, Rows, Run, check_early, gather_to_host, run_training
 from mindalle_jax.training.optimizer import make_optimizer
 from mindalle_jax.training.step import Metrics, TrainState, init_state
 
@@ -166,7 +166,9 @@ def train_clip(
     Returns True if the run is complete, and False if a signal stopped it. Raises as load_config, ClipRun and
     run_training.
     """
-    out, config = Path(os.path.expanduser(out)), load_config(config_file, overrides, ClipTrainConfig)
+    out, file = Path(os.path.expanduser(out)), ConfigFile(config_file, overrides)
+    check_early(file, ClipTrainConfig)
+    config = file.config(ClipTrainConfig)
     return run_training(config, out, lambda: ClipRun(config, out), ignore_fingerprint=ignore_fingerprint)
 
 

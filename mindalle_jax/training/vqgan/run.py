@@ -25,7 +25,7 @@ from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.storage.results import write_vqgan
 from mindalle_jax.storage.weights import fingerprint, leaf_shapes, load_stacked, nest, read_manifest
 from mindalle_jax.training.config import SCRATCH
-from mindalle_jax.training.loop import Batch, Rows, Run, gather_to_host, run_training
+from mindalle_jax.training.loop import Batch, Rows, Run, check_early, gather_to_host, run_training
 from mindalle_jax.training.optimizer import make_optimizer
 from mindalle_jax.training.previews import RECONSTRUCTIONS, write_reconstructions
 from mindalle_jax.training.step import Metrics
@@ -188,6 +188,7 @@ def train_vqgan(
     complete, and False if a signal stopped it. Raises ConfigError, and as find_model and run_training.
     """
     out, file = Path(os.path.expanduser(out)), ConfigFile(config_file, overrides)
+    check_early(file, VqganTrainConfig)
     init_from = file.section("training", VqganTrainingConfig).init_from
     base = None if init_from == SCRATCH else find_model(init_from)
     config = file.config(VqganTrainConfig, None if base is None else load_config(base / "config.yaml"))

@@ -152,7 +152,7 @@ def test_a_run_that_goes_on_is_the_straight_one_bit_for_bit(straight, setup, lig
         ("clip.vison.patch_size=8", ConfigError, "unknown field clip.vison; did you mean vision"),
         ("training.tokenizer=", ConfigError, "training.tokenizer"),
         ("training.tokenizer=nowhere", CheckpointError, "nowhere: holds no tokenizer"),
-        ("data.train=nowhere", DataError, "nowhere: does not exist"),
+        ("data.train=nowhere", DataError, "data.train: nowhere does not exist"),
     ],
 )
 def test_what_no_run_can_have_is_refused_before_anything_is_written(setup, tmp_path, override, error, words):
