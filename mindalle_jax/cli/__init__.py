@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import mindalle_jax
-from mindalle_jax.cli import check_data, configs, convert, prepare_codes, sample, show, train
+from mindalle_jax.cli import check_data, configs, convert, export_checkpoint, prepare_codes, sample, show, train
 from mindalle_jax.cli.logs import quiet_libraries
 from mindalle_jax.cli.parser import HelpFormatter, Parser
 from mindalle_jax.errors import MindalleError, UsageError, did_you_mean, install_hint, printable
@@ -43,6 +43,12 @@ VERBS = {
         train.run_finetune,
         "train a model on your own images, or resume a run",
         train.FINETUNE_EXAMPLE,
+    ),
+    "export-checkpoint": Verb(
+        export_checkpoint.add_export_checkpoint_arguments,
+        export_checkpoint.run_export_checkpoint,
+        "make a model from a checkpoint, also of an unfinished run",
+        export_checkpoint.EXAMPLE,
     ),
     "train-vqgan": Verb(
         train.add_run_arguments,

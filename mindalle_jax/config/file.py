@@ -70,6 +70,10 @@ class ConfigFile:
         with _naming(self.path, self.overrides):
             return _build_config(self._tree, self.overrides, kind, defaults)
 
+    def has(self, section: str) -> bool:
+        """Returns whether the file has this section."""
+        return isinstance(self._tree, dict) and section in self._tree
+
     def check_fields(self, kind: type[AnyConfig]) -> None:
         """Checks names and types of all fields, as config does, where the defaults are not known yet."""
         with _naming(self.path, self.overrides):

@@ -35,7 +35,7 @@ from pathlib import Path
 from mindalle_jax.errors import DownloadError, MindalleError, OutputError, UsageError
 from mindalle_jax.hub.unpack import CHUNK_BYTES, FILES, LARGER_CACHE, progress, unpack
 from mindalle_jax.runtime.cache import cache_dir
-from mindalle_jax.storage.files import check_free_disk, disk_errors, reason, write_all
+from mindalle_jax.storage.files import check_free_disk, disk_errors, lock_file, reason, write_all
 
 TIMEOUT_S = 30.0
 """For connecting, and for each wait for more bytes."""
@@ -400,27 +400,18 @@ def _locked(path: Path) -> Iterator[None]:
         lock = io.FileIO(lock_path, "a+")
     with lock:
         try:
-            _lock(lock, wait=False)
+            lock_file(lock, wait=False)
         except BlockingIOError:
             lock.seek(0)
             holder = lock.read(200).decode(errors="replace").strip() or "another process"
             log.warning("waiting for %s, which is fetching %s", holder, path)
-            _lock(lock, wait=True)
+            lock_file(lock, wait=True)
         except OSError as error:
             log.warning("%s: no locks on this disk (%s); run one download at a time", path.parent, _reason(error))
         with disk_errors(lock_path):
             lock.truncate(0)
         write_all(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
-
-
-def _lock(file: io.FileIO, wait: bool) -> None:
-    """Locks an open file. Raises BlockingIOError if another process holds it, and OSError if locks do not work."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        raise OSError(errno.ENOSYS, "this system has no fcntl") from None
-    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def _reason(error: BaseException) -> str:

@@ -64,7 +64,10 @@ def find_model(
     if (path / weights.MANIFEST).is_file():
         return path
     if (path / "run.yaml").is_file():
-        raise CheckpointError(f"{name}: a training run that is not complete; the command that started it resumes it")
+        raise CheckpointError(
+            f"{name}: a training run that is not complete; the command that started it resumes it, and mindalle "
+            f"export-checkpoint {name} DIR makes a model of its newest checkpoint"
+        )
     try:
         return _converted(path)
     except CheckpointError as error:

@@ -1,6 +1,7 @@
 """Writes files safely: a folder is complete or absent, free disk is checked first, nothing is overwritten silently."""
 
 import contextlib
+import errno
 import io
 import os
 import shutil
@@ -84,6 +85,15 @@ def write_all(file: io.FileIO, block: bytes) -> None:
     while view:
         with disk_errors(Path(str(file.name))):
             view = view[file.write(view) :]
+
+
+def lock_file(file: io.FileIO, wait: bool) -> None:
+    """Locks an open file. Raises BlockingIOError if another process holds it, and OSError if locks do not work."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        raise OSError(errno.ENOSYS, "this system has no fcntl") from None
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def to_disk(file: IO[bytes]) -> None:

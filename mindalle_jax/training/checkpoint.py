@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -188,6 +189,32 @@ class Checkpoints:
                 raise ValueError(f"the bits have changed since the save in {', '.join(odd)}")
         state = jax.tree.unflatten(jax.tree.structure(target), leaves.values())
         return Restored(state, record["data_state"], step)
+
+    def read(self, step: int, part: str) -> dict[str, np.ndarray]:
+        """Reads the arrays of one part of the state, such as "params", to the host; returns {path below it: array}.
+
+        It needs no target and verifies each array. A part that the state does not have is empty. Raises CheckpointError
+        as restore.
+        """
+        record = self._read_record(step)
+        entries = {path: entry for path, entry in record["leaves"].items() if path.startswith(f"{part}/")}
+        if not entries:
+            return {}
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        wanted = {
+            path: jax.ShapeDtypeStruct(entry["shape"], jnp.dtype(entry["dtype"]), sharding=sharding)
+            for path, entry in entries.items()
+        }
+        arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+        with self._damage(step), ocp.PyTreeCheckpointer() as reader:
+            leaves = reader.restore(
+                self.folder / str(step) / _STATE,
+                ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True),
+            )
+            found = digests(leaves)
+            if odd := [path for path, entry in entries.items() if entry["digest"] != found[path]]:
+                raise ValueError(f"the bits have changed since the save in {', '.join(odd)}")
+        return {path.removeprefix(f"{part}/"): np.asarray(leaf) for path, leaf in leaves.items()}
 
     def delete_after(self, step: int) -> None:
         """Deletes the steps after `step`, so that a training can resume from it.

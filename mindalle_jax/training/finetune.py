@@ -4,7 +4,7 @@ base model -> parameters on the mesh -> the loop -> model folder
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,8 @@ from mindalle_jax.training.step import (
 
 class FinetuneRun(Run):
     """One run of `mindalle finetune`."""
+
+    result_is_best = True
 
     def __init__(self, config: FinetuneConfig, base: Path, out: Path):
         """Checks everything that can be wrong, and writes nothing.
@@ -199,33 +201,9 @@ class FinetuneRun(Run):
     def write_result(self, state: TrainState) -> None:
         """Turns the folder of the run into a model: of the moving average if the run has one, with adapters merged."""
         trained = {path: gather_to_host(leaf) for path, leaf in (state.ema or state.params).items()}
-        if jax.process_index() != 0:
-            return
-        manifest = read_manifest(self.base)
-        before = map_weights(self.base / "stage2.safetensors", manifest["tensors"]["stage2"])
-        scale = self.step_config.lora_scale
-
-        def leaf(path: str, shape: tuple[int, ...]) -> np.ndarray:
-            weight = trained[path] if path in trained else np.asarray(before[path], np.float32)
-            return merged(path, weight, trained, scale)
-
-        caption_dropout = manifest.get("caption_dropout")
-        if self.config.training.caption_dropout:
-            caption_dropout = max(caption_dropout or 0.0, self.config.training.caption_dropout)
-        write_model(
-            self.base,
-            self.model_config,
-            self.out,
-            leaf,
-            f"fine-tuned from {self.base.name}",
-            caption_dropout=None if self.config.image_only else caption_dropout,
-            captions=(caption for sample in self.source.samples for caption in sample.captions),
-        )
-        if self.config.training.lora.rank:
-            import safetensors.numpy
-
-            about = {LORA_SCALE: str(scale), BASE_FINGERPRINT: self.base_fingerprint()}
-            (self.out / "adapters.safetensors").write_bytes(safetensors.numpy.save(trained, metadata=about))
+        if jax.process_index() == 0:
+            captions = (caption for sample in self.source.samples for caption in sample.captions)
+            write_finetuned(self.config, self.base, self.out, trained, captions)
 
     def _with_codes(self, batch: Batch) -> Batch:
         """Replaces the images of a batch by their codes."""
@@ -233,6 +211,42 @@ class FinetuneRun(Run):
             with matmul_precision(jnp.float32):
                 batch["codes"] = encode_batch(self.encoder, self.stage1, batch.pop("image"))
         return batch
+
+
+def write_finetuned(
+    config: FinetuneConfig, base: Path, folder: Path, trained: dict[str, np.ndarray], captions: Iterable[str]
+) -> None:
+    """Writes the model of a run into an existing folder, with adapters merged; with LoRA also the adapters alone.
+
+    base: the model that the run started from. trained: what the run trains, float32 by path. captions: of the training
+    data. Raises as write_model.
+    """
+    manifest = read_manifest(base)
+    before = map_weights(base / "stage2.safetensors", manifest["tensors"]["stage2"])
+    lora = config.training.lora
+    scale = lora.alpha / lora.rank if lora.rank else 1.0
+
+    def leaf(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        weight = trained[path] if path in trained else np.asarray(before[path], np.float32)
+        return merged(path, weight, trained, scale)
+
+    caption_dropout = manifest.get("caption_dropout")
+    if config.training.caption_dropout:
+        caption_dropout = max(caption_dropout or 0.0, config.training.caption_dropout)
+    write_model(
+        base,
+        config.model_config(),
+        folder,
+        leaf,
+        f"fine-tuned from {base.name}",
+        caption_dropout=None if config.image_only else caption_dropout,
+        captions=captions,
+    )
+    if lora.rank:
+        import safetensors.numpy
+
+        about = {LORA_SCALE: str(scale), BASE_FINGERPRINT: fingerprint(manifest["tensors"])}
+        (folder / "adapters.safetensors").write_bytes(safetensors.numpy.save(trained, metadata=about))
 
 
 def finetune(config_file: str | Path, overrides: Sequence[str], out: Path, *, ignore_fingerprint: bool = False) -> bool:

@@ -35,7 +35,7 @@ from mindalle_jax.training.checkpoint import Checkpoints
 from mindalle_jax.training.config import DataConfig, RunConfig
 from mindalle_jax.training.metrics import Monitor, memory_line
 from mindalle_jax.training.optimizer import learning_rate
-from mindalle_jax.training.run_dir import check_run_dir, create_run_dir
+from mindalle_jax.training.run_dir import check_run_dir, create_run_dir, lock_run_dir
 from mindalle_jax.training.step import Metrics
 
 SUMMARY_FILE = "summary.json"
@@ -69,10 +69,11 @@ def run_training(
         check_run_dir(out, config)
         run = make_run()
         multihost_utils.sync_global_devices("checked")  # the first process changes a folder that all have checked
-        create_run_dir(out, config)
-        run.prepare()
-        multihost_utils.sync_global_devices("created")  # all processes read what the first one wrote
-        return run(ignore_fingerprint=ignore_fingerprint)
+        with lock_run_dir(out):
+            create_run_dir(out, config)
+            run.prepare()
+            multihost_utils.sync_global_devices("created")  # all processes read what the first one wrote
+            return run(ignore_fingerprint=ignore_fingerprint)
 
 
 class Run(abc.ABC):
@@ -84,6 +85,8 @@ class Run(abc.ABC):
     """
 
     task: DataTask
+    result_is_best: bool = False
+    """Whether the result is the checkpoint with the lowest validation loss, if there is one, and not the last state."""
     flops_per_sample: float = 0.0
     """Number of operations of a forward and a backward pass over one sample, for MFU; 0: not counted."""
 
@@ -230,8 +233,8 @@ class Run(abc.ABC):
         with Checkpoints(self.out / "checkpoints", keep=training.keep_checkpoints, fingerprint=fingerprint) as saved:
             # ---- resume
             done = 0
+            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
             if saved.latest_step() is not None:
-                target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
                 del state  # so that it is not in memory twice
                 restored = saved.restore(target, ignore_fingerprint=ignore_fingerprint)
                 if restored.data_state["base"] != base_fingerprint:
@@ -284,10 +287,20 @@ class Run(abc.ABC):
                     if saving:
                         save(done, valid_loss)
                     if stopping and not last:
-                        monitor.log(f"stopped after step {done}; the same command resumes from there")
+                        monitor.log(
+                            f"stopped after step {done}; the same command resumes from there, and mindalle "
+                            f"export-checkpoint {self.out} DIR makes a model of it"
+                        )
                         return False
+
+            # ---- the result
+            saved.wait()
+            best = (saved.best_step() if self.result_is_best else None) or done
+            if best != done:
+                del state
+                state = saved.restore(target, step=best, ignore_fingerprint=True).state
         self.write_result(state)
-        self._write_summary(time.perf_counter() - start_s)
+        self._write_summary(best, time.perf_counter() - start_s)
         multihost_utils.sync_global_devices("written")  # no process returns before the model is written
         return True
 
@@ -308,7 +321,7 @@ class Run(abc.ABC):
                 f"optimizer.base_lr ({self._config.optimizer.base_lr}), or look at the data"
             )
 
-    def _write_summary(self, seconds: float) -> None:
+    def _write_summary(self, best: int, seconds: float) -> None:
         if jax.process_index() != 0:
             return
         lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -320,6 +333,7 @@ class Run(abc.ABC):
             "first_loss": train[0]["loss"],
             "last_loss": train[-1]["loss"],
             "validation_loss": valid[-1]["loss"] if valid else None,
+            "step_of_the_model": best,
             "seconds_since_the_last_start": round(seconds, 1),
             "devices": len(training_devices()),
             "device": jax.devices()[0].device_kind,

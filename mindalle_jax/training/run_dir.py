@@ -1,7 +1,13 @@
 """The folder of a run: checks whether a run may start or resume in it, and from which model."""
 
+import contextlib
 import dataclasses
+import io
+import logging
+import os
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +15,14 @@ import jax
 
 from mindalle_jax.config.file import dump_config, load_config
 from mindalle_jax.errors import ConfigError, OutputError
-from mindalle_jax.storage.files import check_writable, disk_errors
+from mindalle_jax.storage.files import check_writable, disk_errors, lock_file, reason, write_all
 from mindalle_jax.storage.initialize import check_upstream, write_fresh, write_transfer
 from mindalle_jax.training.checkpoint import Checkpoints
 from mindalle_jax.training.config import SCRATCH, FinetuneConfig, RunConfig
 
+log = logging.getLogger(__name__)
 CONFIG_FILE = "run.yaml"
+LOCK = ".lock"
 START = "start"
 """Folder with the model that a transfer or a run from scratch starts from."""
 # Fields that may change when a run resumes, because they have no effect on what is learned.
@@ -74,9 +82,37 @@ def check_run_dir(out: Path, config: RunConfig) -> None:
                 f"{out} holds a run of another configuration: {'; '.join(lines)}; name another folder, or "
                 "undo the changes"
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise OutputError(f"{out} exists, is not empty and holds no run to resume; name another folder")
     check_writable(out)
+
+
+@contextlib.contextmanager
+def lock_run_dir(out: Path) -> Iterator[None]:
+    """Holds the lock of a run within the block, so that two processes never train in one folder.
+
+    The lock ends with the process, also if it is killed. Of several processes that train together the first one holds
+    it. Raises OutputError if another process holds it, or the folder cannot be written to.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        file = io.FileIO(out / LOCK, "a+")
+    with file:
+        try:
+            lock_file(file, wait=False)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).decode(errors="replace").strip() or "another process"
+            raise OutputError(f"{out}: {holder} trains in this folder; wait for it, or name another folder") from None
+        except OSError as error:
+            log.warning("%s: no locks on this disk (%s); start one run at a time", out, reason(error))
+        with disk_errors(out):
+            file.truncate(0)
+        write_all(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
 
 
 def create_run_dir(out: Path, config: RunConfig) -> None:

@@ -119,7 +119,7 @@ def test_the_examples_of_the_documentation_are_commands():
     commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
     assert {command[1] for command in commands} == {
         "sample", "show", "finetune", "train-tokenizer", "train-vqgan", "train-clip", "check-data", "configs",
-        "prepare-codes", "convert",
+        "prepare-codes", "convert", "export-checkpoint",
     }  # fmt: skip
     for command in commands:
         assert command[0] == "mindalle"

@@ -403,7 +403,8 @@ def test_offline_says_what_to_do_by_hand(tmp_path, sleeps, monkeypatch):
     assert str(error.value) == (
         f"cannot download {release.url}: Name or service not known.\n"
         f"Fetch {release.url} (MD5 {release.md5}) by other means and put it at {archive}, then repeat the command; "
-        "or give that file as the source, or its unpacked folder as the model path."
+        "or unpack it and give its folder as the model; or convert it: mindalle convert minDALL-E/1.3B DIR "
+        "--download-from FILE."
     )
     assert sleeps == []
     assert left_behind(tmp_path) == ["minDALL-E"]

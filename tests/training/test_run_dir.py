@@ -1,16 +1,29 @@
 """The folder of a run: when a run may start or resume there, and from which model."""
 
 import dataclasses
+import errno
+import os
 
 import jax.numpy as jnp
 import pytest
+from commands import python
 
 from mindalle_jax.config.file import load_config
 from mindalle_jax.errors import ConfigError, OutputError
+from mindalle_jax.training import run_dir
 from mindalle_jax.training.checkpoint import Checkpoints
 from mindalle_jax.training.config import FinetuneConfig, LoopConfig, RunConfig
 from mindalle_jax.training.finetune import read_finetune
-from mindalle_jax.training.run_dir import CONFIG_FILE, START, check_base, check_run_dir, create_run_dir, start_folder
+from mindalle_jax.training.run_dir import (
+    CONFIG_FILE,
+    LOCK,
+    START,
+    check_base,
+    check_run_dir,
+    create_run_dir,
+    lock_run_dir,
+    start_folder,
+)
 
 CONFIG = RunConfig()
 OTHER = RunConfig(training=LoopConfig(seed=1))
@@ -91,3 +104,42 @@ def test_rates_of_dropout_change_no_weight(finetuning, tiny_model_folder):
     deeper = dataclasses.replace(stage2, hparams=dataclasses.replace(stage2.hparams, n_layers=3))
     with pytest.raises(ConfigError, match="does not fit: stage2.hparams.n_layers was 2 and is 3"):
         check_base(dataclasses.replace(finetuning, stage2=deeper), tiny_model_folder)
+
+
+# The lock
+
+
+def test_two_runs_never_train_in_one_folder(tmp_path):
+    """The second start is one sentence that names the first; the lock ends with the block, also after an error."""
+    with lock_run_dir(tmp_path / "run"):
+        with pytest.raises(OutputError) as caught, lock_run_dir(tmp_path / "run"):
+            raise AssertionError("both hold the lock")
+        assert f"run: process {os.getpid()} on " in str(caught.value)
+        assert str(caught.value).endswith(" trains in this folder; wait for it, or name another folder")
+        with lock_run_dir(tmp_path / "other"):
+            pass
+    with pytest.raises(ZeroDivisionError), lock_run_dir(tmp_path / "run"):
+        raise ZeroDivisionError
+    with lock_run_dir(tmp_path / "run"):
+        pass
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    code = f"import os; from mindalle_jax.training.run_dir import *\nwith lock_run_dir(Path({str(tmp_path)!r})):\n"
+    code += "    os.kill(os.getpid(), 9)"
+    assert python("-c", code).returncode == -9
+    assert (tmp_path / LOCK).exists()
+    with lock_run_dir(tmp_path):
+        pass
+
+
+def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
+    """Windows has no fcntl, and some network disks refuse."""
+
+    def refuse(file, wait):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_dir, "lock_file", refuse)
+    with lock_run_dir(tmp_path):
+        pass
+    assert "no locks on this disk (No locks available); start one run at a time" in caplog.text

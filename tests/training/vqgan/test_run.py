@@ -73,7 +73,7 @@ def test_a_run_learns_and_leaves_a_vqgan(trained, pictures):
     assert 1 < valid[-1]["perplexity"] <= 64 and 0 < valid[-1]["codes_used"] <= 1
     assert "discriminator_loss" not in lines[0]
     files = {path.name for path in trained.iterdir()} - {"tensorboard"}
-    assert files == {"run.yaml", "metrics.jsonl", "summary.json", "checkpoints", "samples",
+    assert files == {".lock", "run.yaml", "metrics.jsonl", "summary.json", "checkpoints", "samples",
                      "config.yaml", "stage1.safetensors", "manifest.json"}  # fmt: skip
     config = load_config(trained / "config.yaml")
     assert config.stage1.n_embed == config.stage2.vocab_size_img == 64 and config.stage2.hparams.ctx_len_img == 64

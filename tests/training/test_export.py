@@ -1,0 +1,124 @@
+"""training/export.py: a model from every checkpoint; and the result of a run is the best by validation loss."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from training_runs import metrics, write_code_set, write_config
+
+from mindalle_jax import Dalle, cli
+from mindalle_jax.errors import CheckpointError, UsageError
+from mindalle_jax.storage.weights import map_weights, read_manifest
+from mindalle_jax.training.checkpoint import Checkpoints
+from mindalle_jax.training.export import export_checkpoint
+
+
+def stage2(folder) -> dict[str, np.ndarray]:
+    weights = map_weights(folder / "stage2.safetensors", read_manifest(folder)["tensors"]["stage2"])
+    return {path: np.array(array, np.float32) for path, array in weights.items()}
+
+
+def equal(first, second) -> bool:
+    one, other = stage2(first), stage2(second)
+    return one.keys() == other.keys() and all(np.array_equal(one[path], other[path]) for path in one)
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory, tiny_model_folder):
+    """train(**sections) -> folder of a run that ended, of codes that are soon learned by heart."""
+    data = tmp_path_factory.mktemp("data")
+    codes = {name: write_code_set(data / name, tiny_model_folder, 16, seed) for seed, name in enumerate(("a", "b"))}
+
+    def run(name: str, **sections):
+        base = {
+            "data": {"valid": str(codes["b"])},
+            "optimizer": {"base_lr": 1e-2, "max_steps": 20},
+            "training": {"checkpoint_every_steps": 5, "validate_every_steps": 5, "keep_checkpoints": 2},
+        }
+        merged = {key: base.get(key, {}) | sections.get(key, {}) for key in {*base, *sections}}
+        config = write_config(data / f"{name}.yaml", tiny_model_folder, codes["a"], **merged)
+        assert cli.main(["finetune", "--config", str(config), "--out", str(data / name)]) == 0
+        return data / name
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def overfitted(train):
+    return train("overfitted")
+
+
+def test_the_result_is_the_best_by_validation_loss(overfitted, tmp_path):
+    losses = {line["step"]: line["loss"] for line in metrics(overfitted, "valid")}
+    best = min(losses, key=losses.__getitem__)
+    assert best < 20, "the run was to learn by heart"
+    summary = json.loads((overfitted / "summary.json").read_text())
+    assert summary["step_of_the_model"] == best and summary["updates"] == 20
+    assert (
+        export_checkpoint(overfitted, tmp_path / "best", step="best")
+        == f"{tmp_path / 'best'}: the model of step {best}"
+    )
+    assert equal(overfitted, tmp_path / "best")
+
+
+def test_every_checkpoint_is_a_model(overfitted, tmp_path):
+    """The best one stays beside the two newest."""
+    steps = Checkpoints(overfitted / "checkpoints").steps()
+    assert len(steps) == 3 and steps[-2:] == [15, 20]
+    for step in steps:
+        export_checkpoint(overfitted, tmp_path / str(step), step=step)
+        assert Dalle.from_pretrained(tmp_path / str(step)).generate("the cat", num_candidates=1).images.shape[0] == 1
+    export_checkpoint(overfitted, tmp_path / "last")
+    assert equal(tmp_path / "last", tmp_path / "20") and not equal(tmp_path / "15", tmp_path / "20")
+
+
+def test_averages_and_adapters(train, tmp_path):
+    """What the result of the run holds, its newest checkpoint gives too."""
+    run = train("lora", data={"valid": None}, training={"ema_decay": 0.5, "lora": {"rank": 2}})
+    export_checkpoint(run, tmp_path / "model")
+    assert equal(run, tmp_path / "model")
+    one, other = (load_file(folder / "adapters.safetensors") for folder in (run, tmp_path / "model"))
+    assert one.keys() == other.keys() and all(np.array_equal(one[path], other[path]) for path in one)
+
+
+def test_a_run_that_is_not_finished(overfitted, tmp_path, capsys):
+    """sample names the command; the command makes the model, without the data."""
+    run = tmp_path / "stopped"
+    run.mkdir()
+    (run / "run.yaml").write_text(
+        (overfitted / "run.yaml").read_text().replace(str(overfitted.parent / "a"), "gone"), encoding="utf-8"
+    )
+    (run / "checkpoints").symlink_to(overfitted / "checkpoints")
+    assert cli.main(["sample", "the cat", "--model", str(run)]) == 4
+    assert f"mindalle export-checkpoint {run} DIR makes a model of its newest checkpoint" in capsys.readouterr().err
+    assert cli.main(["export-checkpoint", str(run), str(tmp_path / "model"), "--step", "15"]) == 0
+    assert capsys.readouterr().out == (
+        f'{tmp_path / "model"}: the model of step 15; mindalle sample "..." --model {tmp_path / "model"}\n'
+    )
+    assert cli.main(["export-checkpoint", str(run), str(tmp_path / "model")]) == 6
+    assert cli.main(["export-checkpoint", str(run), str(tmp_path / "model"), "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [(7, r"there is no checkpoint of step 7, only \d+, 15, 20"), ("best", "no checkpoint has a validation loss")],
+)
+def test_a_step_that_is_not_there(overfitted, train, tmp_path, step, message):
+    run = train("plain", data={"valid": None}, optimizer={"max_steps": 5}) if step == "best" else overfitted
+    with pytest.raises(UsageError, match=message):
+        export_checkpoint(run, tmp_path / "model", step=step)
+    assert not (tmp_path / "model").exists()
+
+
+def test_other_folders(overfitted, tmp_path, tiny_model_folder, capsys):
+    with pytest.raises(UsageError, match="is no run of training; it has no run.yaml"):
+        export_checkpoint(tiny_model_folder, tmp_path / "model")
+    (tmp_path / "run.yaml").write_text("data: {train: x}\nstage1: {}\n")
+    with pytest.raises(UsageError, match="is no run of mindalle finetune"):
+        export_checkpoint(tmp_path, tmp_path / "model")
+    (tmp_path / "run.yaml").write_bytes((overfitted / "run.yaml").read_bytes())
+    with pytest.raises(CheckpointError, match="holds no checkpoint yet"):
+        export_checkpoint(tmp_path, tmp_path / "model")
+    assert cli.main(["export-checkpoint", str(overfitted), str(tmp_path / "model"), "--step", "newest"]) == 2
+    assert "--step must be last, best or the number of a step, not 'newest'" in capsys.readouterr().err
