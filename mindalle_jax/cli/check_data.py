@@ -9,7 +9,7 @@ from mindalle_jax.errors import DataError, OutputError, UsageError, printable
 from mindalle_jax.storage.files import check_writable, disk_errors
 
 if TYPE_CHECKING:
-    from mindalle_jax.data.samples import Source
+    from mindalle_jax.data.samples import DataTask, Source
     from mindalle_jax.text.tokenizer import TextTokenizer
 
 EXAMPLE = """
@@ -66,7 +66,7 @@ def run_check_data(arguments: argparse.Namespace) -> None:
         raise DataError(f"{arguments.data}: none of the {len(source):,} images can be read")
 
 
-def _tokenizer(name: str, task: str | None) -> "tuple[TextTokenizer | None, str]":
+def _tokenizer(name: str, task: "DataTask | None") -> "tuple[TextTokenizer | None, DataTask]":
     """Returns the tokenizer of a model (None without text) and the task: the given one, or that of the model."""
     from mindalle_jax.config.file import load_config
     from mindalle_jax.hub.resolve import find_model
@@ -80,7 +80,7 @@ def _tokenizer(name: str, task: str | None) -> "tuple[TextTokenizer | None, str]
     return tokenizer, task or "text"
 
 
-def _open(arguments: argparse.Namespace, task: str | None) -> "Source":
+def _open(arguments: argparse.Namespace, task: "DataTask | None") -> "Source":
     """Opens the data for its task, or for the first task that it fits. Raises DataError as for the first one."""
     from mindalle_jax.data.records import Columns
     from mindalle_jax.data.samples import TASKS

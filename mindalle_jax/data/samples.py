@@ -15,7 +15,7 @@ from mindalle_jax.text.tokenizer import check_prompt
 
 DataTask = Literal["text", "class", "unconditional"]
 """The condition of a model. Each sample must have captions for "text", a label for "class", and neither otherwise."""
-TASKS = ("text", "class", "unconditional")
+TASKS: tuple[DataTask, ...] = ("text", "class", "unconditional")
 MAX_TEXT_BYTES = 64 << 10
 """Size limit of a file with captions or a label; a longer file is no caption."""
 
