@@ -88,7 +88,8 @@ def _open(arguments: argparse.Namespace, task: "DataTask | None") -> "Source":
 
     columns = Columns(arguments.image_column, arguments.caption_column)
     errors = []
-    for one in TASKS if task is None else [task]:
+    tasks = TASKS if task is None else (task,)
+    for one in tasks:
         try:
             return open_source(arguments.data, one, split="valid" if arguments.valid else "train", columns=columns)
         except DataError as error:
