@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from mindalle_jax.ranking.ranker import ClipRanker
     from mindalle_jax.sampling.options import Progress, SamplingOptions
     from mindalle_jax.sampling.result import Generation
+    from mindalle_jax.training.api import finetune
 
 __version__ = "0.1.0"
-__all__ = ["ClipRanker", "Dalle", "Generation", "ImageGPT", "Progress", "SamplingOptions", "__version__"]
+__all__ = ["ClipRanker", "Dalle", "Generation", "ImageGPT", "Progress", "SamplingOptions", "__version__", "finetune"]
 
 _HOMES = {
     "ClipRanker": "ranking.ranker",
@@ -20,6 +21,7 @@ _HOMES = {
     "ImageGPT": "image_gpt",
     "Progress": "sampling.options",
     "SamplingOptions": "sampling.options",
+    "finetune": "training.api",
 }
 
 

@@ -113,9 +113,9 @@ def build_world(
     for place in ("photos", "more-photos", "scenes-clip", "scenes-valid"):
         for number, caption in enumerate(captions):
             write_photo(folder / place / f"{number:04d}.png", number, caption)
-    for split in ("train", "val"):
-        for number in range(4):
-            write_photo(folder / "birds" / split / f"class{number % 2}" / f"{number}.png", number)
+    for split, count in (("train", 200), ("val", 4)):
+        for number in range(count):
+            write_photo(folder / "birds" / split / f"class{number:03}" / f"{number}.png", number)
     for number in range(332):
         width = 2 if number < 32 else 5
         photo, caption = (folder / "photos" / f"0000.{kind}" for kind in ("png", "txt"))

@@ -27,7 +27,11 @@ MAY_RAISE_NOTHING = {
 def public_callables() -> dict[str, object]:
     """Name -> function or method, of all public classes and of the notebook."""
     notebook = importlib.import_module("mindalle_jax.notebook")
-    found: dict[str, object] = {"studio": notebook.studio, "Studio.wait": notebook.Studio.wait}
+    found: dict[str, object] = {
+        "finetune": mindalle_jax.finetune,
+        "studio": notebook.studio,
+        "Studio.wait": notebook.Studio.wait,
+    }
     for name in CLASSES:
         cls = getattr(mindalle_jax, name)
         for attribute in dir(cls):

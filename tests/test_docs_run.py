@@ -10,7 +10,8 @@ from docs_world import World, add_results, build_world, remove_outputs
 from test_docs import NAMES, PAGES, commands
 
 TEXTS = dict(zip(NAMES, (page.read_text(encoding="utf-8") for page in PAGES), strict=True))
-IN_ORDER = ["README.md", "docs/index.md", "docs/sampling.md", "docs/ranking.md", "docs/api/options.md"]
+IN_ORDER = ["README.md", "docs/index.md", "docs/sampling.md", "docs/ranking.md", "docs/api/options.md",
+            "docs/training-from-python.md"]  # fmt: skip
 """Pages whose blocks run one after the other in one folder; each command of the other pages runs in a fresh one."""
 NOT_RUN = {
     "--download-from": "the archive must have the published MD5; tests/hub/test_download.py has its own archive",

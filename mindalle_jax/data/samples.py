@@ -112,6 +112,11 @@ class Source:
         self.samples = [kept for sample in samples if (kept := _fit(sample, task, report)) is not None]
         if task == "class":
             classes = _number_labels(path, self.samples, classes, known_classes)
+            if self.samples and classes is not None and num_classes is not None and len(classes) != num_classes:
+                raise DataError(
+                    f"{path}: has {len(classes)} classes, but the model has {num_classes}; set "
+                    f"stage2.hparams.n_classes={len(classes)}, or choose other data"
+                )
         self.classes = classes
         self.report.kept = len(self.samples)
         if not self.samples:

@@ -40,10 +40,53 @@ Converted from `{source}` by mindalle-jax {version}: {parameters:,} parameters.
 """
 
 
+RUN_CARD = """\
+---
+library_name: mindalle-jax
+pipeline_tag: {task}
+base_model: {base}
+license: other
+license_name: see-license-file
+license_link: LICENSE
+---
+
+# {title}
+
+This model was fine-tuned from `{base}` by mindalle-jax {version}.
+{example}
+{rows}
+- License of the weights: that of the base model, see LICENSE.
+{sheet}"""
+
+
 EXAMPLE = """
     from mindalle_jax import {cls}
     model = {cls}.from_pretrained("PATH-OF-THIS-FOLDER")
 """
+
+
+def run_card(folder: Path, config: Config, base: str, facts: dict[str, object]) -> str:
+    """Returns the model card of a run.
+
+    folder: the model folder, whose newest sheet in samples/ is shown. base: name of the model that the run started
+    from. facts: what else is known of the run, name -> value; None is left out.
+    """
+    task, cls = ("unconditional-image-generation", "ImageGPT") if config.image_only else ("text-to-image", "Dalle")
+    sheets = sorted((folder / "samples").glob("step_*.png"))
+    size = config.stage1.hparams.resolution
+    return RUN_CARD.format(
+        task=task,
+        base=base,
+        title=folder.name,
+        version=mindalle_jax.__version__,
+        example=EXAMPLE.format(cls=cls),
+        rows="\n".join(
+            f"- {name}: {value}"
+            for name, value in {"Images": f"{size} x {size} pixels", **facts}.items()
+            if value is not None
+        ),  # fmt: skip
+        sheet=f"\n![Samples]({sheets[-1].relative_to(folder).as_posix()})\n" if sheets else "",
+    )
 
 
 def write_license_and_card(source: Path, folder: Path, config: Config, parameters: int, draws: bool) -> None:

@@ -32,11 +32,13 @@ def write_model(
     leaf: Callable[[str, tuple[int, ...]], np.ndarray],
     source: str,
     *,
+    card: str | None = None,
     caption_dropout: float | None = None,
     captions: Iterable[str] = (),
 ) -> None:
     """Writes a model into an existing folder: stage 2 from leaf(path, shape), and missing files from the model `base`.
 
+    card: text of README.md; None copies that of the base.
     leaf: returns a float32 array by path and shape. source: the manifest's text about where the weights come from.
     caption_dropout: entry of the manifest (see read_manifest); None leaves it out. captions: captions of the training;
     their words are added to the tokenizer's list of words, if it has one.
@@ -60,9 +62,11 @@ def write_model(
     partial = folder / "stage2.safetensors.partial"
     partial.unlink(missing_ok=True)
     stage2 = write_weights(partial, shapes, chunks())
-    for name in ("LICENSE", "README.md"):
+    for name in ("LICENSE", *(["README.md"] if card is None else [])):
         if (base / name).is_file() and not (folder / name).exists():
             shutil.copyfile(base / name, folder / name)
+    if card is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
     if not config.image_only and not (folder / "tokenizer").exists():
         shutil.copytree(base / "tokenizer", folder / "tokenizer")
     if not config.image_only and (known_words := read_known_words(folder / "tokenizer")) is not None:

@@ -63,6 +63,8 @@ class LoopConfig:
     """Number of steps between checkpoints; 0: experiment.save_ckpt_freq epochs."""
     validate_every_steps: int = 0
     """Number of steps between validations; 0: experiment.test_freq epochs."""
+    early_stopping: int = 0
+    """Number of validations without a lower loss after which the run ends; 0: off. It needs data.valid."""
     sample_every_steps: int = 0
     """Number of steps between previews, which are images of sample_prompts; 0: none."""
 
@@ -143,7 +145,7 @@ class RunConfig:
         if not 0 <= t.seed < 2**32:
             raise ConfigError(f"training.seed must lie in [0, 4294967296), not {t.seed}")
         lowest = {"warmup_steps": 0, "keep_checkpoints": 1, "checkpoint_every_steps": 0, "validate_every_steps": 0}
-        for name, low in (lowest | {"sample_every_steps": 0}).items():
+        for name, low in (lowest | {"sample_every_steps": 0, "early_stopping": 0}).items():
             if getattr(t, name) < low:
                 raise ConfigError(f"training.{name} must be at least {low}, not {getattr(t, name)}")
         if self.data.threads < 1:

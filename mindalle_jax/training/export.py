@@ -45,7 +45,7 @@ def export_checkpoint(run: Path, out: Path, *, step: WhichStep = "last", overwri
         base = find_model(training.vqgan if training.init_from == SCRATCH else training.init_from)
     trained = saved.read(chosen, "ema") or saved.read(chosen, "params")
     with new_folder(out, overwrite=overwrite, marks=(MANIFEST,)) as folder:
-        write_finetuned(config, base, folder, trained, _captions(config, base))
+        write_finetuned(config, base, folder, trained, _captions(config, base), chosen)
     return f"{out}: the model of step {chosen}"
 
 

@@ -4,7 +4,7 @@ base model -> parameters on the mesh -> the loop -> model folder
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mindalle_jax.config.file import ConfigFile, load_config
 from mindalle_jax.data.codes import vqgan_digest
+from mindalle_jax.data.memory import Pairs
 from mindalle_jax.errors import ConfigError
 from mindalle_jax.hub.resolve import find_model
 from mindalle_jax.models.transformer import Transformer
@@ -24,6 +25,7 @@ from mindalle_jax.runtime.devices import matmul_precision
 from mindalle_jax.runtime.sharding import SplitByBatch, param_shardings
 from mindalle_jax.sampling.codec import encode_pixels
 from mindalle_jax.storage.adapters import BASE_FINGERPRINT, LORA_SCALE, adapter_shapes, matches, merged
+from mindalle_jax.storage.card import run_card
 from mindalle_jax.storage.results import write_model
 from mindalle_jax.storage.weights import (
     fingerprint,
@@ -37,7 +39,7 @@ from mindalle_jax.text.tokenizer import TextTokenizer
 from mindalle_jax.training.config import SCRATCH, FinetuneConfig, TrainingConfig
 from mindalle_jax.training.loop import Batch, Rows, Run, check_early, gather_to_host, run_training
 from mindalle_jax.training.lora import init_adapters
-from mindalle_jax.training.metrics import flops_per_sequence
+from mindalle_jax.training.metrics import flops_per_sequence, read_metrics
 from mindalle_jax.training.optimizer import make_optimizer
 from mindalle_jax.training.previews import RECONSTRUCTIONS, Previewer, write_reconstructions
 from mindalle_jax.training.run_dir import check_base, start_folder
@@ -58,7 +60,7 @@ class FinetuneRun(Run):
 
     result_is_best = True
 
-    def __init__(self, config: FinetuneConfig, base: Path, out: Path):
+    def __init__(self, config: FinetuneConfig, base: Path, out: Path, *, pairs: Mapping[str, Pairs] | None = None):
         """Checks everything that can be wrong, and writes nothing.
 
         config: as load_finetune_config gives it. base: the folder of the model to start from. out: the folder of the
@@ -77,8 +79,10 @@ class FinetuneRun(Run):
             tokenizer=None if config.image_only else _tokenizer(config, base),
             num_classes=config.stage2.hparams.n_classes,
             vqgan=vqgan_digest(base),
+            pairs=pairs,
         )
         self.flops_per_sample = flops_per_sequence(self.model_config)
+        self.origin = f"from {_origin(config)}; "
 
         # ---- what is trained
         training = config.training
@@ -121,6 +125,10 @@ class FinetuneRun(Run):
         self.stage1: dict[str, Any] = {}  # the VQGAN, loaded by init_state if there are images to encode or to decode
         self.encoder = VQGAN(config.stage1)  # always in float32: stage 1 is small
         self.previewer: Previewer | None = None
+        if training.sample_prompts and not training.sample_every_steps:
+            self.notes.append("training.sample_prompts are not sampled: set training.sample_every_steps, such as 100")
+        if training.sample_every_steps and not training.sample_prompts and self.task != "unconditional":
+            self.notes.append("training.sample_every_steps does nothing without training.sample_prompts")
         if (training.sample_every_steps or not self.source.has_codes) and jax.process_count() == 1:
             prompts = training.sample_prompts or (("",) if self.task == "unconditional" else ())
             self.previewer = Previewer(self.model_config, prompts, self.tokenizer)
@@ -203,7 +211,8 @@ class FinetuneRun(Run):
         trained = {path: gather_to_host(leaf) for path, leaf in (state.ema or state.params).items()}
         if jax.process_index() == 0:
             captions = (caption for sample in self.source.samples for caption in sample.captions)
-            write_finetuned(self.config, self.base, self.out, trained, captions)
+            data = f"{len(self.source):,} images, fingerprint {self.source.fingerprint()[:12]}"
+            write_finetuned(self.config, self.base, self.out, trained, captions, int(state.step), data)
 
     def _with_codes(self, batch: Batch) -> Batch:
         """Replaces the images of a batch by their codes."""
@@ -214,12 +223,18 @@ class FinetuneRun(Run):
 
 
 def write_finetuned(
-    config: FinetuneConfig, base: Path, folder: Path, trained: dict[str, np.ndarray], captions: Iterable[str]
+    config: FinetuneConfig,
+    base: Path,
+    folder: Path,
+    trained: dict[str, np.ndarray],
+    captions: Iterable[str],
+    step: int,
+    data: str | None = None,
 ) -> None:
     """Writes the model of a run into an existing folder, with adapters merged; with LoRA also the adapters alone.
 
     base: the model that the run started from. trained: what the run trains, float32 by path. captions: of the training
-    data. Raises as write_model.
+    data. step, data: the step of the weights, and a description of the data, for the model card. Raises as write_model.
     """
     manifest = read_manifest(base)
     before = map_weights(base / "stage2.safetensors", manifest["tensors"]["stage2"])
@@ -239,6 +254,7 @@ def write_finetuned(
         folder,
         leaf,
         f"fine-tuned from {base.name}",
+        card=run_card(folder, config.model_config(), _origin(config), _facts(config, folder, step, data)),
         caption_dropout=None if config.image_only else caption_dropout,
         captions=captions,
     )
@@ -247,6 +263,30 @@ def write_finetuned(
 
         about = {LORA_SCALE: str(scale), BASE_FINGERPRINT: fingerprint(manifest["tensors"])}
         (folder / "adapters.safetensors").write_bytes(safetensors.numpy.save(trained, metadata=about))
+
+
+def _origin(config: FinetuneConfig) -> str:
+    """Returns the name of the model that a run starts from: a name as it is, of a path its last part."""
+    training = config.training
+    name = training.vqgan if training.init_from == SCRATCH else training.init_from
+    name = Path(name).name if os.path.exists(os.path.expanduser(name)) else name
+    return f"scratch, over the codes of {name}" if training.init_from == SCRATCH else name
+
+
+def _facts(config: FinetuneConfig, folder: Path, step: int, data: str | None) -> dict[str, object]:
+    """Returns what the model card says of a run."""
+    metrics = folder / "metrics.jsonl"
+    lines = read_metrics(metrics) if metrics.exists() else []
+    losses = {line["step"]: line.get("loss") for line in lines if line["kind"] == "valid"}
+    lora, freeze = config.training.lora.rank, config.training.freeze
+    return {
+        "Trained": f"adapters of rank {lora}" if lora else "all weights but a part" if freeze else "all weights",
+        "Steps": f"{step:,} of {config.experiment.total_batch_size} images",
+        "Data": data,
+        "Learning rate": f"{config.optimizer.base_lr:g}",
+        "Caption dropout": config.training.caption_dropout or None,
+        "Validation loss": None if losses.get(step) is None else f"{losses[step]:.4f} nats",
+    }
 
 
 def finetune(config_file: str | Path, overrides: Sequence[str], out: Path, *, ignore_fingerprint: bool = False) -> bool:

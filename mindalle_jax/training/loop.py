@@ -8,9 +8,10 @@ If a run is interrupted, the same command resumes it after the last checkpoint, 
 
 import abc
 import json
+import math
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mindalle_jax.config.file import ConfigFile
 from mindalle_jax.data.check import MAX_CAPTIONS, describe
 from mindalle_jax.data.loader import Loader
+from mindalle_jax.data.memory import Pairs, memory_source
 from mindalle_jax.data.records import Columns
 from mindalle_jax.data.samples import DataTask, Source
 from mindalle_jax.data.sources import check_path, open_source
+from mindalle_jax.data.walk import Split
 from mindalle_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from mindalle_jax.runtime.devices import DType, device_memory, pinned, prepare_process, training_devices
 from mindalle_jax.runtime.sharding import BATCH, batch_devices, make_mesh
@@ -33,7 +36,7 @@ from mindalle_jax.runtime.signals import stop_on_signals
 from mindalle_jax.text.tokenizer import TextTokenizer
 from mindalle_jax.training.checkpoint import Checkpoints
 from mindalle_jax.training.config import DataConfig, RunConfig
-from mindalle_jax.training.metrics import Monitor, memory_line
+from mindalle_jax.training.metrics import Monitor, memory_line, read_metrics
 from mindalle_jax.training.optimizer import learning_rate
 from mindalle_jax.training.run_dir import check_run_dir, create_run_dir, lock_run_dir
 from mindalle_jax.training.step import Metrics
@@ -46,15 +49,16 @@ Batch = dict[str, jax.Array]
 Rows = dict[str, np.ndarray]
 
 
-def check_early(file: ConfigFile, kind: type[RunConfig]) -> None:
+def check_early(file: ConfigFile, kind: type[RunConfig], in_memory: str | None = None) -> None:
     """Checks what needs no model, before one is downloaded: names and types of all fields, and that the data is there.
 
-    Raises ConfigError or DataError.
+    in_memory: the name that stands for data in memory. Raises ConfigError or DataError.
     """
     file.check_fields(kind)
     data = file.section("data", DataConfig)
-    check_path(data.train, "data.train")
-    check_path(data.valid, "data.valid")
+    for field, path in (("data.train", data.train), ("data.valid", data.valid)):
+        if in_memory is None or path != in_memory:
+            check_path(path, field)
 
 
 def run_training(
@@ -87,16 +91,33 @@ class Run(abc.ABC):
     task: DataTask
     result_is_best: bool = False
     """Whether the result is the checkpoint with the lowest validation loss, if there is one, and not the last state."""
+    origin: str = ""
+    """The model that the run starts from, for its first line: "from demo; "."""
     flops_per_sample: float = 0.0
     """Number of operations of a forward and a backward pass over one sample, for MFU; 0: not counted."""
 
-    def __init__(self, config: RunConfig, out: Path, *, image_size: int, tokenizer: Any = None, **options: Any):
+    callbacks: Sequence[Callable[[dict[str, Any]], bool | None]] = ()
+    """Called with the metrics of each step and validation; a run ends early if one returns True."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        out: Path,
+        *,
+        image_size: int,
+        tokenizer: Any = None,
+        pairs: Mapping[str, Pairs] | None = None,
+        num_classes: int | None = None,
+        vqgan: str | None = None,
+    ):
         """Sets up mesh and data, and writes nothing.
 
-        out: folder of the run. image_size: side in pixels. tokenizer: as for Loader. options: passed to open_source.
+        out: folder of the run. image_size: side in pixels. tokenizer: as for Loader. pairs: data in memory, "train" or
+        "valid" -> pairs; the rest is opened. num_classes, vqgan: as for open_source.
         Raises ConfigError, DataError or UsageError.
         """
         self._config, self.out, self.tokenizer, self._image_size = config, out, tokenizer, image_size
+        self.notes: list[str] = []  # about the configuration, for the start of the run
         prepare_process()
 
         # ---- mesh and batches
@@ -115,12 +136,17 @@ class Run(abc.ABC):
 
         # ---- data
         columns = Columns(config.data.image_column, config.data.caption_column)
-        options |= {"columns": columns}
-        self.source = open_source(config.data.train, self.task, **options)
+
+        def source(name: Split, path: str, classes: list[str] | None) -> Source:
+            if pairs and name in pairs:
+                return memory_source(pairs[name], self.task, num_classes=num_classes, known_classes=classes)
+            options: Any = {"num_classes": num_classes, "vqgan": vqgan, "columns": columns, "classes": classes}
+            return open_source(path, self.task, split=name, **options)
+
+        self.source = source("train", config.data.train, None)
         self.valid_source: Source | None = None
         if config.data.valid is not None:
-            classes = self.source.classes
-            self.valid_source = open_source(config.data.valid, self.task, split="valid", classes=classes, **options)
+            self.valid_source = source("valid", config.data.valid, self.source.classes)
         config.check_batches(len(self.source), batch_devices(self.mesh), self.source.report)
         self.micro_batches = experiment.total_batch_size // rows
         self.max_steps = config.count_steps(len(self.source), experiment.total_batch_size)
@@ -228,7 +254,7 @@ class Run(abc.ABC):
         steps_per_epoch = max(1, len(self.source) // batch_size)
         checkpoint_every = training.checkpoint_every_steps or steps_per_epoch * config.experiment.save_ckpt_freq
         validate_every = training.validate_every_steps or steps_per_epoch * config.experiment.test_freq
-        fingerprint = self.source.fingerprint()
+        fingerprint = f"{len(self.source):,} samples, {self.source.fingerprint()}"
         too_large = "a step does not fit into the memory of the devices; lower experiment.local_batch_size"
         with Checkpoints(self.out / "checkpoints", keep=training.keep_checkpoints, fingerprint=fingerprint) as saved:
             # ---- resume
@@ -243,8 +269,9 @@ class Run(abc.ABC):
                 self.loader.set_state(restored.data_state["loader"])
                 del restored
 
-            if done == self.max_steps and (self.out / SUMMARY_FILE).exists():
+            if done and self._ended_at() == done:
                 return True
+            self._end_asked = False
 
             def save(step: int, valid_loss: float | None) -> None:
                 data_state = {"loader": {"next_index": step * batch_size}, "base": base_fingerprint}
@@ -256,14 +283,20 @@ class Run(abc.ABC):
                 Monitor(self.out, self.flops_per_sample, batch_size, done, self.max_steps) as monitor,
                 device_memory(too_large),
             ):
+                devices = self.mesh.devices
+                monitor.log(f"{self.origin}{devices.size} x {devices.flat[0].device_kind}, {self.dtype_name}")
                 monitor.log(memory_line(self.memory(state)))
                 tokenizer = self.tokenizer if isinstance(self.tokenizer, TextTokenizer) else None
                 for line in describe(self.source, tokenizer, max_captions=MAX_CAPTIONS):
                     monitor.log(line)
                 if self.valid_source is not None:
                     monitor.log(f"validation: {self.valid_source.report}")
+                for note in self.notes:
+                    monitor.log(f"note: {note}")
                 monitor.log(f"{self.max_steps} steps of {batch_size}")
                 self.preview_data()
+                without_gain = 0  # validations since the lowest loss
+                lowest = (math.inf, done)  # validation loss and its step, since the start of this process
                 unlogged: list[Any] = []  # metrics of a step are fetched while the next one runs
                 while done < self.max_steps:
                     rows = next(self.loader)
@@ -272,7 +305,8 @@ class Run(abc.ABC):
                     samples = _gathered(rows["sample"]).T.reshape(-1)  # process p has rows p, p + P, ... of the batch
                     unlogged.append((done, metrics, samples))
                     valid_loss = None
-                    last, stopping = done == self.max_steps, _any_process(stop.requested)
+                    last = done == self.max_steps or _any_process(self._end_asked)
+                    stopping = _any_process(stop.requested)
                     validating = self.valid_source is not None and (last or done % validate_every == 0)
                     sampling = training.sample_every_steps and (last or done % training.sample_every_steps == 0)
                     saving = last or stopping or done % checkpoint_every == 0
@@ -281,7 +315,13 @@ class Run(abc.ABC):
                     if validating:
                         valid_metrics = self.validate(state)
                         valid_loss = valid_metrics["loss"]
-                        monitor.log_metrics(done, valid_metrics, "valid")
+                        self._end_asked |= self._tell(monitor.log_metrics(done, valid_metrics, "valid"))
+                        without_gain += 1
+                        if valid_loss < lowest[0]:
+                            lowest, without_gain = (valid_loss, done), 0
+                        self._end_asked |= 0 < training.early_stopping <= without_gain
+                        best = f"the best so far is {lowest[0]:.4f} of step {lowest[1]}"
+                        monitor.log(f"step {done}: validation loss {valid_loss:.4f}; {best}")
                     if sampling:
                         self.preview_samples(state, done)
                     if saving:
@@ -292,6 +332,8 @@ class Run(abc.ABC):
                             f"export-checkpoint {self.out} DIR makes a model of it"
                         )
                         return False
+                    if last:
+                        break
 
             # ---- the result
             saved.wait()
@@ -300,7 +342,7 @@ class Run(abc.ABC):
                 del state
                 state = saved.restore(target, step=best, ignore_fingerprint=True).state
         self.write_result(state)
-        self._write_summary(best, time.perf_counter() - start_s)
+        self._write_summary(done, best, time.perf_counter() - start_s)
         multihost_utils.sync_global_devices("written")  # no process returns before the model is written
         return True
 
@@ -312,27 +354,37 @@ class Run(abc.ABC):
             monitor.log(f"step {step} was skipped: its loss or gradient is not finite")
         crc = zlib.crc32(np.ascontiguousarray(samples).tobytes())
         bad_images = int(_gathered(np.array(self.loader.counts["bad_images"])).sum())
-        monitor.log_metrics(
-            step, values | {"samples_crc32": crc, "skipped": int(skipped > 0), "bad_images": bad_images}
-        )
+        line = values | {"samples_crc32": crc, "skipped": int(skipped > 0), "bad_images": bad_images}
+        self._end_asked |= self._tell(monitor.log_metrics(step, line))
         if skipped >= MAX_SKIPPED:
             raise NonFiniteError(
                 f"{MAX_SKIPPED} steps in a row without a finite loss, the last at step {step}: lower "
                 f"optimizer.base_lr ({self._config.optimizer.base_lr}), or look at the data"
             )
 
-    def _write_summary(self, best: int, seconds: float) -> None:
+    def _ended_at(self) -> int | None:
+        """Returns the step at which the run in the folder ended; None if it did not end."""
+        try:
+            return json.loads((self.out / SUMMARY_FILE).read_text(encoding="utf-8"))["updates"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _tell(self, line: dict[str, Any]) -> bool:
+        """Calls all callbacks; returns whether one of them wants the run to end."""
+        return any([callback(dict(line)) is True for callback in self.callbacks])
+
+    def _write_summary(self, done: int, best: int, seconds: float) -> None:
         if jax.process_index() != 0:
             return
-        lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = read_metrics(self.out / "metrics.jsonl")
         train, valid = ([line for line in lines if line["kind"] == kind] for kind in ("train", "valid"))
         summary = {
-            "updates": self.max_steps,
-            "skipped_updates": sum(line["skipped"] for line in train),
-            "images": self.max_steps * self._config.experiment.total_batch_size,
-            "first_loss": train[0]["loss"],
-            "last_loss": train[-1]["loss"],
-            "validation_loss": valid[-1]["loss"] if valid else None,
+            "updates": done,
+            "skipped_updates": sum(line.get("skipped", 0) for line in train),
+            "images": done * self._config.experiment.total_batch_size,
+            "first_loss": train[0].get("loss") if train else None,
+            "last_loss": train[-1].get("loss") if train else None,
+            "validation_loss": valid[-1].get("loss") if valid else None,
             "step_of_the_model": best,
             "seconds_since_the_last_start": round(seconds, 1),
             "devices": len(training_devices()),

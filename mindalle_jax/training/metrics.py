@@ -81,8 +81,8 @@ class Monitor:
         if self._board is not None:
             self._board.close()
 
-    def log_metrics(self, step: int, metrics: dict[str, Any], kind: str = "train") -> None:
-        """Writes the metrics of the training step `step`, or of the validation after it."""
+    def log_metrics(self, step: int, metrics: dict[str, Any], kind: str = "train") -> dict[str, Any]:
+        """Writes the metrics of the training step `step`, or of the validation after it; returns the complete line."""
         if kind == "train":
             now = time.perf_counter()
             rate = (step - self._since_step) * self._batch_size / max(now - self._since, 1e-9)
@@ -93,16 +93,18 @@ class Monitor:
             shown = {"loss": f"{metrics['loss']:.4f}", "lr": f"{metrics['learning_rate']:.2e}", "img/s": f"{rate:.3g}"}
             self._bar.set_postfix(shown | ({"MFU": f"{metrics['mfu']:.1%}"} if self._peak else {}))
             self._bar.update(step - self._bar.n)
-        if not self.is_first:
-            return
         # JSON has no NaN.
-        line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, "kind": kind, **line}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        line = {"step": step, "kind": kind, **finite}
+        if not self.is_first:
+            return line
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in metrics.items():
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(f"{kind}/{name}", value, step)
+        return line
 
     def log(self, line: str) -> None:
         """Writes a line to stderr, above the bar. Only results go to stdout."""
@@ -129,13 +131,20 @@ def _drop_later_lines(path: Path, last_step: int) -> None:
     """Removes the lines after the step that a run resumes from; a killed run may have written some."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue  # cut off by the kill
     partial = path.with_suffix(".partial")
+    kept = [json.dumps(line) for line in read_metrics(path) if line["step"] <= last_step]
     partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     os.replace(partial, path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics.jsonl. It leaves out lines that a kill has cut off or a disk has damaged."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+            if type(line["step"]) is int and line["kind"] in ("train", "valid"):
+                lines.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return lines

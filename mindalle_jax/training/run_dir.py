@@ -26,11 +26,13 @@ LOCK = ".lock"
 START = "start"
 """Folder with the model that a transfer or a run from scratch starts from."""
 # Fields that may change when a run resumes, because they have no effect on what is learned.
+# Places are among them: checkpoints hold fingerprints of the data and of the model to start from, wherever these lie.
 FREE_FIELDS = (
+    "data.train", "data.valid", "training.init_from", "training.vqgan", "training.tokenizer",
     "data.threads", "experiment.local_batch_size", "experiment.valid_batch_size", "experiment.save_ckpt_freq",
     "experiment.test_freq", "training.keep_checkpoints", "training.checkpoint_every_steps",
-    "training.validate_every_steps", "training.sample_every_steps", "training.sample_prompts", "training.remat",
-    "training.flash_attention", "sharding",
+    "training.validate_every_steps", "training.early_stopping", "training.sample_every_steps",
+    "training.sample_prompts", "training.remat", "training.flash_attention", "sharding",
 )  # fmt: skip
 
 

@@ -83,11 +83,21 @@ def test_class_folders(tmp_path):
     assert str(source.report) == "3 samples; left out: 1 without a label (first: 'stray.jpg')"
 
 
-def test_more_classes_than_the_model_has(tmp_path):
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_another_number_of_classes_than_the_model_has(tmp_path, num_classes):
     fill(tmp_path, a__a_jpg=None, b__b_jpg=None)
-    message = r"'b/b.jpg' has the label 1, but the model has 1 classes; labels start at 0: set stage2.hparams.n_classes"
+    message = f"has 2 classes, but the model has {num_classes}; set stage2.hparams.n_classes=2, or choose other data"
     with pytest.raises(DataError, match=message):
-        open_source(tmp_path, "class", num_classes=1)
+        open_source(tmp_path, "class", num_classes=num_classes)
+
+
+def test_a_label_that_the_model_does_not_have(tmp_path):
+    """Numbers without names may be fewer than the classes, and not more."""
+    fill(tmp_path, metadata_csv="file_name,label\na.jpg,0\nb.jpg,5\n", a_jpg=None, b_jpg=None)
+    assert len(open_source(tmp_path, "class", num_classes=6)) == 2
+    message = r"'b.jpg' has the label 5, but the model has 5 classes; labels start at 0: set stage2.hparams.n_classes"
+    with pytest.raises(DataError, match=message):
+        open_source(tmp_path, "class", num_classes=5)
 
 
 def test_validation_folders_get_the_labels_of_training(tmp_path):

@@ -122,3 +122,43 @@ def test_other_folders(overfitted, tmp_path, tiny_model_folder, capsys):
         export_checkpoint(tmp_path, tmp_path / "model")
     assert cli.main(["export-checkpoint", str(overfitted), str(tmp_path / "model"), "--step", "newest"]) == 2
     assert "--step must be last, best or the number of a step, not 'newest'" in capsys.readouterr().err
+
+
+def test_the_card_of_a_run_is_its_own(overfitted, train):
+    """A fine-tuned demo kept demo's card, which says that it knows no other words."""
+    card = (overfitted / "README.md").read_text(encoding="utf-8")
+    step = json.loads((overfitted / "summary.json").read_text())["step_of_the_model"]
+    loss = {line["step"]: line["loss"] for line in metrics(overfitted, "valid")}[step]
+    assert "This model was fine-tuned from `tiny` by mindalle-jax" in card and "base_model: tiny\n" in card
+    lines = [f"- Steps: {step} of 8 images\n", "- Data: 16 images, fingerprint ", "- Trained: all weights\n",
+             f"- Validation loss: {loss:.4f} nats\n", "License of the weights: that of the base model"]  # fmt: skip
+    assert [line for line in lines if line not in card] == []
+    assert "{" not in card and "/home" not in card and str(overfitted.parent) not in card
+
+
+def test_what_is_said_while_it_runs(train, capsys):
+    run = train("told", optimizer={"max_steps": 10})
+    err = capsys.readouterr().err
+    losses = {line["step"]: line["loss"] for line in metrics(run, "valid")}
+    assert "from tiny; 8 x cpu, float32\n" in err and "validation: 16 samples\n" in err
+    best = min(losses, key=losses.__getitem__)
+    assert f"step 5: validation loss {losses[5]:.4f}; the best so far is {losses[5]:.4f} of step 5\n" in err
+    assert f"step 10: validation loss {losses[10]:.4f}; the best so far is {losses[best]:.4f} of step {best}\n" in err
+
+
+@pytest.mark.parametrize(
+    ("training", "text"),
+    [
+        (
+            {"sample_prompts": ["the cat"]},
+            "note: training.sample_prompts are not sampled: set training.sample_every_steps",
+        ),
+        (
+            {"sample_every_steps": 5},
+            "note: training.sample_every_steps does nothing without training.sample_prompts",
+        ),
+    ],
+)
+def test_previews_that_would_not_come_are_told(train, capsys, training, text):
+    train(next(iter(training)), optimizer={"max_steps": 5}, data={"valid": None}, training=training)
+    assert text in capsys.readouterr().err

@@ -271,9 +271,21 @@ def test_a_data_set_that_changed_is_refused_unless_told(finetune, begun, tmp_pat
 
     code, _, err = finetune(changed, out)
     assert code == 4 and "the data set has changed since this checkpoint" in message(err)
+    assert "'12 samples, " in message(err) and "'13 samples, " in message(err)
     assert "bring the old data back, or resume with --ignore-fingerprint" in message(err)
     assert not (out / "manifest.json").exists()
     assert finetune(changed, out, "--ignore-fingerprint")[0] == 0
+    assert [line["step"] for line in metrics(out)] == [1, 2]
+
+
+def test_data_and_model_may_have_moved(finetune, begun, tmp_path, tiny_model_folder):
+    """They are held by their content: the run resumes with the same samples and weights from another place."""
+    config, out = begun
+    data = yaml.safe_load(config.read_text())["data"]["train"]
+    shutil.copytree(data, tmp_path / "elsewhere")
+    shutil.copytree(tiny_model_folder, tmp_path / "model")
+    moved = (f"data.train={tmp_path / 'elsewhere'}", f"training.init_from={tmp_path / 'model'}")
+    assert finetune(config, out, *moved)[0] == 0
     assert [line["step"] for line in metrics(out)] == [1, 2]
 
 

@@ -5,11 +5,12 @@ import math
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mindalle_jax.config.schema import Config
 from mindalle_jax.runtime.sharding import make_mesh
-from mindalle_jax.training.metrics import Monitor, flops_per_sequence, memory_line
+from mindalle_jax.training.metrics import Monitor, flops_per_sequence, memory_line, read_metrics
 
 
 def line(step: int, **more) -> dict:
@@ -42,6 +43,25 @@ def test_a_resumed_run_replaces_the_lines_after_its_checkpoint(tmp_path):
     assert [(each["step"], each["kind"], "again" in each) for each in lines(tmp_path)] == [
         (1, "train", False), (2, "train", False), (3, "train", False), (3, "valid", False), (4, "train", True),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\xff", b'{"step": 2, "lo', b"null", b"[1]", b'{"step": "2", "kind": "train"}', b'{"kind": "train"}']
+)
+def test_a_damaged_line_costs_that_line_alone(tmp_path, damage):
+    """A flipped byte on the disk must not keep a run from resuming."""
+    with Monitor(tmp_path, 0.0, 8, 0, 9) as monitor:
+        for step in (1, 2, 3):
+            monitor.log_metrics(step, line(step))
+    path = tmp_path / "metrics.jsonl"
+    first, second, third = path.read_bytes().splitlines()
+    path.write_bytes(
+        b"\n".join([first, damage if len(damage) > 1 else second.replace(b"step", b"st\xffp"), third, b""])
+    )
+    assert [found["step"] for found in read_metrics(path)] == [1, 3]
+    with Monitor(tmp_path, 0.0, 8, 3, 9):
+        pass
+    assert [found["step"] for found in lines(tmp_path)] == [1, 3]
 
 
 def test_lines_go_to_stderr(tmp_path, capsys):
