@@ -312,7 +312,7 @@ class Model:
 
     @cached_property
     def _fingerprint(self) -> str:
-        """The fingerprint of the weights as they are held."""
+        """Fingerprint of the weights as they are held."""
         held: Any = {"stage1": self._codec.params, "stage2": self._stage2}
         with pinned():
             return fingerprint({stage: describe_params(held[stage], stage, self.config) for stage in held})
@@ -322,7 +322,7 @@ class Model:
         return Networks(self._transformer, self._stage2, self._codec, self.mesh)
 
     def _with_ranker(self, options: SamplingOptions) -> SamplingOptions:
-        """Checked options with the object that ranks in place of its name. A name is loaded once."""
+        """Returns the options with the ranker itself instead of its name. A name is loaded once."""
         ranker = options.ranker
         own = None if self.folder is None else self.folder / RANKER
         if ranker == "auto":

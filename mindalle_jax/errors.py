@@ -62,17 +62,17 @@ class DataError(MindalleError, ValueError):
 
 
 def printable(text: str) -> str:
-    """The text for a terminal, to which control characters are commands; lines stay."""
+    """Returns the text without control characters, which are commands to a terminal; lines stay."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong in one line; other people's errors have many."""
+    """Returns an error in one line; errors of libraries have many."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """The end of a message, "; did you mean NAME?", for a name that begins so or is near; "" if there is none."""
+    """Returns the end of a message, "; did you mean NAME?", for a near name or one with this beginning; else ""."""
     lower = {other.lower(): other for other in names}
     near = [other for other in lower if len(name) > 3 and other.startswith(name.lower())]
     near += difflib.get_close_matches(name.lower(), lower, n=1)
@@ -80,7 +80,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 def install_hint(extra: str) -> str:
-    """The command that installs what an extra of this package names, for people who have the package."""
+    """Returns the command that installs the packages of an extra, for people who have this package."""
     from importlib import metadata  # a tenth of the time that `mindalle --help` takes
 
     try:
@@ -92,7 +92,7 @@ def install_hint(extra: str) -> str:
 
 
 def warn(message: str) -> None:
-    """Warns (UserWarning) at the line outside this package that led here, which is the one that can be changed."""
+    """Warns (UserWarning) at the line outside this package that led here: the line that the user can change."""
     level, frame = 1, sys._getframe()
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]:
         level, frame = level + 1, frame.f_back

@@ -178,7 +178,7 @@ class Studio(widgets.VBox):
         return widgets.HBox([widgets.VBox(column) for column in columns], layout=WRAPPED)
 
     def _make_tabs(self) -> Any:
-        """The settings, and what can be done with a result or with an image of one's own."""
+        """Makes the tabs: the settings, and what can be done with a result or with an uploaded image."""
         side = self.model.code_size
         self.rank = widgets.IntSlider(1, min=1, max=1, description="image", **NARROW)
         self.vary_button = widgets.Button(description="Vary")
@@ -256,7 +256,7 @@ class Studio(widgets.VBox):
             self.status.value = summary
 
     def _options(self) -> SamplingKeywords:
-        """The options that the controls say. Raises UsageError for what is no number."""
+        """Returns the options from the controls. Raises UsageError for a text that is no number."""
         ranker = self.ranker.value
         if ranker == "CLIP model":
             ranker = self.clip.value.strip()
@@ -335,7 +335,7 @@ class Studio(widgets.VBox):
         self._refresh()
 
     def _refresh(self) -> None:
-        """Sets what the other controls depend on: whether it samples, the result, the upload, the ranker."""
+        """Enables and fills the controls by the state: sampling or not, result, upload, ranker."""
         running = self._running.locked()
         self.generate_button.disabled, self.stop_button.disabled = running, not running
         self.vary_button.disabled = self.save_button.disabled = running or self.result is None
@@ -353,7 +353,7 @@ class Studio(widgets.VBox):
 
     @contextlib.contextmanager
     def _errors_shown(self) -> Iterator[None]:
-        """Errors become a line under the buttons; those from before go."""
+        """Shows errors as a line under the buttons, and removes earlier ones."""
         self.messages.value = ""
         try:
             yield
@@ -364,7 +364,7 @@ class Studio(widgets.VBox):
 
     @contextlib.contextmanager
     def _warnings_shown(self) -> Iterator[None]:
-        """Warnings of this thread become lines under the buttons."""
+        """Shows warnings of this thread as lines under the buttons."""
         thread, elsewhere = threading.get_ident(), warnings.showwarning
 
         def showwarning(message: Any, *where: Any, **more: Any) -> None:

@@ -23,7 +23,7 @@ class AnyFile(Protocol):
     """A dataclass whose fields are the sections of a file."""
 
     def check(self) -> None:
-        """Raises ConfigError for values that go together in no file."""
+        """Raises ConfigError for values that do not go together."""
         ...
 
 
@@ -52,12 +52,12 @@ def load_config(
 
 
 def load_section(path: str | os.PathLike[str], overrides: Iterable[str], name: str, kind: type[Section]) -> Section:
-    """One section of the file, where the other sections cannot be read yet; otherwise as load_config."""
+    """Returns one section of the file, when the other sections cannot be read yet; otherwise as load_config."""
     return ConfigFile(path, overrides).section(name, kind)
 
 
 class ConfigFile:
-    """A config.yaml that is read once, and from which sections and whole configurations are made."""
+    """A config.yaml that is read once. Sections and complete configurations are made from it."""
 
     def __init__(self, path: str | os.PathLike[str], overrides: Iterable[str] = ()):
         """Raises ConfigError for a file that cannot be read or is not YAML."""
@@ -66,7 +66,7 @@ class ConfigFile:
             self._tree = _parse_yaml(_read(path))
 
     def config(self, kind: type[AnyConfig] = Config, defaults: Config | None = None) -> AnyConfig:
-        """The configuration; arguments and errors as load_config."""
+        """Returns the configuration; arguments and errors as load_config."""
         with _naming(self.path, self.overrides):
             return _build_config(self._tree, self.overrides, kind, defaults)
 
@@ -80,14 +80,14 @@ class ConfigFile:
             _build(kind, _overridden(self._tree, self.overrides), "")
 
     def model_config(self, defaults: Config) -> Config:
-        """The configuration of a model, from the file of a run too, whose other sections are left alone."""
+        """Returns the configuration of a model. In the file of a run it ignores the other sections."""
         with _naming(self.path):
             _check_mapping(self._tree, "the file")
             tree = {name: section for name, section in self._tree.items() if name not in RUN_SECTIONS}
             return _build_config(tree, self.overrides, Config, defaults)
 
     def section(self, name: str, kind: type[Section]) -> Section:
-        """One section; errors as load_config."""
+        """Returns one section; errors as load_config."""
         with _naming(self.path, self.overrides):
             tree = _overridden(self._tree, self.overrides)
             _check_mapping(tree, "the file")
@@ -112,7 +112,7 @@ def _build_config(tree: Any, overrides: Iterable[str], kind: type[AnyConfig], de
 
 
 def dump_config(config: Any, sections: Collection[str] | None = None) -> str:
-    """The text of a config.yaml that parse_config reads back to an equal Config. sections: None for all that it has.
+    """Returns the text of a config.yaml that parse_config reads back to an equal Config. sections: None for all.
 
     The one field that the original does not know is left out where it has the original's value.
     """
@@ -150,7 +150,7 @@ def _naming(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Iter
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text for want of a dot; people and the original's recipes mean the number."""
+    """Reads 1e-4 as a number, as people mean it. YAML 1.1 reads it as text, because it has no dot."""
 
 
 _Loader.add_implicit_resolver(
@@ -167,14 +167,14 @@ def _parse_yaml(text: str) -> Any:
 
 
 def _merged(under: Any, over: Any) -> Any:
-    """Two parsed files, the second on top of the first."""
+    """Returns two parsed files in one, the second on top of the first."""
     if not isinstance(under, dict) or not isinstance(over, dict):
         return over
     return under | {key: _merged(under[key], value) if key in under else value for key, value in over.items()}
 
 
 def _overridden(tree: Any, overrides: Iterable[str]) -> Any:
-    """A copy of the parsed file with the overrides applied."""
+    """Returns a copy of the parsed file with the overrides applied."""
     tree = copy.deepcopy(tree)
     for override in overrides:
         _apply_override(tree, override)
@@ -226,7 +226,7 @@ def _check_mapping(tree: Any, what: str) -> None:
 
 
 def _build(cls: type, tree: Any, path: str) -> Any:
-    """A dataclass from a parsed mapping; `path` is where in the file we are, with a trailing dot."""
+    """Makes a dataclass from a parsed mapping; `path` is its place in the file, with a trailing dot."""
     _check_mapping(tree, path.rstrip(".") or "the file")
     hints = typing.get_type_hints(cls)
     for key in tree:
@@ -277,7 +277,7 @@ def _typed(value: Any, hint: Any, path: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses and tuples as the dicts and lists that YAML knows."""
+    """Returns dataclasses and tuples as the dicts and lists that YAML knows."""
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return list(value) if isinstance(value, tuple) else value

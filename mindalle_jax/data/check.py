@@ -79,7 +79,7 @@ def _describe_classes(source: Source) -> str:
 
 
 class ImageCheck(NamedTuple):
-    """What reading all images of a data set gave."""
+    """The result of reading all images of a data set."""
 
     readable: int
     sizes: Counter[tuple[int, int]]

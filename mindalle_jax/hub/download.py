@@ -4,12 +4,12 @@ Under the cache folder, for the release `minDALL-E/1.3B`:
 
     minDALL-E/1.3B/               the result; it appears by one rename, when it is complete
     minDALL-E/1.3B.tar.gz         appears once length and MD5 agree; removed once it is unpacked, to save 5 GB
-    minDALL-E/1.3B.tar.gz.part    what an unfinished download has so far, with its .part.json; kept and continued
-    minDALL-E/1.3B.tar.gz.lock    held by the one process that works here; the file itself stays
+    minDALL-E/1.3B.tar.gz.part    the received part of an unfinished download, with its .part.json; a retry continues it
+    minDALL-E/1.3B.tar.gz.lock    held by the one process that downloads; the file itself stays
     minDALL-E/.1.3B.unpack-*      exists while unpacking
 
-MD5 is what the publisher gives. It shows damage and a wrong file; that nothing in the file can do harm is the business
-of `unpack` and of the reader of the weights.
+The publisher gives an MD5, which shows damage and a wrong file. `unpack` and the reader of the weights make sure that
+nothing in the file can do harm.
 """
 
 import contextlib
@@ -38,9 +38,9 @@ from mindalle_jax.runtime.cache import cache_dir
 from mindalle_jax.storage.files import check_free_disk, disk_errors, lock_file, reason, write_all
 
 TIMEOUT_S = 30.0
-"""For connecting, and for each wait for more bytes."""
+"""Limit for connecting, and for each wait for more bytes."""
 RETRY_DELAYS_S = (1.0, 4.0, 16.0)
-"""Pauses before the retries of a transient error. They start anew whenever the download got further than before."""
+"""Pauses before the retries of a transient error. They start anew whenever the download has made progress."""
 log = logging.getLogger(__name__)
 _sleep = time.sleep  # Tests replace it.
 
@@ -54,9 +54,9 @@ class Release:
     url: str
     md5: str
     download_bytes: int
-    """About; for the check of the free disk before the server has said it exactly."""
+    """Approximate size, for the check of the free disk before the server gives the exact one."""
     unpacked_bytes: int
-    """About, as above."""
+    """Approximate size, as above."""
 
     @property
     def root(self) -> str:
@@ -76,12 +76,11 @@ RELEASES = {
 
 
 def fetch_release(name: str, *, source: str | None = None, cache: Path | None = None) -> Path:
-    """Folder `cache/name` with config.yaml, tokenizer/, stage1_last.ckpt and stage2_last.ckpt; at once if it is there.
+    """Returns the folder `cache/name` with config.yaml, tokenizer/, stage1_last.ckpt and stage2_last.ckpt.
 
-    source: another http, https or file URL of the same archive, or a path to it; its MD5 must be the same. Such a file
-    is unpacked from where it lies and stays. An archive in the cache, also one put there by hand, is removed once it is
-    unpacked.
-    cache: default `cache_dir()`.
+    If the folder is not there, downloads and unpacks it. source: another http, https or file URL of the same archive,
+    or a path to it; its MD5 must be the same. Such a file is unpacked in its place and stays. An archive in the cache,
+    also one that a person put there, is removed after it is unpacked. cache: the default is `cache_dir()`.
 
     Raises UsageError (unknown name), DownloadError (unreachable, incomplete or the wrong file), OutputError (disk full
     or not writable, an incomplete folder in the way) and CheckpointError (the archive holds something else).
@@ -114,9 +113,9 @@ def fetch_release(name: str, *, source: str | None = None, cache: Path | None = 
 
 
 def download(url: str, path: Path, *, md5: str) -> None:
-    """Downloads `url` (http or https) to `path`, continuing what an earlier call left in `path`.part.
+    """Downloads `url` (http or https) to `path`. It continues `path`.part, which an earlier call may have left.
 
-    `path` appears only when length and MD5 (32 hex digits) agree; if it is there already it is only checked. Transient
+    `path` appears only when length and MD5 (32 hex digits) agree. If it is there already, it is only checked. Transient
     errors are retried. Raises DownloadError, whose message says what to do by hand, and OutputError (disk).
     """
     with _locked(path):
@@ -128,24 +127,24 @@ def download(url: str, path: Path, *, md5: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Entity:
-    """The file that a server said it sends; tells whether a later answer continues the same file."""
+    """The file that a server sends, by its headers. It shows whether a later answer continues the same file."""
 
     url: str
     validator: str
-    """Strong ETag, else Last-Modified, else empty."""
+    """The strong ETag, else Last-Modified, else empty."""
     length: int
-    """In bytes; -1 when the server did not say."""
+    """Length in bytes; -1 if the server did not give it."""
 
 
 class _Part:
-    """`path`.part, the bytes received so far with their MD5; `path`.part.json says which entity they begin."""
+    """The bytes received so far (`path`.part) with their MD5; `path`.part.json names their entity."""
 
     def __init__(self, path: Path, file: io.FileIO):
         self.path, self.note_path, self.file = _part_path(path), path.with_name(path.name + ".part.json"), file
         self.entity, self.size, self.md5 = _Entity("", "", -1), 0, _md5()
 
     def load(self) -> None:
-        """Takes over what an earlier process left, if it noted what that is."""
+        """Continues the file of an earlier process, if its note can be read."""
         try:
             note = json.loads(self.note_path.read_text())
             entity = _Entity(str(note["url"]), str(note["validator"]), int(note["length"]))
@@ -158,7 +157,7 @@ class _Part:
             self.start(self.entity)
 
     def start(self, entity: _Entity) -> None:
-        """Empties the file; what follows is the start of `entity`."""
+        """Empties the file, for the start of `entity`."""
         self.entity, self.size, self.md5 = entity, 0, _md5()
         with disk_errors(self.path):
             self.file.truncate(0)  # First the bytes, then the note: never a note about other bytes.
@@ -176,9 +175,9 @@ class _Part:
         return headers
 
     def is_continued_by(self, url: str, response: http.client.HTTPResponse) -> bool:
-        """Whether the answer starts at our end and goes to the end of the same file.
+        """Returns whether the answer starts at the end of our part and goes to the end of the same file.
 
-        From another URL the same length must do; the MD5 decides in the end.
+        For another URL, the same length is enough; the MD5 decides at the end.
         """
         got = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", "").strip())
         expected = (self.size, self.entity.length - 1, self.entity.length)
@@ -228,7 +227,7 @@ def _download(url: str, path: Path, md5: str) -> None:
 
 
 def _receive_with_retries(url: str, part: _Part, by_hand: str) -> None:
-    """Makes `part` complete. Raises DownloadError ending in `by_hand`, and keeps what there is."""
+    """Makes `part` complete, with retries. Raises DownloadError that ends in `by_hand`; the received part stays."""
     delays, furthest = list(RETRY_DELAYS_S), part.size
     while True:
         try:
@@ -246,7 +245,7 @@ def _receive_with_retries(url: str, part: _Part, by_hand: str) -> None:
 
 
 def _receive(url: str, part: _Part) -> None:
-    """One attempt: connects, and appends until the length that the server gave, or until it closes."""
+    """Makes one attempt: connects, and appends until the length that the server gave, or until it closes."""
     if part.size and part.size == part.entity.length:
         return
     with _connect(url, part) as response:
@@ -264,7 +263,7 @@ def _receive(url: str, part: _Part) -> None:
 
 
 def _connect(url: str, part: _Part) -> http.client.HTTPResponse:
-    """An answer whose body continues `part`; where the server will not continue, `part` is emptied first."""
+    """Returns an answer whose body continues `part`. If the server will not continue, empties `part` first."""
     response = None
     if part.size:
         try:
@@ -288,13 +287,13 @@ def _connect(url: str, part: _Part) -> http.client.HTTPResponse:
 
 
 def _validator(response: http.client.HTTPResponse) -> str:
-    """The value that If-Range may carry: a strong ETag or a date."""
+    """Returns the value for If-Range: a strong ETag or a date."""
     etag = response.headers.get("ETag", "")
     return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Only to http and https, and not from https to http."""
+    """Follows redirects to http and https, and none from https to http."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         if urllib.parse.urlsplit(newurl).scheme not in ("https", req.type):
@@ -320,7 +319,7 @@ def _request(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
 
 
 def _is_transient(error: Exception) -> bool:
-    """Whether trying again soon may help: not when there is no network, no such host or no such file."""
+    """Returns whether another try may help soon. It does not without a network, host or file."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code >= 500 or error.code in (408, 429)
     reason = getattr(error, "reason", error)

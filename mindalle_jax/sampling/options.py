@@ -287,7 +287,7 @@ def takes_options(method: Method) -> Method:
 
 
 def as_prompts(prompt: Any) -> tuple[str, ...]:
-    """The prompts of a text, or of a sequence of texts. Raises UsageError for anything else."""
+    """Returns the prompts of a text or a sequence of texts. Raises UsageError for anything else."""
     if isinstance(prompt, str):
         return (prompt,)
     if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)) or isinstance(prompt, np.ndarray):
@@ -296,7 +296,7 @@ def as_prompts(prompt: Any) -> tuple[str, ...]:
 
 
 def class_prefix(config: Stage2Config, labels: Any, rows: int) -> np.ndarray:
-    """Prefix ids int32[rows, 1] of the image-only model: labels int[rows], None for an unconditional one.
+    """Returns prefix ids int32[rows, 1] of the image-only model. labels: int[rows]; None for an unconditional one.
 
     Raises UsageError for labels that the model does not know, or does not take.
     """
@@ -317,7 +317,7 @@ def class_prefix(config: Stage2Config, labels: Any, rows: int) -> np.ndarray:
 
 
 def default_batch_size(rows: int, backend: str, *, small: bool) -> int:
-    """Rows per device per compiled call: a function of these three alone, so that images do not depend on more.
+    """Returns the rows per device and compiled call. It depends on these three alone, and so do images.
 
     rows: how many are sampled. A power of two up to 16 on CPU; half of that for a small network, which has one device
     per core there. Elsewhere a power of two up to 32, and from there the multiple of 32 up to 128 that fits, because
@@ -389,7 +389,7 @@ def check_ids(ids: np.ndarray, limit: int, what: str) -> None:
 
 
 def as_array(value: Any, what: str) -> np.ndarray:
-    """A NumPy array of an array, a PIL image or nested lists of numbers. Raises UsageError for anything else."""
+    """Makes a NumPy array of an array, a PIL image or lists of numbers. Raises UsageError for anything else."""
     remedy = "open it first (PIL.Image.open)" if isinstance(value, (str, bytes, Path)) else "give an array"
     try:
         array = np.asarray(value)

@@ -244,7 +244,7 @@ class Generation:
         return paths
 
     def _ranked(self, best: int | None) -> list[list[dict[str, Any]]]:
-        """For each prompt what is said of its images, best first: seed, candidate; if ranked, rank from 1 and score."""
+        """Returns one entry per image, best first, for each prompt: seed, candidate; if ranked, rank from 1 and score."""
         n = self.seeds.shape[-1]
         if best is not None and (not isinstance(best, numbers.Integral) or isinstance(best, bool) or best < 1):
             raise UsageError(f"best must be an integer of at least 1, not {best!r}")
@@ -282,7 +282,7 @@ def _caption(entry: dict[str, Any]) -> str:
 
 
 def _images_of_before(folder: Path) -> list[Path]:
-    """The images in a folder that the meta.json there names: they have scores in their names, and would stay."""
+    """Returns the images that meta.json in a folder names. Their names have scores, so new files do not replace them."""
     try:
         tree = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         names = [entry["file"] for entry in tree["pictures"]]
@@ -292,7 +292,7 @@ def _images_of_before(folder: Path) -> list[Path]:
 
 
 def _short(score: float | None) -> str:
-    """Cosines with four decimals, log-likelihoods of hundreds with one."""
+    """Returns a score as text: cosines with four decimals, log-likelihoods with one."""
     if score is None:
         return "nan"
     return f"{score:.4f}" if abs(score) < 10 else f"{score:.1f}"
