@@ -244,7 +244,7 @@ class Generation:
         return paths
 
     def _ranked(self, best: int | None) -> list[list[dict[str, Any]]]:
-        """Returns one entry per image, best first, for each prompt: seed, candidate; if ranked, rank from 1 and score."""
+        """Returns an entry per image, best first, for each prompt: seed, candidate; if ranked, rank and score."""
         n = self.seeds.shape[-1]
         if best is not None and (not isinstance(best, numbers.Integral) or isinstance(best, bool) or best < 1):
             raise UsageError(f"best must be an integer of at least 1, not {best!r}")
@@ -282,7 +282,7 @@ def _caption(entry: dict[str, Any]) -> str:
 
 
 def _images_of_before(folder: Path) -> list[Path]:
-    """Returns the images that meta.json in a folder names. Their names have scores, so new files do not replace them."""
+    """Returns the images that meta.json in a folder names. New files have other scores and do not replace them."""
     try:
         tree = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         names = [entry["file"] for entry in tree["pictures"]]
