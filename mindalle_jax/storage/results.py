@@ -43,8 +43,9 @@ def write_model(
     caption_dropout: entry of the manifest (see read_manifest); None leaves it out. captions: captions of the training;
     their words are added to the tokenizer's list of words, if it has one.
 
-    The manifest is replaced last. So a folder with an old model holds either the old or the new one. Raises
-    OutputError if the disk is too small, and CheckpointError for a damaged base.
+    The old manifest is removed before the new weights are there, and the new one appears last. So a folder never has a
+    manifest of other weights: after a kill it holds a model, or a run that its command resumes. Raises OutputError if
+    the disk is too small, and CheckpointError for a damaged base.
     """
     shapes = leaf_shapes(config, "stage2")
     stage1_bytes = (base / "stage1.safetensors").stat().st_size
@@ -103,5 +104,6 @@ def _replace(folder: Path, name: str, tensors: dict[str, Any], about: dict[str, 
         indent=1,
     )
     (folder / f"{weights.MANIFEST}.partial").write_text(text, encoding="utf-8")
+    (folder / weights.MANIFEST).unlink(missing_ok=True)
     os.replace(folder / f"{name}.partial", folder / name)
     os.replace(folder / f"{weights.MANIFEST}.partial", folder / weights.MANIFEST)

@@ -271,7 +271,7 @@ class Run(abc.ABC):
 
             if done and self._ended_at() == done:
                 return True
-            self._end_asked = False
+            self._end_asked = stopped = False
 
             def save(step: int, valid_loss: float | None) -> None:
                 data_state = {"loader": {"next_index": step * batch_size}, "base": base_fingerprint}
@@ -328,23 +328,24 @@ class Run(abc.ABC):
                         save(done, valid_loss)
                     if stopping and not last:
                         monitor.log(
-                            f"stopped after step {done}; the same command resumes from there, and mindalle "
-                            f"export-checkpoint {self.out} DIR makes a model of it"
+                            f"stopped after step {done}; the same command resumes from there. Until then the folder "
+                            "holds the model of its best checkpoint, or of this step"
                         )
-                        return False
-                    if last:
+                        stopped = True
+                    if last or stopped:
                         break
 
             # ---- the result
             saved.wait()
             best = (saved.best_step() if self.result_is_best else None) or done
             if best != done:
-                del state
+                del state  # so that it is not in memory twice
                 state = saved.restore(target, step=best, ignore_fingerprint=True).state
         self.write_result(state)
-        self._write_summary(done, best, time.perf_counter() - start_s)
+        if not stopped:
+            self._write_summary(done, best, time.perf_counter() - start_s)
         multihost_utils.sync_global_devices("written")  # no process returns before the model is written
-        return True
+        return not stopped
 
     def _log(self, monitor: Monitor, step: int, metrics: Metrics, samples: np.ndarray) -> None:
         """Logs the metrics of a step. Raises NonFiniteError after MAX_SKIPPED steps in a row without a finite loss."""

@@ -1,6 +1,9 @@
 """`finetune` from Python: the same bits as the command, data in memory, callbacks, and the loop by hand."""
 
 import json
+import os
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -8,8 +11,9 @@ from PIL import Image
 from training_runs import metrics, weights_crc32, write_config, write_pictures
 
 from mindalle_jax import Dalle, cli, finetune
-from mindalle_jax.errors import ConfigError, DataError
+from mindalle_jax.errors import CheckpointError, ConfigError, DataError, UsageError
 from mindalle_jax.runtime.devices import pinned
+from mindalle_jax.storage import results
 from mindalle_jax.training.finetune import FinetuneRun, read_finetune
 
 STEPS = {"max_steps": 6, "base_lr": 1e-3}
@@ -76,6 +80,47 @@ def test_early_stopping(config, photos, tmp_path):
     losses = {line["step"]: line["loss"] for line in metrics(tmp_path / "run", "valid")}
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["updates"] < 40 and summary["step_of_the_model"] == min(losses, key=losses.__getitem__)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_stopped_run_leaves_a_model_and_resumes(config, photos, by_command, tmp_path, number):
+    """The model is there without being asked for; the end of the run has the same bits."""
+    out = tmp_path / "run"
+
+    def stop(line):
+        if line["step"] == 3:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(UsageError, match="the run was stopped by a signal; call finetune again to resume it"):
+        finetune(config, data=photos, out=out, callbacks=[stop])
+    assert not (out / "summary.json").exists() and len(metrics(out)) < 6
+    assert Dalle.from_pretrained(out).generate("the cat", num_candidates=1).images.shape[0] == 1
+    finetune(config, data=photos, out=out)
+    assert weights_crc32(out) == weights_crc32(by_command) and len(metrics(out)) == 6
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "stage2.safetensors"])
+def test_a_kill_while_the_result_is_written_is_mended(config, photos, by_command, tmp_path, monkeypatch, name):
+    """No manifest is left beside other weights, and the same call writes the result again."""
+    out, replace = tmp_path / "run", os.replace
+
+    def die(source, target):
+        if str(target) == str(out / name):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    shutil.copytree(by_command, out)
+    (out / "summary.json").unlink()
+    monkeypatch.setattr(results.os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config, data=photos, out=out)
+    monkeypatch.undo()
+    with pytest.raises(
+        CheckpointError, match="a training run that is not complete; the command that started it resumes"
+    ):
+        Dalle.from_pretrained(out)
+    finetune(config, data=photos, out=out)
+    assert weights_crc32(out) == weights_crc32(by_command)
 
 
 def test_the_loop_by_hand(config, photos, by_command, tmp_path):

@@ -27,6 +27,7 @@ def test_the_prompts_are_all_different_and_of_all_styles_and_grounds():
     assert {g for prompt in hero.PROMPTS for g in GROUNDS if prompt.endswith(f" on {g}")} == {"sky", "sand", "grey"}
 
 
+@pytest.mark.slow
 def test_the_sheet_has_the_best_of_each_prompt(demo):
     best = hero.sample_best(demo, PROMPTS, best_of=2)
     found = demo.generate(list(PROMPTS), num_candidates=2, seed=hero.SEED, mixed_batches=True)
