@@ -141,6 +141,7 @@ def pack_model(
         shutil.rmtree(folder)
     with tempfile.TemporaryDirectory(dir=folder.parent) as sharpened:
         write_sharpened(transformer, Path(sharpened), sharpness)
+        (Path(sharpened) / "README.md").unlink(missing_ok=True)  # the card of the run would mark the folder as packed
         copy_model(sharpened, folder, dtype="float16")
     ClipRanker.from_pretrained(clip, dtype="float32").save_pretrained(folder / RANKER, dtype="float16")
     shutil.copyfile(CONFIGS.parent / "LICENSE", folder / "LICENSE")

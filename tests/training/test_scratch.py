@@ -186,7 +186,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(FinetuneRun, "make_batch", stop_and_make_batch)
         assert cli.main(["finetune", "--config", str(config), "--out", str(out)]) == 130
-    assert not (out / "manifest.json").exists() and [line["step"] for line in metrics(out)] == [1]
+    assert not (out / "summary.json").exists() and [line["step"] for line in metrics(out)] == [1]
     finetuned(config, out)
     assert weights_crc32(out) == weights_crc32(straight)
     expected, found = checkpoint_arrays(straight), checkpoint_arrays(out)
