@@ -153,7 +153,9 @@ def add_results(world: World) -> None:
     world.command("mindalle train-tokenizer photos --out tokenizer --vocab-size 8192 --kind mindalle", folder)
     world.command("mindalle train-tokenizer photos --out clip-tokenizer --vocab-size 8192 --kind clip", folder)
     world.command(
-        "mindalle finetune --config finetune-captions --out runs/cats data.train=photos training.lora.rank=2", folder
+        "mindalle finetune --config finetune-captions --out runs/cats data.train=photos data.valid=more-photos "
+        "training.lora.rank=2",
+        folder,
     )
     world.command("mindalle prepare-codes --model models/mindalle --data photos --out photos-codes", folder)
     world.command('mindalle sample "a cat" --model models/mindalle --out images -n 4 --ranker off', folder)
