@@ -40,7 +40,7 @@ from mindalle_jax.storage.weights import Stage, leaf_shapes, load_stacked, nest
 from mindalle_jax.text.tokenizer import TextTokenizer
 from mindalle_jax.training.config import FinetuneConfig
 from mindalle_jax.training.finetune import encode_batch, read_finetune
-from mindalle_jax.training.optimizer import count_steps, learning_rate, make_optimizer
+from mindalle_jax.training.optimizer import learning_rate, make_optimizer
 from mindalle_jax.training.run_dir import check_base, start_folder
 from mindalle_jax.training.step import Metrics, Terms, loss_sums, target_weights
 
@@ -103,12 +103,6 @@ def check(config: FinetuneConfig, num_devices: int) -> None:
     }
     if names := [name for name, value in asked.items() if value]:
         raise ConfigError(f"{', '.join(names)}: not in this script; use `mindalle finetune`, or turn them off")
-    rows = config.experiment.local_batch_size * num_devices
-    if config.experiment.total_batch_size % rows:
-        raise ConfigError(
-            f"experiment.total_batch_size {config.experiment.total_batch_size} must be a multiple of {rows}: "
-            f"local_batch_size {config.experiment.local_batch_size} on {num_devices} devices"
-        )
 
 
 def finetune(
@@ -134,6 +128,7 @@ def finetune(
     else:
         tokenizer = TextTokenizer(base / "tokenizer", config.dataset.context_length, config.stage2.vocab_size_txt)
     source = open_source(config.data.train, task, num_classes=config.stage2.hparams.n_classes, vqgan=vqgan_digest(base))
+    config.check_batches(len(source), len(devices), source.report)
     loader = Loader(
         source,
         batch_size=experiment.total_batch_size,
@@ -143,7 +138,7 @@ def finetune(
         tokenizer=tokenizer,
         threads=config.data.threads,
     )
-    max_steps = count_steps(config.optimizer.max_steps, len(source), experiment.total_batch_size, experiment.epochs)
+    max_steps = config.count_steps(len(source), experiment.total_batch_size)
 
     # ---- model and optimizer: float32 parameters; computation in bfloat16, and in float32 on CPU
     shapes = leaf_shapes(model_config, "stage2")

@@ -35,7 +35,7 @@ from pathlib import Path
 from mindalle_jax.errors import DownloadError, MindalleError, OutputError, UsageError
 from mindalle_jax.hub.unpack import CHUNK_BYTES, FILES, LARGER_CACHE, progress, unpack
 from mindalle_jax.runtime.cache import cache_dir
-from mindalle_jax.storage.files import check_free_disk, disk_errors, lock_file, reason, write_all
+from mindalle_jax.storage.files import check_free_disk, disk_errors, hold_lock, reason, write_all
 
 TIMEOUT_S = 30.0
 """Limit for connecting, and for each wait for more bytes."""
@@ -392,24 +392,12 @@ def _check_file(path: Path, md5: str) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds `path`.lock, which dies with the process, and says whom it waits for."""
-    lock_path = path.with_name(path.name + ".lock")
-    with disk_errors(lock_path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = io.FileIO(lock_path, "a+")
-    with lock:
-        try:
-            lock_file(lock, wait=False)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read(200).decode(errors="replace").strip() or "another process"
-            log.warning("waiting for %s, which is fetching %s", holder, path)
-            lock_file(lock, wait=True)
-        except OSError as error:
-            log.warning("%s: no locks on this disk (%s); run one download at a time", path.parent, _reason(error))
-        with disk_errors(lock_path):
-            lock.truncate(0)
-        write_all(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    """Holds `path`.lock within the block. If another process holds it, names that process and waits."""
+
+    def tell(holder: str) -> None:
+        log.warning("waiting for %s, which is fetching %s", holder, path)
+
+    with hold_lock(path.with_name(path.name + ".lock"), tell, "run one download at a time"):
         yield
 
 

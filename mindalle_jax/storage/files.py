@@ -3,16 +3,19 @@
 import contextlib
 import errno
 import io
+import logging
 import os
 import shutil
+import socket
 import tarfile
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO
 
 from mindalle_jax.errors import MindalleError, OutputError
 
+log = logging.getLogger(__name__)
 DEMO = "demo"
 """Name of the model in the package that is the default."""
 IN_PACKAGE = {name: Path(__file__).parent.parent / name for name in (DEMO, "demo-scenes")}
@@ -94,6 +97,31 @@ def lock_file(file: io.FileIO, wait: bool) -> None:
     except ImportError:  # Windows
         raise OSError(errno.ENOSYS, "this system has no fcntl") from None
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, when_held: Callable[[str], object], unlocked: str) -> Iterator[None]:
+    """Holds the lock file `path` within the block. The lock ends with the process, also if it is killed.
+
+    when_held: called with the name of the process that holds the lock; if it does not raise, the block waits. unlocked:
+    the advice of the warning if the disk has no locks. Raises OutputError if the file cannot be written to.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = io.FileIO(path, "a+")
+    with file:
+        try:
+            lock_file(file, wait=False)
+        except BlockingIOError:
+            file.seek(0)
+            when_held(file.read(200).decode(errors="replace").strip() or "another process")
+            lock_file(file, wait=True)
+        except OSError as error:
+            log.warning("%s: no locks on this disk (%s); %s", path.parent, reason(error), unlocked)
+        with disk_errors(path):
+            file.truncate(0)
+        write_all(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
 
 
 def to_disk(file: IO[bytes]) -> None:

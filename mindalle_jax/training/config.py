@@ -134,7 +134,7 @@ class RunConfig:
         raise ConfigError(f"{'; '.join(problems)}; this works: {line}")
 
     def count_steps(self, images: int, batch_size: int) -> int:
-        """Returns the number of steps: optimizer.max_steps, or if that is 0 as many as the epochs have."""
+        """Returns the number of steps: optimizer.max_steps, or if that is 0 that of all epochs, as in the original."""
         return self.optimizer.max_steps or images // batch_size * self.experiment.epochs
 
     def check(self) -> None:

@@ -74,17 +74,3 @@ def _matrix_axes(path: str, shape: tuple[int, ...]) -> optax.contrib.MuonDimensi
 def _is_matrix(path: str) -> bool:
     """Returns whether vectors are multiplied by this weight: it is no bias, gain or embedding table."""
     return path.endswith(("/weight", "/kernel", "/lora_a", "/lora_b"))
-
-
-def count_steps(config_max_steps: int, images: int, batch_size: int, epochs: int) -> int:
-    """Returns the number of steps: optimizer.max_steps, or if that is 0 images // batch_size * epochs.
-
-    The original counts in the same way. Raises ConfigError if there would be no step.
-    """
-    steps = config_max_steps or images // batch_size * epochs
-    if steps < 1:
-        raise ConfigError(
-            f"{images} images are fewer than experiment.total_batch_size {batch_size}: no step would be made; "
-            f"at most {images} would work"
-        )
-    return steps

@@ -2,11 +2,7 @@
 
 import contextlib
 import dataclasses
-import io
-import logging
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +11,11 @@ import jax
 
 from mindalle_jax.config.file import dump_config, load_config
 from mindalle_jax.errors import ConfigError, OutputError
-from mindalle_jax.storage.files import check_writable, disk_errors, lock_file, reason, write_all
+from mindalle_jax.storage.files import check_writable, disk_errors, hold_lock
 from mindalle_jax.storage.initialize import check_upstream, write_fresh, write_transfer
 from mindalle_jax.training.checkpoint import Checkpoints
 from mindalle_jax.training.config import SCRATCH, FinetuneConfig, RunConfig
 
-log = logging.getLogger(__name__)
 CONFIG_FILE = "run.yaml"
 LOCK = ".lock"
 START = "start"
@@ -99,21 +94,11 @@ def lock_run_dir(out: Path) -> Iterator[None]:
     if jax.process_index() != 0:
         yield
         return
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        file = io.FileIO(out / LOCK, "a+")
-    with file:
-        try:
-            lock_file(file, wait=False)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read(200).decode(errors="replace").strip() or "another process"
-            raise OutputError(f"{out}: {holder} trains in this folder; wait for it, or name another folder") from None
-        except OSError as error:
-            log.warning("%s: no locks on this disk (%s); start one run at a time", out, reason(error))
-        with disk_errors(out):
-            file.truncate(0)
-        write_all(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def refuse(holder: str) -> None:
+        raise OutputError(f"{out}: {holder} trains in this folder; wait for it, or name another folder")
+
+    with hold_lock(out / LOCK, refuse, "start one run at a time"):
         yield
 
 

@@ -10,7 +10,7 @@ from commands import python
 
 from mindalle_jax.config.file import load_config
 from mindalle_jax.errors import ConfigError, OutputError
-from mindalle_jax.training import run_dir
+from mindalle_jax.storage import files
 from mindalle_jax.training.checkpoint import Checkpoints
 from mindalle_jax.training.config import FinetuneConfig, LoopConfig, RunConfig
 from mindalle_jax.training.finetune import read_finetune
@@ -139,7 +139,7 @@ def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
     def refuse(file, wait):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_dir, "lock_file", refuse)
+    monkeypatch.setattr(files, "lock_file", refuse)
     with lock_run_dir(tmp_path):
         pass
     assert "no locks on this disk (No locks available); start one run at a time" in caplog.text
