@@ -54,6 +54,8 @@ class Model:
     """Branch, tag or commit of its repository, where one was named."""
     caption_dropout: float | None = None
     """Share of captions that training left blank; None where this is unknown."""
+    class_names: tuple[str, ...] | None = None
+    """Names of the classes, by number; None if they have no names."""
     _image_only: bool
 
     def __init__(
@@ -169,6 +171,7 @@ class Model:
         model.folder, model._fingerprint = folder, fingerprint(tensors)
         model.name, model.revision = _display_name(path_or_name), revision
         model.caption_dropout = manifest.get("caption_dropout")
+        model.class_names = tuple(manifest["classes"]) if "classes" in manifest else None
         return model
 
     def __repr__(self) -> str:

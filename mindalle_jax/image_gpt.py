@@ -18,6 +18,7 @@ from mindalle_jax.sampling.options import (
     SamplingKeywords,
     SamplingOptions,
     check_every,
+    class_number,
     class_prefix,
     takes_options,
 )
@@ -140,11 +141,11 @@ class ImageGPT(Model):
         return image_logits
 
     @takes_options
-    def generate(self, class_id: int | None = None, **options: Unpack[SamplingKeywords]) -> Generation:
+    def generate(self, class_id: int | str | None = None, **options: Unpack[SamplingKeywords]) -> Generation:
         """Samples images of a class. `model(class_id)` is the same.
 
         Args:
-            class_id: in [0, num_classes); None for an unconditional model.
+            class_id: in [0, num_classes), or its name in `class_names`; None for an unconditional model.
             **options: the fields of SamplingOptions, by name. Without a text there is no guidance, and the only
                 ranker is "likelihood".
 
@@ -160,12 +161,12 @@ class ImageGPT(Model):
 
     @takes_options
     def stream(
-        self, class_id: int | None = None, *, every: int | None = 32, **options: Unpack[SamplingKeywords]
+        self, class_id: int | str | None = None, *, every: int | None = 32, **options: Unpack[SamplingKeywords]
     ) -> Iterator[Generation]:
         """Yields unfinished images while it samples, as `Dalle.stream` does.
 
         Args:
-            class_id: in [0, num_classes); None for an unconditional model.
+            class_id: in [0, num_classes), or its name in `class_names`; None for an unconditional model.
             every: number of codes between two previews, a multiple of the codes in a row; None yields the end alone.
             **options: the fields of SamplingOptions, by name.
 
@@ -176,6 +177,8 @@ class ImageGPT(Model):
             UsageError: `every`, an option or the class is out of range. Other errors are those of `Dalle.generate`.
         """
         check_every(every, self.config.stage1)
+        if isinstance(class_id, str):
+            class_id = class_number(class_id, self.class_names)
         name = "" if class_id is None else f"class {class_id}"
         named: dict[str, Any] = {**options, "prompts": (name,), "class_id": class_id}
         checked = self._with_ranker(SamplingOptions.of(**named).check(self.config))
@@ -184,14 +187,14 @@ class ImageGPT(Model):
 
     @takes_options
     def complete(
-        self, image: Any, *, keep_rows: int, class_id: int | None = None, **options: Unpack[SamplingKeywords]
+        self, image: Any, *, keep_rows: int, class_id: int | str | None = None, **options: Unpack[SamplingKeywords]
     ) -> Generation:
         """Keeps the top of an image and samples the rest, as `Dalle.complete` does.
 
         Args:
             image: RGB, of the model's size: a PIL image, or an array [H, W, 3], uint8 or float in [0, 1].
             keep_rows: rows of codes to keep from the top, in [1, h - 1].
-            class_id: in [0, num_classes); None for an unconditional model.
+            class_id: in [0, num_classes), or its name in `class_names`; None for an unconditional model.
             **options: the fields of SamplingOptions, by name.
 
         Returns:

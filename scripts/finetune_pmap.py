@@ -128,22 +128,22 @@ def finetune(
     else:
         tokenizer = TextTokenizer(base / "tokenizer", config.dataset.context_length, config.stage2.vocab_size_txt)
     source = open_source(config.data.train, task, num_classes=config.stage2.hparams.n_classes, vqgan=vqgan_digest(base))
-    config.check_batches(len(source), len(devices), source.report)
+    plan = config.plan_batches(len(source), len(devices), source.report)
     loader = Loader(
         source,
-        batch_size=experiment.total_batch_size,
+        batch_size=plan.total,
         train=True,
         seed=config.training.seed,
         image_size=config.stage1.hparams.resolution,
         tokenizer=tokenizer,
         threads=config.data.threads,
     )
-    max_steps = config.count_steps(len(source), experiment.total_batch_size)
+    max_steps = config.count_steps(len(source), plan.total)
 
     # ---- model and optimizer: float32 parameters; computation in bfloat16, and in float32 on CPU
     shapes = leaf_shapes(model_config, "stage2")
     dtype = jnp.dtype("bfloat16" if experiment.use_amp and devices[0].platform != "cpu" else "float32")
-    schedule = learning_rate(config.optimizer, config.training.warmup_steps, max_steps)
+    schedule = learning_rate(config.optimizer, plan.warmup_steps, max_steps)
     optimizer = make_optimizer(config.optimizer, schedule, config.training.decay, shapes)
     step_fn = jax.pmap(
         partial(
@@ -184,7 +184,8 @@ def finetune(
     stage1 = None if source.has_codes else on_each(lambda _, leaves: nest(leaves))(ranks, load("stage1"))
 
     # ---- steps
-    print(f"{source.report}; {max_steps} steps of {experiment.total_batch_size} on {len(devices)} devices")
+    print(plan.note or source.report)
+    print(f"{max_steps} steps of {plan.total} on {len(devices)} devices")
     with open(out / "metrics.jsonl", "w", encoding="utf-8") as file, matmul_precision(dtype):
         for step in (bar := tqdm(range(1, max_steps + 1), unit="step")):
             rows = next(loader)
@@ -193,7 +194,7 @@ def finetune(
                 prefix = rows.get("label", np.zeros(len(rows["index"]), np.int32))[:, None]
             batch = {"prefix": prefix} | {name: rows[name] for name in ("image", "codes") if name in rows}
             # [B, ...] -> [devices, a, b, ...]
-            shape = (len(devices), -1, experiment.local_batch_size)
+            shape = (len(devices), -1, plan.local)
             batch = {name: array.reshape(*shape, *array.shape[1:]) for name, array in batch.items()}
             state, metrics = step_fn(state, stage1, batch)
             line = {

@@ -159,9 +159,9 @@ def write_sharpened(model: Path, folder: Path, sharpness: float) -> None:
     manifest = read_manifest(model)
     params = map_weights(model / "stage2.safetensors", manifest["tensors"]["stage2"])
     params["head_img/weight"] = params["head_img/weight"] * np.float32(sharpness)
-    dropout = manifest.get("caption_dropout")
+    about = {"caption_dropout": manifest.get("caption_dropout")}
     config = load_config(model / "config.yaml")
-    write_model(model, config, folder, lambda path, _: params[path], manifest["source"], caption_dropout=dropout)
+    write_model(model, config, folder, lambda path, _: params[path], manifest["source"], about=about)
 
 
 def write_metrics(file: Path, metrics: Mapping[str, Any]) -> None:

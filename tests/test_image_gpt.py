@@ -47,7 +47,7 @@ def test_unconditional_model(free_igpt):
 @pytest.mark.parametrize(
     ("class_id", "message"),
     [(None, r"class-conditional: name a class in \[0, 5\)"), (5, r"\[0, 5\), not \[5, 5\]"), (-1, r"\[0, 5\)"),
-     (1.0, "integers"), ("1", "integers"), (True, "integers")],
+     (1.0, "integers"), ("one", "no names"), (True, "integers")],
 )  # fmt: skip
 def test_wrong_classes_are_refused(igpt, class_id, message):
     """Class 5 of 5 would be clamped to class 4."""
@@ -79,3 +79,15 @@ def test_wrong_settings_are_refused(igpt, wrong):
     """Before anything is sampled. The values are those of tests/sampling/test_options.py."""
     with pytest.raises(UsageError, match=f"{next(iter(wrong))} must be"):
         igpt.generate(1, **({"num_candidates": 1} | wrong))
+
+
+def test_a_class_by_its_name(igpt):
+    """The same image as by its number; names come with the folder, from the classes of the training data."""
+    igpt.class_names = ("ant", "bee", "cow", "doe", "elk")
+    by_name, by_number = (igpt.generate(name, num_candidates=1, seed=1) for name in ("doe", 3))
+    assert (by_name.codes == by_number.codes).all() and by_name.prompts == ["class 3"]
+    with pytest.raises(UsageError, match="the model has no class 'dow', only ant, bee, cow, doe, elk"):
+        igpt.generate("dow")
+    igpt.class_names = None
+    with pytest.raises(UsageError, match="the classes of this model have no names; name one by its number, not 'doe'"):
+        igpt.generate("doe")

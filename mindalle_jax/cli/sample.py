@@ -13,7 +13,7 @@ from typing import Any
 
 from mindalle_jax.cli.parser import add_path
 from mindalle_jax.errors import OutputError, UsageError, one_line, warn
-from mindalle_jax.sampling.options import SamplingOptions, check_every, check_keep_rows, check_quantize
+from mindalle_jax.sampling.options import SamplingOptions, check_every, check_keep_rows, check_quantize, class_number
 from mindalle_jax.storage.files import DEMO, IN_PACKAGE, check_writable, disk_errors
 
 EXAMPLE = """
@@ -36,6 +36,8 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--prompt", action="append", default=[], metavar="PROMPT", dest="more_prompts", help=text)
     add_path(what, "--prompts-file", metavar="FILE", help="a UTF-8 text file with more prompts, one per line")
     what.add_argument("--class-id", type=int, metavar="C", help=FIELDS["class_id"].metadata["doc"])
+    text = "name of a class, for a model whose training data had classes with names"
+    what.add_argument("--class", dest="class_name", metavar="NAME", help=text)
     _add_option(what, "num_candidates", "-n", type=int, metavar="N")
     _add_option(what, "seed", metavar="S")
     add_path(what, "--image", metavar="FILE", help="keep the top of this image and sample the rest")
@@ -114,8 +116,10 @@ def run_sample(arguments: argparse.Namespace) -> None:
     from mindalle_jax.hub.resolve import find_model
     from mindalle_jax.image_gpt import ImageGPT
     from mindalle_jax.pipeline import Dalle
+    from mindalle_jax.storage.weights import read_manifest
     from mindalle_jax.text.tokenizer import TextTokenizer
 
+    _use_checkpoint(arguments)
     folder = find_model(arguments.model, revision=arguments.revision)
     config = load_config(folder / "config.yaml")
     if not config.image_only and not prompts and arguments.warmup:
@@ -123,6 +127,8 @@ def run_sample(arguments: argparse.Namespace) -> None:
     _check_kind(arguments, config.image_only, prompts)
     if config.image_only:
         prompts = []
+        if arguments.class_name is not None:
+            arguments.class_id = class_number(arguments.class_name, read_manifest(folder).get("classes"))
         if record is not None and arguments.class_id is None:
             arguments.class_id = record.settings.get("class_id")
     check_every(arguments.preview_every, config.stage1)
@@ -228,13 +234,26 @@ def _prompts(arguments: argparse.Namespace, record: Any) -> list[str]:
 
 def _check_kind(arguments: argparse.Namespace, image_only: bool, prompts: list[str]) -> None:
     """Raises UsageError for arguments that this kind of model does not take."""
-    if not image_only and arguments.class_id is not None:
-        raise UsageError(f"{arguments.model} samples from prompts; --class-id is for image-only models")
+    if arguments.class_id is not None and arguments.class_name is not None:
+        raise UsageError("--class and --class-id cannot be used together")
+    if not image_only and (arguments.class_id is not None or arguments.class_name is not None):
+        raise UsageError(f"{arguments.model} samples from prompts; --class and --class-id are for image-only models")
     if not image_only and not prompts:
         raise UsageError("no prompt was given; write one in quotes, or name a file with --prompts-file")
     if image_only and (arguments.prompts or arguments.more_prompts or arguments.prompts_file):
-        text = "samples without text; it takes no prompt, only --class-id if it has classes"
+        text = "samples without text; it takes no prompt, only --class or --class-id if it has classes"
         raise UsageError(f"{arguments.model} {text}")
+
+
+def _use_checkpoint(arguments: argparse.Namespace) -> None:
+    """For a run of training that is not finished, replaces --model by the model of a checkpoint, and says which."""
+    run = Path(os.path.expanduser(arguments.model))
+    if (run / "run.yaml").is_file() and not (run / "summary.json").is_file():
+        from mindalle_jax.training.export import newest_model
+
+        model, step = newest_model(run)
+        print(f"{run} is not finished: this is its model of step {step}", file=sys.stderr)
+        arguments.model = str(model)
 
 
 @contextlib.contextmanager

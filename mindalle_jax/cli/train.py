@@ -38,6 +38,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_path(parser, "-o", "--out", required=True, metavar="DIR", help=text)
     text = "resume even if the data set has changed since the checkpoint"
     parser.add_argument("--ignore-fingerprint", action="store_true", help=text)
+    text = "resume a run, also a complete one, with more optimizer.max_steps or experiment.epochs than it had"
+    parser.add_argument("--extend", action="store_true", help=text)
     text = "run as one of several processes with the same --out (docs/fine-tuning.md, Several processes)"
     parser.add_argument("--distributed", action="store_true", help=text)
 
@@ -118,7 +120,11 @@ def _run(train: Callable[..., bool], kind: type[Any], arguments: argparse.Namesp
 
         join_processes()
     complete = train(
-        arguments.config, arguments.overrides, arguments.out, ignore_fingerprint=arguments.ignore_fingerprint
+        arguments.config,
+        arguments.overrides,
+        arguments.out,
+        ignore_fingerprint=arguments.ignore_fingerprint,
+        extend=arguments.extend,
     )
     if not complete:
         raise KeyboardInterrupt  # so that the exit code tells a script that no model was made

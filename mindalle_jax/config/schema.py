@@ -117,7 +117,8 @@ class OptimizerConfig:
     weight_decay: float = 1e-4
     betas: tuple[float, ...] = (0.9, 0.99)
     grad_clip_norm: float = 1.0
-    sched_type: Literal["cosine"] = "cosine"
+    sched_type: Literal["cosine", "constant"] = "cosine"
+    """cosine: from base_lr to min_lr. constant: base_lr, so that a run that is extended equals a longer one."""
     max_steps: int = 0
     """Number of steps, after which the learning rate is min_lr; 0: (images // total_batch_size) * epochs."""
     min_lr: float = 0.0

@@ -157,7 +157,7 @@ def contact_sheet(source: Source, count: int = 64) -> Image.Image:
         except (ImageError, OSError):
             image = Image.new("RGB", (CELL, CELL), "grey")
         sheet.paste(image, (x + (CELL - image.width) // 2, y + (CELL - image.height) // 2))
-        for line, text in enumerate(_wrapped(pen, _label_of(source, sample))):
+        for line, text in enumerate(wrapped_text(pen, _label_of(source, sample), CELL, 2)):
             pen.text((x, y + CELL + 1 + 14 * line), text, fill="black")
     return sheet
 
@@ -170,13 +170,13 @@ def _label_of(source: Source, sample: Sample) -> str:
     return sample.id
 
 
-def _wrapped(pen: ImageDraw.ImageDraw, text: str) -> Sequence[str]:
-    """Returns the text in at most two lines as wide as an image; characters that the font lacks become "?"."""
+def wrapped_text(pen: ImageDraw.ImageDraw, text: str, width: int, max_lines: int) -> Sequence[str]:
+    """Returns the beginning of the text in lines of `width` pixels; characters that the font lacks become "?"."""
     text = text.encode("latin-1", "replace").decode("latin-1")
     lines = [""]
     for character in text:
-        if pen.textlength(lines[-1] + character) > CELL:
-            if len(lines) == 2:
+        if pen.textlength(lines[-1] + character) > width:
+            if len(lines) == max_lines:
                 break
             lines.append("")
         lines[-1] += character

@@ -68,15 +68,30 @@ def open_source(
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
-def check_path(path: str | None, field: str) -> None:
-    """Raises DataError if a data set is not there, before anything is downloaded or loaded for it. None is none."""
-    if path is None or path.startswith(tables.HUB):
+def check_path(path: str | None, field: str, columns: Columns = ANY_COLUMNS) -> None:
+    """Raises DataError if a data set is not there, or has no sample for any task, or needs a library that is missing.
+
+    It is called before a model is downloaded, and reads no further than the first sample. None is no data set.
+    """
+    if path is None:
+        return
+    if path.startswith(tables.HUB):
+        tables.check_library(path)
         return
     path = os.path.expanduser(path)
     if not path.strip():
         raise DataError(f"{field} is not set; name your images, such as {field}=photos")
     if not tars.find_tars(path) and not os.path.exists(path):
         raise DataError(f"{field}: {path} does not exist")
+    if (Path(path) / codes.MANIFEST).exists():
+        return
+    report, split = DatasetReport(), "valid" if field == "data.valid" else "train"
+    try:
+        samples, _ = _find_samples(path, "unconditional", split, columns, None, report)
+        if next(samples, None) is None:
+            raise DataError(f"{field}: {path} holds nothing to train on: {report}")
+    except OSError as error:
+        raise DataError(f"{field}: {path} cannot be read: {error}") from None
 
 
 def first_caption(path: str | Path, vqgan: str | None = None, columns: Columns = ANY_COLUMNS) -> str | None:

@@ -40,7 +40,7 @@ def saved_samples(folder: Path, split: Split, report: DatasetReport, columns: Co
     if (folder / "dataset_dict.json").exists():
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         folder = folder / _choose(folder, names, split)
-    datasets = _library(folder)
+    datasets = check_library(folder)
     report.layout = "a data set that the library datasets saved"
     return _samples(str(folder), lambda: datasets.load_from_disk(str(folder)), report, columns)
 
@@ -53,7 +53,7 @@ def parquet_samples(folder: Path, names: list[str], split: Split, report: Datase
         if split not in known:
             raise DataError(f"{folder}: holds the splits {', '.join(known)}, and no {split}; name the files of one")
         names = [name for name in names if splits[name] == split]
-    datasets = _library(folder)
+    datasets = check_library(folder)
     files = [str(folder / name) for name in sorted(names)]
     report.layout = f"{len(files)} parquet files" if files[1:] else "a parquet file"
     return _samples(str(folder), lambda: datasets.Dataset.from_parquet(files), report, columns)
@@ -61,7 +61,7 @@ def parquet_samples(folder: Path, names: list[str], split: Split, report: Datase
 
 def hub_samples(name: str, split: Split, report: DatasetReport, columns: Columns) -> Table:
     """Downloads a data set of the hub, hf://OWNER/NAME, through the library and its cache."""
-    datasets = _library(name)
+    datasets = check_library(name)
     report.layout = "a data set of the Hugging Face hub"
 
     def load() -> Any:
@@ -80,7 +80,8 @@ def _choose(place: str | Path, names: Sequence[str], split: Split) -> str:
     return found[0]
 
 
-def _library(place: str | Path) -> Any:
+def check_library(place: str | Path) -> Any:
+    """Returns the library `datasets`. Raises DataError, naming `place`, if it is missing."""
     try:
         import datasets  # in the extra [datasets]
     except ImportError:
@@ -90,7 +91,7 @@ def _library(place: str | Path) -> Any:
 
 def _samples(place: str, load: Any, report: DatasetReport, columns: Columns) -> Table:
     """Returns the rows of a data set as samples. Raises DataError if it cannot be opened or has no images."""
-    datasets = _library(place)
+    datasets = check_library(place)
     try:
         dataset: Any = load()
     except DataError:

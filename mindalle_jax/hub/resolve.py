@@ -65,8 +65,8 @@ def find_model(
         return path
     if (path / "run.yaml").is_file():
         raise CheckpointError(
-            f"{name}: a training run that is not complete; the command that started it resumes it, and mindalle "
-            f"export-checkpoint {name} DIR makes a model of its newest checkpoint"
+            f"{name}: a training run that is not complete; the command that started it resumes it, mindalle sample "
+            f"--model {name} uses its newest checkpoint, and mindalle export-checkpoint {name} DIR makes a model of it"
         )
     try:
         return _converted(path)

@@ -295,6 +295,21 @@ def as_prompts(prompt: Any) -> tuple[str, ...]:
     raise UsageError(f"a prompt is a text or a list of texts, not {type(prompt).__name__}")
 
 
+def class_number(name: str, names: Sequence[str] | None) -> int:
+    """Returns the number of a class by its name; a number as text is itself. names: of all classes, if they have names.
+
+    Raises UsageError for an unknown name.
+    """
+    if names is not None and name in names:
+        return list(names).index(name)
+    if name.isdecimal():
+        return int(name)
+    if names is None:
+        raise UsageError(f"the classes of this model have no names; name one by its number, not {name!r}")
+    listed = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    raise UsageError(f"the model has no class {name!r}, only {listed}{did_you_mean(name, names)}")
+
+
 def class_prefix(config: Stage2Config, labels: Any, rows: int) -> np.ndarray:
     """Returns prefix ids int32[rows, 1] of the image-only model. labels: int[rows]; None for an unconditional one.
 

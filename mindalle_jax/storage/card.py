@@ -1,5 +1,7 @@
 """The license and the model card that a converted folder gets."""
 
+import contextlib
+import re
 import shutil
 from pathlib import Path
 
@@ -45,9 +47,7 @@ RUN_CARD = """\
 library_name: mindalle-jax
 pipeline_tag: {task}
 base_model: {base}
-license: other
-license_name: see-license-file
-license_link: LICENSE
+{license}
 ---
 
 # {title}
@@ -55,8 +55,14 @@ license_link: LICENSE
 This model was fine-tuned from `{base}` by mindalle-jax {version}.
 {example}
 {rows}
-- License of the weights: that of the base model, see LICENSE.
+- License of the weights: that of the base model{license_name}, see LICENSE.
 {sheet}"""
+
+
+OTHER_LICENSE = """\
+license: other
+license_name: see-license-file
+license_link: LICENSE"""
 
 
 EXAMPLE = """
@@ -65,18 +71,22 @@ EXAMPLE = """
 """
 
 
-def run_card(folder: Path, config: Config, base: str, facts: dict[str, object]) -> str:
+def run_card(base: Path, folder: Path, config: Config, name: str, facts: dict[str, object]) -> str:
     """Returns the model card of a run.
 
-    folder: the model folder, whose newest sheet in samples/ is shown. base: name of the model that the run started
-    from. facts: what else is known of the run, name -> value; None is left out.
+    base, name: the folder and the name of the model that the run started from, whose license the result has. folder:
+    the model folder, whose newest sheet in samples/ is shown. facts: what else is known of the run, name -> value; None
+    is left out.
     """
+    license = _license(base)
     task, cls = ("unconditional-image-generation", "ImageGPT") if config.image_only else ("text-to-image", "Dalle")
     sheets = sorted((folder / "samples").glob("step_*.png"))
     size = config.stage1.hparams.resolution
     return RUN_CARD.format(
         task=task,
-        base=base,
+        base=name,
+        license=OTHER_LICENSE if license is None else f"license: {license}",
+        license_name="" if license is None else f", {license}",
         title=folder.name,
         version=mindalle_jax.__version__,
         example=EXAMPLE.format(cls=cls),
@@ -87,6 +97,15 @@ def run_card(folder: Path, config: Config, base: str, facts: dict[str, object]) 
         ),  # fmt: skip
         sheet=f"\n![Samples]({sheets[-1].relative_to(folder).as_posix()})\n" if sheets else "",
     )
+
+
+def _license(folder: Path) -> str | None:
+    """Returns the license that the model card of a folder names, such as "apache-2.0"; None if it names none."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        header = (folder / "README.md").read_text(encoding="utf-8").partition("---\n")[2].partition("\n---")[0]
+        if found := re.search(r"^license: *([a-z0-9.-]+) *$", header, re.MULTILINE):
+            return None if found[1] == "other" else found[1]
+    return None
 
 
 def write_license_and_card(source: Path, folder: Path, config: Config, parameters: int, draws: bool) -> None:

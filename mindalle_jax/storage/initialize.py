@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import shutil
 import zlib
 from functools import partial
 from pathlib import Path
@@ -106,10 +105,9 @@ def write_fresh(vqgan: Path, tokenizer: Path, config: Config, target: Path, *, s
         return normal(shape) * np.float32(std)
 
     with new_folder(target) as folder:
-        if not config.image_only:
-            shutil.copytree(tokenizer, folder / "tokenizer")
-        dropout = None if config.image_only else 0.0
-        write_model(vqgan, config, folder, leaf, f"fresh, for the codes of {vqgan.name}", caption_dropout=dropout)
+        about = {} if config.image_only else {"caption_dropout": 0.0}
+        source = f"fresh, for the codes of {vqgan.name}"
+        write_model(vqgan, config, folder, leaf, source, about=about, tokenizer=tokenizer)
 
 
 def place_rows(side: int, width: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Writes the weights that a run has trained into its folder, and copies the rest from the base model."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,6 +25,9 @@ from mindalle_jax.storage.weights import (
 )
 from mindalle_jax.text.known_words import read_known_words
 
+RESULT = ".result"
+"""Name of the folder inside the folder of a run in which a result is written, until it is complete."""
+
 
 def write_model(
     base: Path,
@@ -32,20 +36,21 @@ def write_model(
     leaf: Callable[[str, tuple[int, ...]], np.ndarray],
     source: str,
     *,
-    card: str | None = None,
-    caption_dropout: float | None = None,
+    about: Mapping[str, object] | None = None,
+    tokenizer: Path | None = None,
     captions: Iterable[str] = (),
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Writes a model into an existing folder: stage 2 from leaf(path, shape), and missing files from the model `base`.
+    """Writes a model into an existing folder: stage 2 from leaf(path, shape), and other files from the model `base`.
 
-    card: text of README.md; None copies that of the base.
     leaf: returns a float32 array by path and shape. source: the manifest's text about where the weights come from.
-    caption_dropout: entry of the manifest (see read_manifest); None leaves it out. captions: captions of the training;
-    their words are added to the tokenizer's list of words, if it has one.
+    about: more entries of the manifest (see read_manifest); None is left out. tokenizer: its folder; None takes that of
+    the base. captions: captions of the training; their words are added to the tokenizer's list of words, if it has one.
+    files: name -> content of further files, or of README.md, which else is that of the base.
 
-    The old manifest is removed before the new weights are there, and the new one appears last. So a folder never has a
-    manifest of other weights: after a kill it holds a model, or a run that its command resumes. Raises OutputError if
-    the disk is too small, and CheckpointError for a damaged base.
+    A model that the folder holds is replaced when the new one is complete. After a kill the folder holds the old model
+    or the new one, or, if it came in the moment of the renames, none. Raises OutputError if the disk is too small, and
+    CheckpointError for a damaged base.
     """
     shapes = leaf_shapes(config, "stage2")
     stage1_bytes = (base / "stage1.safetensors").stat().st_size
@@ -60,50 +65,56 @@ def write_model(
                 raise AssertionError(f"{path} is not finite and would be saved")
             yield path, array
 
-    partial = folder / "stage2.safetensors.partial"
-    partial.unlink(missing_ok=True)
-    stage2 = write_weights(partial, shapes, chunks())
-    for name in ("LICENSE", *(["README.md"] if card is None else [])):
-        if (base / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(base / name, folder / name)
-    if card is not None:
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    if not config.image_only and not (folder / "tokenizer").exists():
-        shutil.copytree(base / "tokenizer", folder / "tokenizer")
-    if not config.image_only and (known_words := read_known_words(folder / "tokenizer")) is not None:
-        known_words.extended(captions).save(folder / "tokenizer")
-    if not (folder / "stage1.safetensors").exists():
-        shutil.copyfile(base / "stage1.safetensors", folder / "stage1.safetensors")
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    about: dict[str, Any] = {"source": source}
-    if caption_dropout is not None:
-        about["caption_dropout"] = caption_dropout
-    _replace(folder, "stage2.safetensors", {"stage1": stage1, "stage2": stage2}, about)
+    with _result_folder(folder) as result:
+        stage2 = write_weights(result / "stage2.safetensors", shapes, chunks())
+        shutil.copyfile(base / "stage1.safetensors", result / "stage1.safetensors")
+        for name in ("LICENSE", "README.md"):
+            if (base / name).is_file():
+                shutil.copyfile(base / name, result / name)
+        for name, content in (files or {}).items():
+            (result / name).write_bytes(content)
+        if not config.image_only:
+            shutil.copytree(tokenizer or base / "tokenizer", result / "tokenizer")
+            if (known_words := read_known_words(result / "tokenizer")) is not None:
+                known_words.extended(captions).save(result / "tokenizer")
+        (result / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        _write_manifest(result, {"stage1": stage1, "stage2": stage2}, {"source": source, **(about or {})})
 
 
 def write_vqgan(config: Config, folder: Path, params: Mapping[str, np.ndarray], source: str) -> None:
     """Writes a VQGAN alone into an existing folder. params: its parameters by path, float32."""
     shapes = leaf_shapes(config, "stage1")
     check_free_disk(folder, 4 * count_parameters(config, "stage1"), "the trained VQGAN")
-    partial = folder / "stage1.safetensors.partial"
-    partial.unlink(missing_ok=True)
-    stage1 = write_weights(partial, shapes, ((path, params[path]) for path in shapes))
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    _replace(folder, "stage1.safetensors", {"stage1": stage1}, {"source": source})
+    with _result_folder(folder) as result:
+        stage1 = write_weights(result / "stage1.safetensors", shapes, ((path, params[path]) for path in shapes))
+        (result / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        _write_manifest(result, {"stage1": stage1}, {"source": source})
 
 
-def _replace(folder: Path, name: str, tensors: dict[str, Any], about: dict[str, Any]) -> None:
-    """Renames the weights `name`.partial to `name`, and writes a manifest of these tensors with the entries `about`."""
-    text = json.dumps(
-        {
-            "format_version": FORMAT_VERSION,
-            "writer": f"mindalle-jax {mindalle_jax.__version__}",
-            **about,
-            "tensors": tensors,
-        },
-        indent=1,
-    )
-    (folder / f"{weights.MANIFEST}.partial").write_text(text, encoding="utf-8")
+@contextlib.contextmanager
+def _result_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder inside `folder`. If the block succeeds, its files move to `folder`, the manifest last.
+
+    A folder with a manifest is a model. So the old manifest is removed first, and the rename of the new one is what
+    makes the new files a model.
+    """
+    result = folder / RESULT
+    shutil.rmtree(result, ignore_errors=True)  # left by a process that was killed
+    result.mkdir()
+    with contextlib.ExitStack() as failed:
+        failed.callback(shutil.rmtree, result, ignore_errors=True)
+        yield result
+        failed.pop_all()
     (folder / weights.MANIFEST).unlink(missing_ok=True)
-    os.replace(folder / f"{name}.partial", folder / name)
-    os.replace(folder / f"{weights.MANIFEST}.partial", folder / weights.MANIFEST)
+    for path in sorted(result.iterdir(), key=lambda path: path.name == weights.MANIFEST):
+        if path.is_dir():
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+        os.replace(path, folder / path.name)
+    result.rmdir()
+
+
+def _write_manifest(folder: Path, tensors: dict[str, Any], about: Mapping[str, object]) -> None:
+    entries = {name: value for name, value in about.items() if value is not None}
+    manifest = {"format_version": FORMAT_VERSION, "writer": f"mindalle-jax {mindalle_jax.__version__}", **entries}
+    text = json.dumps(manifest | {"tensors": tensors}, indent=1)
+    (folder / weights.MANIFEST).write_text(text, encoding="utf-8")

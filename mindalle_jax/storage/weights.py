@@ -197,6 +197,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Reads manifest.json: {"format_version": 1, "tensors": {stage: {name: {dtype, shape, crc32}}}, ...}.
 
     "caption_dropout" is the share of captions that training left blank, in [0, 1]; it is absent if nobody knows.
+    "classes" are the names of the classes, if they have names; "step" is that of the run that made the weights.
     Raises CheckpointError if the file is missing, damaged, or of another format.
     """
     path = folder / MANIFEST
@@ -207,6 +208,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             _check_entries(manifest["tensors"])
             if not 0 <= manifest.get("caption_dropout", 0) <= 1:
                 raise ValueError(f"caption_dropout {manifest['caption_dropout']}")
+            if not all(isinstance(name, str) for name in manifest.get("classes", [])):
+                raise ValueError("classes are not names")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; {folder} is not a converted model") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -26,6 +26,7 @@ def finetune(
     overrides: Sequence[str] = (),
     callbacks: Sequence[Callable[[dict[str, Any]], bool | None]] = (),
     ignore_fingerprint: bool = False,
+    extend: bool = False,
 ) -> Dalle | ImageGPT:
     """Trains a model on your images, as `mindalle finetune` does, or resumes a run.
 
@@ -40,6 +41,7 @@ def finetune(
         callbacks: functions that get the metrics of each step and validation as a dict: step, kind ("train" or
             "valid"), loss and more. If one returns True, the run ends early, two steps later at most.
         ignore_fingerprint: if True, resumes even if the data set has changed.
+        extend: if True, resumes a run, also a complete one, with more steps or epochs than it had.
 
     Returns:
         The model of the folder `out`, loaded.
@@ -51,7 +53,7 @@ def finetune(
         OutputError: the folder cannot be written to, or another process trains in it.
         NonFiniteError: ten steps in a row have no finite loss.
         DeviceMemoryError: a step does not fit into the memory of the device.
-        UsageError: the run was stopped by a signal before it had a result.
+        UsageError: the run was stopped by a signal before it had a result, or there is no run to extend.
     """
     out = Path(os.path.expanduser(out))
     sources = {"train": data, "valid": valid}
@@ -70,6 +72,6 @@ def finetune(
         run.callbacks = tuple(callbacks)
         return run
 
-    if not run_training(read, out, make_run, ignore_fingerprint=ignore_fingerprint):
+    if not run_training(read, out, make_run, ignore_fingerprint=ignore_fingerprint, extend=extend):
         raise UsageError(f"{out}: the run was stopped by a signal; call finetune again to resume it")
     return (ImageGPT if read.image_only else Dalle).from_pretrained(out)

@@ -190,6 +190,10 @@ class Checkpoints:
         state = jax.tree.unflatten(jax.tree.structure(target), leaves.values())
         return Restored(state, record["data_state"], step)
 
+    def data_state(self, step: int) -> dict[str, Any]:
+        """Returns the data_state that was saved with a step. Raises CheckpointError if the step is damaged."""
+        return self._read_record(step)["data_state"]
+
     def read(self, step: int, part: str) -> dict[str, np.ndarray]:
         """Reads the arrays of one part of the state, such as "params", to the host; returns {path below it: array}.
 

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mindalle_jax.config.file import load_config
 from mindalle_jax.config.schema import (
@@ -89,6 +89,18 @@ class ShardingConfig:
         return sizes
 
 
+class BatchPlan(NamedTuple):
+    """The sizes of a run that depend on how many images there are."""
+
+    total: int
+    """Number of images in a batch, which is one step."""
+    local: int
+    """Number of images in a micro-batch of one device."""
+    warmup_steps: int
+    note: str = ""
+    """What differs from the configuration, and why; "" if nothing does."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """The sections that the configuration file of every run has."""
@@ -99,39 +111,51 @@ class RunConfig:
     training: LoopConfig = LoopConfig()
     sharding: ShardingConfig = ShardingConfig()
 
-    def check_batches(self, images: int, parts: int, report: object = "") -> None:
-        """Checks batch sizes and warm-up against the number of training images, and of parts that a batch is split in.
+    def plan_batches(self, images: int, parts: int, report: object = "") -> BatchPlan:
+        """Returns sizes of batches that fit the number of training images, and of parts that a batch is split in.
 
-        report: describes the images in the message.
-        Raises ConfigError with everything that does not fit, and with values that do.
+        They are the fields of the configuration. Only if the data has fewer images than a batch, they are lower, and
+        the plan has a note. report: describes the images in messages.
+        Raises ConfigError with everything else that does not fit, and with values that do.
         """
         e, warmup = self.experiment, self.training.warmup_steps
-        rows = e.local_batch_size * parts
-        steps = self.count_steps(images, e.total_batch_size)
+        found = report or f"{images} samples"
+        if images < parts:
+            raise ConfigError(f"{parts} devices share a batch, and the data has {found}: use fewer devices")
+        if images < e.total_batch_size:
+            power = 1 << (images.bit_length() - 1)
+            total = power if power % parts == 0 else images // parts * parts
+            note = f"the data has {found}, fewer than experiment.total_batch_size {e.total_batch_size}: a step takes "
+            fitted = self._fitted(images, parts, total)
+            warmed = "" if fitted.warmup_steps == warmup else f", and training.warmup_steps is {fitted.warmup_steps}"
+            return fitted._replace(note=f"{note}{total}{warmed}")
+        rows, steps = e.local_batch_size * parts, self.count_steps(images, e.total_batch_size)
         problems = []
         if e.total_batch_size % rows:
             problems.append(
                 f"experiment.total_batch_size {e.total_batch_size} must be a multiple of {rows}: local_batch_size "
                 f"{e.local_batch_size} on {parts} devices"
             )
-        if images < e.total_batch_size:
-            found = report or f"{images} samples"
-            problems.append(f"experiment.total_batch_size {e.total_batch_size} is more than the data has: {found}")
-        elif warmup >= steps:
+        if warmup >= steps:
             problems.append(f"training.warmup_steps {warmup} must be below the number of steps, {steps}")
         if not problems:
-            return
+            return BatchPlan(e.total_batch_size, e.local_batch_size, warmup)
         local = min(e.local_batch_size, images // parts)
-        if local < 1:
-            raise ConfigError(f"{'; '.join(problems)}; use fewer than {images + 1} devices, or more images")
-        total = max(local * parts, min(e.total_batch_size, images) // (local * parts) * local * parts)
+        fitted = self._fitted(images, parts, max(local * parts, e.total_batch_size // (local * parts) * local * parts))
         fitting = {
-            "experiment.total_batch_size": (e.total_batch_size, total),
-            "experiment.local_batch_size": (e.local_batch_size, local),
-            "training.warmup_steps": (warmup, min(warmup, (self.count_steps(images, total) - 1) // 2)),
+            "experiment.total_batch_size": (e.total_batch_size, fitted.total),
+            "experiment.local_batch_size": (e.local_batch_size, fitted.local),
+            "training.warmup_steps": (warmup, fitted.warmup_steps),
         }
         line = " ".join(f"{name}={new}" for name, (old, new) in fitting.items() if new != old)
         raise ConfigError(f"{'; '.join(problems)}; this works: {line}")
+
+    def _fitted(self, images: int, parts: int, total: int) -> BatchPlan:
+        """Returns the plan of a batch of `total`, a multiple of `parts`."""
+        share, steps = total // parts, self.count_steps(images, total)
+        local = max(size for size in range(1, min(self.experiment.local_batch_size, share) + 1) if share % size == 0)
+        warmup = self.training.warmup_steps
+        return BatchPlan(total, local, warmup if warmup < steps else (steps - 1) // 2)
 
     def count_steps(self, images: int, batch_size: int) -> int:
         """Returns the number of steps: optimizer.max_steps, or if that is 0 that of all epochs, as in the original."""
@@ -187,7 +211,7 @@ class TrainingConfig(LoopConfig):
     an NVIDIA GPU of the Ampere generation or newer."""
     lora: LoraConfig = LoraConfig()
     sample_prompts: tuple[str, ...] = ()
-    """Prompts, or numbers of classes, that are sampled every sample_every_steps."""
+    """Prompts, or names or numbers of classes, that are sampled every sample_every_steps."""
 
     def check_init_from(self) -> None:
         """Raises ConfigError for fields that do not fit init_from. It does not look for the model of init_from."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -13,12 +14,14 @@ from mindalle_jax.data.sources import open_source
 from mindalle_jax.errors import CheckpointError, MindalleError, UsageError
 from mindalle_jax.hub.resolve import find_model
 from mindalle_jax.storage.files import new_folder
-from mindalle_jax.storage.weights import MANIFEST
+from mindalle_jax.storage.weights import MANIFEST, read_manifest
 from mindalle_jax.training.checkpoint import Checkpoints
 from mindalle_jax.training.config import SCRATCH, FinetuneConfig
 from mindalle_jax.training.finetune import write_finetuned
 from mindalle_jax.training.run_dir import CONFIG_FILE, START
 
+EXPORTED = "exported"
+"""Name of the folder inside the folder of a run with the models that `mindalle sample` made of its checkpoints."""
 WhichStep = int | Literal["best", "last"]
 
 
@@ -45,8 +48,32 @@ def export_checkpoint(run: Path, out: Path, *, step: WhichStep = "last", overwri
         base = find_model(training.vqgan if training.init_from == SCRATCH else training.init_from)
     trained = saved.read(chosen, "ema") or saved.read(chosen, "params")
     with new_folder(out, overwrite=overwrite, marks=(MANIFEST,)) as folder:
-        write_finetuned(config, base, folder, trained, _captions(config, base), chosen)
+        data_state = saved.data_state(chosen)
+        seen = chosen, data_state["loader"]["next_index"] // chosen
+        write_finetuned(config, base, folder, trained, _captions(config, base), data_state.get("classes"), seen)
     return f"{out}: the model of step {chosen}"
+
+
+def newest_model(run: Path) -> tuple[Path, int]:
+    """Returns the folder of the newest model of a run that is not finished, and its step.
+
+    It is the folder of the run if that holds the model of its newest or best checkpoint, which a stopped run leaves;
+    else RUN/exported/step_N, which is written unless it is there, and whose older ones are deleted. Raises as
+    export_checkpoint.
+    """
+    saved = Checkpoints(run / "checkpoints")
+    if (run / MANIFEST).is_file():
+        step: int | None = read_manifest(run).get("step")
+        if step is not None and step in (saved.latest_step(), saved.best_step()):
+            return run, step
+    step = _choose(saved, run, "last")
+    model = run / EXPORTED / f"step_{step:06d}"
+    if not model.exists():
+        export_checkpoint(run, model, step=step)
+        for older in model.parent.iterdir():
+            if older != model:
+                shutil.rmtree(older, ignore_errors=True)
+    return model, step
 
 
 def _choose(saved: Checkpoints, run: Path, step: WhichStep) -> int:

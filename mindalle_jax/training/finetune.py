@@ -54,6 +54,10 @@ from mindalle_jax.training.step import (
     model_params,
 )
 
+POOR_PSNR = 18.0
+"""Decibels below which reconstructions by the VQGAN are called poor. The published VQGAN has about 20 on photographs
+(Esser et al., 2021)."""
+
 
 class FinetuneRun(Run):
     """One run of `mindalle finetune`."""
@@ -131,7 +135,7 @@ class FinetuneRun(Run):
             self.notes.append("training.sample_every_steps does nothing without training.sample_prompts")
         if (training.sample_every_steps or not self.source.has_codes) and jax.process_count() == 1:
             prompts = training.sample_prompts or (("",) if self.task == "unconditional" else ())
-            self.previewer = Previewer(self.model_config, prompts, self.tokenizer)
+            self.previewer = Previewer(self.model_config, prompts, self.tokenizer, self.source.classes)
 
     def prepare(self) -> None:
         """For a transfer or a run from scratch, writes the model to start from into the folder of the run."""
@@ -186,17 +190,26 @@ class FinetuneRun(Run):
         parts = {"trained": state.params, "frozen": self.frozen, "optimizer": state.opt_state, "average": state.ema}
         return parts | ({"vqgan": self.stage1} if self.stage1 else {})
 
-    def preview_data(self) -> None:
-        """Writes reconstructions.png: images of the data above their reconstructions by the VQGAN.
+    def preview_data(self) -> list[str]:
+        """Writes reconstructions.png: images of the data above their reconstructions by the VQGAN; says how near.
 
         No sample of the model can be sharper than these.
         """
         path, source = self.out / "reconstructions.png", self.valid_source or self.source
         if self.previewer is None or source.has_codes or path.exists():
-            return
+            return []
         part = source.part(0, RECONSTRUCTIONS)
         images = next(iter(self.load_rows(part, train=False)))["image"][: len(part)]
-        write_reconstructions(self.config.stage1, self.stage1, images, path, dtype=self.dtype_name, mesh=self.mesh)
+        psnr = write_reconstructions(
+            self.config.stage1, self.stage1, images, path, dtype=self.dtype_name, mesh=self.mesh
+        )
+        lines = [f"reconstructions.png: the VQGAN reconstructs {len(images)} of your images with {psnr:.1f} dB (PSNR)"]
+        if psnr < POOR_PSNR:
+            lines.append(
+                "note: that is poor, and no sample of the model can be better: look at reconstructions.png, and train "
+                "the VQGAN on your images first (mindalle train-vqgan)"
+            )
+        return lines
 
     def preview_samples(self, state: TrainState, step: int) -> None:
         """Writes samples/step_*.png: images of the sample prompts, by the moving average if the run has one."""
@@ -212,7 +225,8 @@ class FinetuneRun(Run):
         if jax.process_index() == 0:
             captions = (caption for sample in self.source.samples for caption in sample.captions)
             data = f"{len(self.source):,} images, fingerprint {self.source.fingerprint()[:12]}"
-            write_finetuned(self.config, self.base, self.out, trained, captions, int(state.step), data)
+            seen = int(state.step), self.batch_size
+            write_finetuned(self.config, self.base, self.out, trained, captions, self.source.classes, seen, data)
 
     def _with_codes(self, batch: Batch) -> Batch:
         """Replaces the images of a batch by their codes."""
@@ -228,13 +242,15 @@ def write_finetuned(
     folder: Path,
     trained: dict[str, np.ndarray],
     captions: Iterable[str],
-    step: int,
+    classes: Sequence[str] | None,
+    seen: tuple[int, int],
     data: str | None = None,
 ) -> None:
     """Writes the model of a run into an existing folder, with adapters merged; with LoRA also the adapters alone.
 
-    base: the model that the run started from. trained: what the run trains, float32 by path. captions: of the training
-    data. step, data: the step of the weights, and a description of the data, for the model card. Raises as write_model.
+    base: the model that the run started from. trained: what the run trains, float32 by path. captions, classes: of the
+    training data, the latter if they have names. seen: the step of the weights, and the number of images per step.
+    data: a description of the data, for the model card. Raises as write_model.
     """
     manifest = read_manifest(base)
     before = map_weights(base / "stage2.safetensors", manifest["tensors"]["stage2"])
@@ -245,24 +261,27 @@ def write_finetuned(
         weight = trained[path] if path in trained else np.asarray(before[path], np.float32)
         return merged(path, weight, trained, scale)
 
-    caption_dropout = manifest.get("caption_dropout")
-    if config.training.caption_dropout:
-        caption_dropout = max(caption_dropout or 0.0, config.training.caption_dropout)
+    about: dict[str, Any] = {"step": seen[0], "classes": classes}
+    if not config.image_only:
+        before_or_now = {manifest.get("caption_dropout"), config.training.caption_dropout or None} - {None}
+        about["caption_dropout"] = max(before_or_now, default=None)
+    card = run_card(base, folder, config.model_config(), _origin(config), _facts(config, folder, seen, data))
+    files = {"README.md": card.encode()}
+    if lora.rank:
+        import safetensors.numpy
+
+        metadata = {LORA_SCALE: str(scale), BASE_FINGERPRINT: fingerprint(manifest["tensors"])}
+        files["adapters.safetensors"] = safetensors.numpy.save(trained, metadata=metadata)
     write_model(
         base,
         config.model_config(),
         folder,
         leaf,
         f"fine-tuned from {base.name}",
-        card=run_card(folder, config.model_config(), _origin(config), _facts(config, folder, step, data)),
-        caption_dropout=None if config.image_only else caption_dropout,
+        about=about,
         captions=captions,
+        files=files,
     )
-    if lora.rank:
-        import safetensors.numpy
-
-        about = {LORA_SCALE: str(scale), BASE_FINGERPRINT: fingerprint(manifest["tensors"])}
-        (folder / "adapters.safetensors").write_bytes(safetensors.numpy.save(trained, metadata=about))
 
 
 def _origin(config: FinetuneConfig) -> str:
@@ -273,7 +292,7 @@ def _origin(config: FinetuneConfig) -> str:
     return f"scratch, over the codes of {name}" if training.init_from == SCRATCH else name
 
 
-def _facts(config: FinetuneConfig, folder: Path, step: int, data: str | None) -> dict[str, object]:
+def _facts(config: FinetuneConfig, folder: Path, seen: tuple[int, int], data: str | None) -> dict[str, object]:
     """Returns what the model card says of a run."""
     metrics = folder / "metrics.jsonl"
     lines = read_metrics(metrics) if metrics.exists() else []
@@ -281,15 +300,22 @@ def _facts(config: FinetuneConfig, folder: Path, step: int, data: str | None) ->
     lora, freeze = config.training.lora.rank, config.training.freeze
     return {
         "Trained": f"adapters of rank {lora}" if lora else "all weights but a part" if freeze else "all weights",
-        "Steps": f"{step:,} of {config.experiment.total_batch_size} images",
+        "Steps": f"{seen[0]:,} of {seen[1]} images",
         "Data": data,
         "Learning rate": f"{config.optimizer.base_lr:g}",
         "Caption dropout": config.training.caption_dropout or None,
-        "Validation loss": None if losses.get(step) is None else f"{losses[step]:.4f} nats",
+        "Validation loss": None if losses.get(seen[0]) is None else f"{losses[seen[0]]:.4f} nats",
     }
 
 
-def finetune(config_file: str | Path, overrides: Sequence[str], out: Path, *, ignore_fingerprint: bool = False) -> bool:
+def finetune(
+    config_file: str | Path,
+    overrides: Sequence[str],
+    out: Path,
+    *,
+    ignore_fingerprint: bool = False,
+    extend: bool = False,
+) -> bool:
     """Runs `mindalle finetune`: reads the configuration, finds the model to start from, and starts or resumes the run.
 
     Returns True if the run is complete, and False if a signal stopped it. Raises as read_finetune and run_training.
@@ -297,7 +323,8 @@ def finetune(config_file: str | Path, overrides: Sequence[str], out: Path, *, ig
     check_early(ConfigFile(config_file, overrides), FinetuneConfig)
     config, base = read_finetune(config_file, overrides)
     out = Path(os.path.expanduser(out))
-    return run_training(config, out, lambda: FinetuneRun(config, base, out), ignore_fingerprint=ignore_fingerprint)
+    make_run = lambda: FinetuneRun(config, base, out)  # noqa: E731
+    return run_training(config, out, make_run, ignore_fingerprint=ignore_fingerprint, extend=extend)
 
 
 def read_finetune(config_file: str | Path, overrides: Sequence[str]) -> tuple[FinetuneConfig, Path]:

@@ -7,7 +7,6 @@ If a run is interrupted, the same command resumes it after the last checkpoint, 
 """
 
 import abc
-import json
 import math
 import time
 import zlib
@@ -30,18 +29,18 @@ from mindalle_jax.data.samples import DataTask, Source
 from mindalle_jax.data.sources import check_path, open_source
 from mindalle_jax.data.walk import Split
 from mindalle_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from mindalle_jax.runtime.devices import DType, device_memory, pinned, prepare_process, training_devices
+from mindalle_jax.runtime.devices import DType, device_memory, pinned, prepare_process
 from mindalle_jax.runtime.sharding import BATCH, batch_devices, make_mesh
 from mindalle_jax.runtime.signals import stop_on_signals
 from mindalle_jax.text.tokenizer import TextTokenizer
 from mindalle_jax.training.checkpoint import Checkpoints
 from mindalle_jax.training.config import DataConfig, RunConfig
-from mindalle_jax.training.metrics import Monitor, memory_line, read_metrics
+from mindalle_jax.training.metrics import Monitor, memory_line
 from mindalle_jax.training.optimizer import learning_rate
 from mindalle_jax.training.run_dir import check_run_dir, create_run_dir, lock_run_dir
 from mindalle_jax.training.step import Metrics
+from mindalle_jax.training.summary import SUMMARY_FILE, ended_at, write_summary
 
-SUMMARY_FILE = "summary.json"
 MAX_SKIPPED = 10
 """A run stops after this many steps in a row without a finite loss."""
 
@@ -50,7 +49,7 @@ Rows = dict[str, np.ndarray]
 
 
 def check_early(file: ConfigFile, kind: type[RunConfig], in_memory: str | None = None) -> None:
-    """Checks what needs no model, before one is downloaded: names and types of all fields, and that the data is there.
+    """Checks what needs no model, before one is downloaded: names and types of all fields, and the data.
 
     in_memory: the name that stands for data in memory. Raises ConfigError or DataError.
     """
@@ -58,20 +57,28 @@ def check_early(file: ConfigFile, kind: type[RunConfig], in_memory: str | None =
     data = file.section("data", DataConfig)
     for field, path in (("data.train", data.train), ("data.valid", data.valid)):
         if in_memory is None or path != in_memory:
-            check_path(path, field)
+            check_path(path, field, Columns(data.image_column, data.caption_column))
 
 
 def run_training(
-    config: RunConfig, out: Path, make_run: Callable[[], "Run"], *, ignore_fingerprint: bool = False
+    config: RunConfig,
+    out: Path,
+    make_run: Callable[[], "Run"],
+    *,
+    ignore_fingerprint: bool = False,
+    extend: bool = False,
 ) -> bool:
     """Starts or resumes the run of `config` in the folder `out`; returns whether the run is complete.
 
     make_run: builds the run, and raises if the configuration, the model or the data is wrong. Nothing is written before
-    it returns. Raises as check_run_dir, make_run and Run.__call__.
+    it returns. ignore_fingerprint: as for Run.__call__. extend: the run may be longer than it was. Raises as
+    check_run_dir, make_run, Run.extend and Run.__call__.
     """
     with pinned():
-        check_run_dir(out, config)
+        before = check_run_dir(out, config, extend=extend)
         run = make_run()
+        if extend and before is not None:
+            run.extend(before)
         multihost_utils.sync_global_devices("checked")  # the first process changes a folder that all have checked
         with lock_run_dir(out):
             create_run_dir(out, config)
@@ -96,6 +103,8 @@ class Run(abc.ABC):
     flops_per_sample: float = 0.0
     """Number of operations of a forward and a backward pass over one sample, for MFU; 0: not counted."""
 
+    _extended: bool = False
+    """Whether the run goes on although it may be complete."""
     callbacks: Sequence[Callable[[dict[str, Any]], bool | None]] = ()
     """Called with the metrics of each step and validation; a run ends early if one returns True."""
 
@@ -123,7 +132,6 @@ class Run(abc.ABC):
         # ---- mesh and batches
         self.mesh = make_mesh(config.sharding.strategy, config.sharding.sizes())
         experiment = config.experiment
-        rows = experiment.local_batch_size * batch_devices(self.mesh)
         if batch_devices(self.mesh) % jax.process_count():
             raise ConfigError(
                 f"sharding: a batch in {batch_devices(self.mesh)} parts cannot be shared by {jax.process_count()} "
@@ -147,11 +155,13 @@ class Run(abc.ABC):
         self.valid_source: Source | None = None
         if config.data.valid is not None:
             self.valid_source = source("valid", config.data.valid, self.source.classes)
-        config.check_batches(len(self.source), batch_devices(self.mesh), self.source.report)
-        self.micro_batches = experiment.total_batch_size // rows
-        self.max_steps = config.count_steps(len(self.source), experiment.total_batch_size)
+        plan = config.plan_batches(len(self.source), batch_devices(self.mesh), self.source.report)
+        if plan.note:
+            self.notes.append(plan.note)
+        self.batch_size, self.micro_batches = plan.total, plan.total // (plan.local * batch_devices(self.mesh))
+        self.max_steps = config.count_steps(len(self.source), self.batch_size)
         self.loader = self.load_rows(self.source, train=True)
-        self.schedule = learning_rate(config.optimizer, config.training.warmup_steps, self.max_steps)
+        self.schedule = learning_rate(config.optimizer, plan.warmup_steps, self.max_steps)
 
     # ---- a subclass implements these
 
@@ -190,8 +200,9 @@ class Run(abc.ABC):
         """Returns the trees of arrays that stay on the devices, by the names that the log shows."""
         return {"state": state}
 
-    def preview_data(self) -> None:  # noqa: B027
-        """Is called before the first step, also when a run resumes; may write images of the data."""
+    def preview_data(self) -> list[str]:
+        """Is called before the first step, also when a run resumes; may write images of the data. Returns lines."""
+        return []
 
     def preview_samples(self, state: Any, step: int) -> None:  # noqa: B027
         """Is called every training.sample_every_steps steps; may write images of the model."""
@@ -203,7 +214,7 @@ class Run(abc.ABC):
         config = self._config
         return Loader(
             source,
-            batch_size=config.experiment.total_batch_size if train else self.valid_batch,
+            batch_size=self.batch_size if train else self.valid_batch,
             train=train,
             seed=config.training.seed,
             image_size=self._image_size,
@@ -231,6 +242,21 @@ class Run(abc.ABC):
 
     # ---- the loop
 
+    def extend(self, before: RunConfig) -> None:
+        """Makes the call continue a run of the configuration `before`, which may be complete, up to the new length.
+
+        Raises ConfigError if the new length is shorter.
+        """
+        steps = before.count_steps(len(self.source), self.batch_size)
+        if self.max_steps < steps:
+            raise ConfigError(f"{self.out}: --extend makes a run longer; it has {steps} steps, not {self.max_steps}")
+        self._extended = True
+        if self._config.optimizer.sched_type == "cosine" and self.max_steps > steps:
+            self.notes.append(
+                f"the learning rate fell along a cosine of {steps} steps, and now follows one of {self.max_steps}: the "
+                f"result differs from that of {self.max_steps} steps in one run; optimizer.sched_type=constant does not"
+            )
+
     def __call__(self, *, ignore_fingerprint: bool = False) -> bool:
         """Trains. Returns True if the run is complete, and False if SIGTERM or Ctrl-C stopped it after a save.
 
@@ -243,7 +269,7 @@ class Run(abc.ABC):
             return self._train(ignore_fingerprint)
 
     def _train(self, ignore_fingerprint: bool) -> bool:
-        config, training, batch_size = self._config, self._config.training, self._config.experiment.total_batch_size
+        config, training, batch_size = self._config, self._config.training, self.batch_size
         start_s = time.perf_counter()
         with device_memory(
             "the parameters do not fit into the memory of the devices: shard them (sharding.strategy=fsdp)"
@@ -266,15 +292,24 @@ class Run(abc.ABC):
                 if restored.data_state["base"] != base_fingerprint:
                     raise CheckpointError(f"{self.out}: the run started from another model than the one given now")
                 state, done = restored.state, restored.step
+                if (before := restored.data_state["loader"]["next_index"] // max(done, 1)) != batch_size:
+                    raise CheckpointError(
+                        f"{self.out}: a step took {before} images, and would take {batch_size} now; resume with as "
+                        f"many devices as before, or set experiment.total_batch_size={before}"
+                    )
                 self.loader.set_state(restored.data_state["loader"])
                 del restored
 
-            if done and self._ended_at() == done:
+            if done and ended_at(self.out) == done and not (self._extended and done < self.max_steps):
                 return True
+            if jax.process_index() == 0:
+                (self.out / SUMMARY_FILE).unlink(missing_ok=True)  # of a run that is extended
             self._end_asked = stopped = False
 
             def save(step: int, valid_loss: float | None) -> None:
-                data_state = {"loader": {"next_index": step * batch_size}, "base": base_fingerprint}
+                loader = {"next_index": step * batch_size}
+                data_state = {"loader": loader, "base": base_fingerprint, "classes": self.source.classes}
+                monitor.log(f"step {step}: saving a checkpoint")
                 saved.save(step, state, data_state=data_state, validation_loss=valid_loss)
 
             # ---- steps
@@ -293,15 +328,21 @@ class Run(abc.ABC):
                     monitor.log(f"validation: {self.valid_source.report}")
                 for note in self.notes:
                     monitor.log(f"note: {note}")
-                monitor.log(f"{self.max_steps} steps of {batch_size}")
-                self.preview_data()
+                monitor.log(f"{self.max_steps} steps of {batch_size}{f'; resumes after step {done}' if done else ''}")
+                for line in self.preview_data():
+                    monitor.log(line)
                 without_gain = 0  # validations since the lowest loss
                 lowest = (math.inf, done)  # validation loss and its step, since the start of this process
+                compiling_s, first = time.perf_counter(), done + 1
+                if first <= self.max_steps:
+                    monitor.log("compiling the training step: minutes for a large model, less if it is in the cache")
                 unlogged: list[Any] = []  # metrics of a step are fetched while the next one runs
                 while done < self.max_steps:
                     rows = next(self.loader)
                     state, metrics = step_fn(state, self.make_batch(rows))
                     done += 1
+                    if done == first:
+                        monitor.log(f"compiled in {time.perf_counter() - compiling_s:.1f} s")
                     samples = _gathered(rows["sample"]).T.reshape(-1)  # process p has rows p, p + P, ... of the batch
                     unlogged.append((done, metrics, samples))
                     valid_loss = None
@@ -343,7 +384,9 @@ class Run(abc.ABC):
                 state = saved.restore(target, step=best, ignore_fingerprint=True).state
         self.write_result(state)
         if not stopped:
-            self._write_summary(done, best, time.perf_counter() - start_s)
+            if jax.process_index() == 0:
+                images, seconds = done * batch_size, time.perf_counter() - start_s
+                write_summary(self.out, step=done, step_of_the_model=best, images=images, seconds=seconds)
         multihost_utils.sync_global_devices("written")  # no process returns before the model is written
         return not stopped
 
@@ -363,35 +406,9 @@ class Run(abc.ABC):
                 f"optimizer.base_lr ({self._config.optimizer.base_lr}), or look at the data"
             )
 
-    def _ended_at(self) -> int | None:
-        """Returns the step at which the run in the folder ended; None if it did not end."""
-        try:
-            return json.loads((self.out / SUMMARY_FILE).read_text(encoding="utf-8"))["updates"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
     def _tell(self, line: dict[str, Any]) -> bool:
         """Calls all callbacks; returns whether one of them wants the run to end."""
         return any([callback(dict(line)) is True for callback in self.callbacks])
-
-    def _write_summary(self, done: int, best: int, seconds: float) -> None:
-        if jax.process_index() != 0:
-            return
-        lines = read_metrics(self.out / "metrics.jsonl")
-        train, valid = ([line for line in lines if line["kind"] == kind] for kind in ("train", "valid"))
-        summary = {
-            "updates": done,
-            "skipped_updates": sum(line.get("skipped", 0) for line in train),
-            "images": done * self._config.experiment.total_batch_size,
-            "first_loss": train[0].get("loss") if train else None,
-            "last_loss": train[-1].get("loss") if train else None,
-            "validation_loss": valid[-1].get("loss") if valid else None,
-            "step_of_the_model": best,
-            "seconds_since_the_last_start": round(seconds, 1),
-            "devices": len(training_devices()),
-            "device": jax.devices()[0].device_kind,
-        }
-        (self.out / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 def gather_to_host(leaf: jax.Array) -> np.ndarray:

@@ -54,7 +54,11 @@ class Monitor:
         resumed run has made; later lines of metrics.jsonl are removed.
         """
         self.is_first = jax.process_index() == 0
-        self._bar = tqdm(total=max_steps, initial=first_step, unit="step", disable=not self.is_first)
+        self._bar = tqdm(
+            total=max_steps, initial=first_step, unit="step", disable=not self.is_first,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0, smoothing=0,
+        )  # fmt: skip
+        self._first_step = first_step + 1  # it compiles
         self._batch_size, self._since, self._since_step = batch_size, time.perf_counter(), first_step
         device = jax.devices()[0].device_kind
         self._flops = flops_per_sample
@@ -93,6 +97,8 @@ class Monitor:
             shown = {"loss": f"{metrics['loss']:.4f}", "lr": f"{metrics['learning_rate']:.2e}", "img/s": f"{rate:.3g}"}
             self._bar.set_postfix(shown | ({"MFU": f"{metrics['mfu']:.1%}"} if self._peak else {}))
             self._bar.update(step - self._bar.n)
+            if step == self._first_step:  # the time that is left follows from the steps after it
+                self._bar.initial, self._bar.start_t = step, time.time()
         # JSON has no NaN.
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = {"step": step, "kind": kind, **finite}

@@ -1,4 +1,4 @@
-"""AdamW or Muon with a cosine schedule. Gradients are first clipped by their global norm."""
+"""AdamW or Muon with a cosine or constant schedule. Gradients are first clipped by their global norm."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,9 +16,10 @@ learning rate."""
 def learning_rate(optimizer: OptimizerConfig, warmup_steps: int, max_steps: int) -> optax.Schedule:
     """Returns the learning rate of step i = 0, 1, ... as a function of i.
 
-    The rate is base_lr * i / warmup_steps first. Then it follows a cosine, and from max_steps on it is min_lr. Without
-    warm-up it is the original's schedule: min + (base - min) (1 + cos(pi i / max_steps)) / 2. Raises ConfigError for
-    warmup_steps outside [0, max_steps) and for a base_lr of 0 or less.
+    The rate is base_lr * i / warmup_steps first. Then it stays base_lr ("constant"), or follows a cosine, and from
+    max_steps on it is min_lr. Without warm-up the cosine is the original's schedule: min + (base - min)
+    (1 + cos(pi i / max_steps)) / 2. Raises ConfigError for warmup_steps outside [0, max_steps) and for a base_lr of 0
+    or less.
     """
     if not 0 <= warmup_steps < max_steps:
         raise ConfigError(
@@ -26,12 +27,14 @@ def learning_rate(optimizer: OptimizerConfig, warmup_steps: int, max_steps: int)
         )
     if optimizer.base_lr <= 0:
         raise ConfigError(f"optimizer.base_lr must be over 0, not {optimizer.base_lr}")
-    cosine = optax.cosine_decay_schedule(
-        optimizer.base_lr, max_steps - warmup_steps, alpha=optimizer.min_lr / optimizer.base_lr
-    )
+    if optimizer.sched_type == "constant":
+        after = optax.constant_schedule(optimizer.base_lr)
+    else:
+        lowest = optimizer.min_lr / optimizer.base_lr
+        after = optax.cosine_decay_schedule(optimizer.base_lr, max_steps - warmup_steps, alpha=lowest)
     if not warmup_steps:
-        return cosine
-    return optax.join_schedules([optax.linear_schedule(0.0, optimizer.base_lr, warmup_steps), cosine], [warmup_steps])
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, optimizer.base_lr, warmup_steps), after], [warmup_steps])
 
 
 def make_optimizer(

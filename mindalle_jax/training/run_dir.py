@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from mindalle_jax.config.file import dump_config, load_config
-from mindalle_jax.errors import ConfigError, OutputError
+from mindalle_jax.errors import ConfigError, OutputError, UsageError
 from mindalle_jax.storage.files import check_writable, disk_errors, hold_lock
 from mindalle_jax.storage.initialize import check_upstream, write_fresh, write_transfer
 from mindalle_jax.training.checkpoint import Checkpoints
@@ -29,6 +29,9 @@ FREE_FIELDS = (
     "training.validate_every_steps", "training.early_stopping", "training.sample_every_steps",
     "training.sample_prompts", "training.remat", "training.flash_attention", "sharding",
 )  # fmt: skip
+
+LENGTH_FIELDS = ("optimizer.max_steps", "experiment.epochs")
+"""Fields that may change when a run is extended."""
 
 
 def check_base(config: FinetuneConfig, base: Path) -> None:
@@ -63,25 +66,31 @@ def start_folder(config: FinetuneConfig, base: Path, out: Path) -> Path:
     return start
 
 
-def check_run_dir(out: Path, config: RunConfig) -> None:
-    """Raises OutputError if `out` is neither empty nor the folder of a run, or cannot be written to.
+def check_run_dir(out: Path, config: RunConfig, *, extend: bool = False) -> RunConfig | None:
+    """Returns the configuration of the run in `out` that is to resume; None for a new run.
 
-    Raises ConfigError if the run in it has another configuration. A run without a checkpoint has nothing to resume
-    from: it starts again, with any configuration.
+    extend: the run may have another length. A run without a checkpoint has nothing to resume from: it starts again,
+    with any configuration. Raises OutputError if `out` is neither empty nor the folder of a run, or cannot be written
+    to, ConfigError if the run in it has another configuration, and UsageError if there is no run to extend.
     """
-    file = out / CONFIG_FILE
-    if file.exists() and Checkpoints(out / "checkpoints").latest_step() is None:
-        pass
-    elif file.exists():
-        theirs = _flat(dataclasses.asdict(load_config(file, kind=type(config))))
-        if lines := _differences(theirs, _flat(dataclasses.asdict(config))):
+    file, before = out / CONFIG_FILE, None
+    if file.exists() and Checkpoints(out / "checkpoints").latest_step() is not None:
+        before = load_config(file, kind=type(config))
+        theirs, ours = (_flat(dataclasses.asdict(one)) for one in (before, config))
+        free = (*FREE_FIELDS, *(LENGTH_FIELDS if extend else ()))
+        if lines := _differences(theirs, ours, free):
+            only_length = not _differences(theirs, ours, (*FREE_FIELDS, *LENGTH_FIELDS))
+            advice = "; --extend (in Python: extend=True) makes a run longer" if only_length else ""
             raise ConfigError(
                 f"{out} holds a run of another configuration: {'; '.join(lines)}; name another folder, or "
-                "undo the changes"
+                f"undo the changes{advice}"
             )
-    elif out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
+    elif extend:
+        raise UsageError(f"{out} holds no run with a checkpoint, so there is nothing to extend")
+    elif not file.exists() and out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise OutputError(f"{out} exists, is not empty and holds no run to resume; name another folder")
     check_writable(out)
+    return before
 
 
 @contextlib.contextmanager
@@ -115,12 +124,12 @@ def create_run_dir(out: Path, config: RunConfig) -> None:
             (out / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
 
 
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """Returns a text per field that differs and is not one of FREE_FIELDS."""
+def _differences(theirs: dict[str, Any], ours: dict[str, Any], free: tuple[str, ...] = ()) -> list[str]:
+    """Returns a text per field that differs and is not one of `free`."""
     return [
         f"{path} was {theirs[path]!r} and is {value!r}"
         for path, value in ours.items()
-        if theirs[path] != value and not path.startswith(FREE_FIELDS)
+        if theirs[path] != value and not path.startswith(free)
     ]
 
 

@@ -28,7 +28,8 @@ from mindalle_jax.text.tokenizer import MERGES_FILE
         (["a\0cat"], r"the prompt 'a\\x00cat' holds a NUL character"),
         (["a \udc80 cat"], r"the prompt 'a \\udc80 cat' is not valid text: lone surrogate at character 2"),
         ([], "no prompt was given; write one in quotes, or name a file with --prompts-file"),
-        (["a cat", "--class-id", 3], "samples from prompts; --class-id is for image-only models"),
+        (["a cat", "--class-id", 3], "samples from prompts; --class and --class-id are for image-only models"),
+        (["a cat", "--class", "cat"], "samples from prompts; --class and --class-id are for image-only models"),
         (["a cat", "--top-k", 0], r"--top-k must be an integer in \[1, 80\] .*not 0$"),
         (["a cat", "--top-k", -1], r"--top-k must be an integer in \[1, 80\] .*not -1$"),
         (["a cat", "--top-k", 81], r"--top-k must be an integer in \[1, 80\] \(the number of codes\).*not 81$"),
@@ -134,14 +135,16 @@ def test_a_ranker_that_is_none_is_told_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["a cat"], "samples without text; it takes no prompt, only --class-id if it has classes"),
-        (["a cat", "--class-id", 3], "samples without text; it takes no prompt, only --class-id if it has classes"),
+        (["a cat"], "samples without text; it takes no prompt, only --class or --class-id if it has classes"),
+        (["a cat", "--class-id", 3], "samples without text; it takes no prompt, only --class or --class-id"),
         ([], r"this model is class-conditional: name a class in \[0, 5\)"),
         (["--class-id", 5], r"classes must lie in \[0, 5\), not \[5, 5\]"),
         (["--class-id", -1], r"classes must lie in \[0, 5\), not \[-1, -1\]"),
         (["--class-id", 2**70], "class"),
+        (["--class", "cat"], "the classes of this model have no names; name one by its number, not 'cat'"),
+        (["--class", "cat", "--class-id", 3], "--class and --class-id cannot be used together"),
     ],
-    ids=["prompt", "prompt and class", "no class", "over", "negative", "huge"],
+    ids=["prompt", "prompt and class", "no class", "over", "negative", "huge", "named", "two"],
 )
 def test_a_class_that_does_not_work_is_told(sample, not_loaded, out, tiny_igpt_model_folder, arguments, text):
     code, stdout, err = sample(*arguments, model=tiny_igpt_model_folder)

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from mindalle_jax.storage.card import write_license_and_card
+from mindalle_jax.storage.card import run_card, write_license_and_card
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,21 @@ def test_a_licence_beside_a_file_goes_along(tmp_path, tiny_config):
     write_license_and_card(tmp_path / "vqgan.ckpt", tmp_path / "new", tiny_config, 1, False)
     assert (tmp_path / "new" / "LICENSE").read_text() == "mine"
     assert "# vqgan\n" in (tmp_path / "new" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("header", "license", "said"),
+    [
+        ("---\nlicense: cc-by-nc-sa-4.0\ntags: []\n---\n", "cc-by-nc-sa-4.0", "base model, cc-by-nc-sa-4.0, see"),
+        ("---\nlicense: other\nlicense_name: see-license-file\n---\n", "other", "that of the base model, see LICENSE"),
+        ("a text that says license: mit\n", "other", "that of the base model, see LICENSE"),
+        (None, "other", "that of the base model, see LICENSE"),
+    ],
+)
+def test_a_run_has_the_license_of_its_base(tmp_path, tiny_config, header, license, said):
+    if header is not None:
+        (tmp_path / "README.md").write_text(header)
+    card = run_card(tmp_path, tmp_path / "cats", tiny_config, "demo", {"Steps": "3", "Data": None})
+    about = yaml.safe_load(card.split("---")[1])
+    assert about["license"] == license and about["base_model"] == "demo"
+    assert said in card and "- Steps: 3\n" in card and "Data" not in card

@@ -103,12 +103,20 @@ def test_every_run_has_the_sections_of_a_run(tmp_path):
 @pytest.mark.parametrize(
     ("images", "parts", "overrides", "line"),
     [
-        (12, 1, [], "experiment.total_batch_size=8 training.warmup_steps=3"),
-        (12, 1, ["experiment.epochs=1"], "experiment.total_batch_size=8 training.warmup_steps=0"),
-        (5, 1, [], "experiment.total_batch_size=5 experiment.local_batch_size=5 training.warmup_steps=3"),
         (70, 1, [], "training.warmup_steps=3"),
+        (
+            70,
+            1,
+            ["experiment.local_batch_size=24", "experiment.epochs=1"],
+            "experiment.total_batch_size=48 training.warmup_steps=0",
+        ),
         (1000, 6, [], "experiment.total_batch_size=48"),
-        (30, 6, [], "experiment.total_batch_size=30 experiment.local_batch_size=5 training.warmup_steps=3"),
+        (
+            64,
+            3,
+            ["training.warmup_steps=0", "experiment.local_batch_size=30"],
+            "experiment.total_batch_size=63 experiment.local_batch_size=21",
+        ),
     ],
 )
 def test_what_does_not_fit_is_told_with_values_that_do(load, images, parts, overrides, line):
@@ -116,15 +124,34 @@ def test_what_does_not_fit_is_told_with_values_that_do(load, images, parts, over
     config = load("experiment: {local_batch_size: 8, total_batch_size: 64, epochs: 8}\ntraining: {warmup_steps: 20}",
                   *overrides)  # fmt: skip
     with pytest.raises(ConfigError) as caught:
-        config.check_batches(images, parts)
+        config.plan_batches(images, parts)
     assert str(caught.value).endswith(f"; this works: {line}")
     fitted = load("experiment: {local_batch_size: 8, total_batch_size: 64, epochs: 8}\ntraining: {warmup_steps: 20}",
                   *overrides, *line.split())  # fmt: skip
-    fitted.check_batches(images, parts)
+    plan = fitted.plan_batches(images, parts)
+    experiment = fitted.experiment
+    assert plan == (experiment.total_batch_size, experiment.local_batch_size, fitted.training.warmup_steps, "")
+
+
+@pytest.mark.parametrize(
+    ("images", "parts", "overrides", "plan", "note"),
+    [
+        (12, 1, [], (8, 8, 3), "a step takes 8, and training.warmup_steps is 3"),
+        (12, 1, ["experiment.epochs=1"], (8, 8, 0), "a step takes 8, and training.warmup_steps is 0"),
+        (5, 1, ["training.warmup_steps=2"], (4, 4, 2), "a step takes 4"),
+        (63, 2, ["training.warmup_steps=2"], (32, 8, 2), "a step takes 32"),
+        (30, 6, [], (30, 5, 3), "a step takes 30, and training.warmup_steps is 3"),
+        (1, 1, [], (1, 1, 3), "a step takes 1, and training.warmup_steps is 3"),
+    ],
+)
+def test_fewer_images_than_a_batch_are_a_smaller_batch_with_a_note(load, images, parts, overrides, plan, note):
+    config = load("experiment: {local_batch_size: 8, total_batch_size: 64, epochs: 8}\ntraining: {warmup_steps: 20}",
+                  *overrides)  # fmt: skip
+    found = config.plan_batches(images, parts)
+    said = f"the data has {images} samples, fewer than experiment.total_batch_size 64: {note}"
+    assert found == (*plan, said)
 
 
 def test_fewer_images_than_devices(load):
-    with pytest.raises(
-        ConfigError, match="more than the data has: 3 samples; use fewer than 4 devices, or more images"
-    ):
-        load("experiment: {local_batch_size: 1, total_batch_size: 8}").check_batches(3, 4)
+    with pytest.raises(ConfigError, match="4 devices share a batch, and the data has 3 samples: use fewer devices"):
+        load("experiment: {local_batch_size: 1, total_batch_size: 8}").plan_batches(3, 4)

@@ -1,6 +1,8 @@
 """training/export.py: a model from every checkpoint; and the result of a run is the best by validation loss."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +13,17 @@ from mindalle_jax import Dalle, cli
 from mindalle_jax.errors import CheckpointError, UsageError
 from mindalle_jax.storage.weights import map_weights, read_manifest
 from mindalle_jax.training.checkpoint import Checkpoints
-from mindalle_jax.training.export import export_checkpoint
+from mindalle_jax.training.export import export_checkpoint, newest_model
 
 
 def stage2(folder) -> dict[str, np.ndarray]:
     weights = map_weights(folder / "stage2.safetensors", read_manifest(folder)["tensors"]["stage2"])
     return {path: np.array(array, np.float32) for path, array in weights.items()}
+
+
+def export(run, folder):
+    export_checkpoint(run, folder)
+    return folder
 
 
 def equal(first, second) -> bool:
@@ -83,21 +90,43 @@ def test_averages_and_adapters(train, tmp_path):
 
 
 def test_a_run_that_is_not_finished(overfitted, tmp_path, capsys):
-    """sample names the command; the command makes the model, without the data."""
+    """export-checkpoint makes the model, without the data; Python names it."""
     run = tmp_path / "stopped"
     run.mkdir()
     (run / "run.yaml").write_text(
         (overfitted / "run.yaml").read_text().replace(str(overfitted.parent / "a"), "gone"), encoding="utf-8"
     )
     (run / "checkpoints").symlink_to(overfitted / "checkpoints")
-    assert cli.main(["sample", "the cat", "--model", str(run)]) == 4
-    assert f"mindalle export-checkpoint {run} DIR makes a model of its newest checkpoint" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=f"mindalle export-checkpoint {run} DIR makes a model of it"):
+        Dalle.from_pretrained(run)
     assert cli.main(["export-checkpoint", str(run), str(tmp_path / "model"), "--step", "15"]) == 0
     assert capsys.readouterr().out == (
         f'{tmp_path / "model"}: the model of step 15; mindalle sample "..." --model {tmp_path / "model"}\n'
     )
     assert cli.main(["export-checkpoint", str(run), str(tmp_path / "model")]) == 6
     assert cli.main(["export-checkpoint", str(run), str(tmp_path / "model"), "--overwrite"]) == 0
+
+
+def test_sample_takes_the_newest_checkpoint_of_a_run_that_is_not_finished(overfitted, tmp_path, capsys):
+    """And says which; a model that a stopped run left is taken as long as it is of the newest or best checkpoint."""
+    run = Path(shutil.copytree(overfitted, tmp_path / "run"))
+    model = run / "exported" / "step_000020"
+    for name in ("manifest.json", "stage2.safetensors", "summary.json"):
+        (run / name).unlink()
+    for number in (1, 2):
+        assert cli.main(["sample", "the cat", "--model", str(run), "-n", "1", "-o", str(tmp_path / f"{number}")]) == 0
+        assert f"{run} is not finished: this is its model of step 20" in capsys.readouterr().err
+    assert equal(model, export(run, tmp_path / "last"))
+    shutil.rmtree(run / "checkpoints" / "20")
+    assert newest_model(run) == (run / "exported" / "step_000015", 15) and not model.exists()
+    for name in ("manifest.json", "stage2.safetensors"):
+        shutil.copyfile(overfitted / name, run / name)
+    best = read_manifest(run)["step"]
+    assert best < 15 and newest_model(run) == (run, best)
+    shutil.rmtree(run / "checkpoints")
+    (run / "manifest.json").unlink()
+    assert cli.main(["sample", "the cat", "--model", str(run)]) == 4
+    assert f"{run}: holds no checkpoint yet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -98,24 +98,15 @@ def begun(finished, tmp_path) -> tuple[Path, Path]:
 
 WRONG = {
     # name: overrides, exit code, message
-    "batch and devices": (
-        ["experiment.local_batch_size=2", "experiment.total_batch_size=40"],
+    "batch, devices and warm-up": (
+        ["experiment.local_batch_size=2", "experiment.total_batch_size=12", "training.warmup_steps=20"],
         3,
-        "experiment.total_batch_size 40 must be a multiple of 16: local_batch_size 2 on 8 devices; "
-        "experiment.total_batch_size 40 is more than the data has: 12 samples; "
-        "this works: experiment.total_batch_size=8 experiment.local_batch_size=1",
+        "experiment.total_batch_size 12 must be a multiple of 16: local_batch_size 2 on 8 devices; "
+        "training.warmup_steps 20 must be below the number of steps, 20; this works: "
+        "experiment.total_batch_size=8 experiment.local_batch_size=1 training.warmup_steps=9",
     ),
     "batch below the devices": (
         ["experiment.total_batch_size=5"], 3, "on 8 devices; this works: experiment.total_batch_size=8",
-    ),
-    "fewer samples than a batch": (
-        ["experiment.total_batch_size=16"], 3,
-        "total_batch_size 16 is more than the data has: 12 samples; this works: experiment.total_batch_size=8",
-    ),
-    "fewer samples than a batch, by epochs": (
-        ["experiment.total_batch_size=16", "optimizer.max_steps=0"],
-        3,
-        "total_batch_size 16 is more than the data has: 12 samples; this works: experiment.total_batch_size=8",
     ),
     "no data": (["data.train="], 3, "data.train needs a value; it cannot be empty or null"),
     "data that is not there": (["data.train=fotos"], 9, "data.train: fotos does not exist"),

@@ -10,6 +10,7 @@ from PIL import Image
 from mindalle_jax import ImageGPT
 from mindalle_jax.errors import ConfigError
 from mindalle_jax.training.finetune import finetune
+from mindalle_jax.training.previews import LABEL, Previewer
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +33,26 @@ training: {{init_from: {tiny_model_folder}, sample_every_steps: 1, sample_prompt
 
 
 def test_samples_of_the_prompts(run):
-    """A block of four pictures a prompt, and other ones after another update."""
-    grids = [np.asarray(Image.open(run / "out" / "samples" / f"step_{step:06d}.png")) for step in (1, 2)]
-    assert grids[0].shape == (4 + 2 * (32 + 14 + 4), 4 + 4 * 36, 3)
-    assert (grids[0] != grids[1]).any()
+    """A row of four images per prompt, beside the prompt, and other images after another step."""
+    first, second = (np.asarray(Image.open(run / "out" / "samples" / f"step_{step:06d}.png")) for step in (1, 2))
+    assert first.shape == (2 * 32, LABEL + 4 * 32, 3)
+    assert (first[:, LABEL:] != second[:, LABEL:]).any()
+    np.testing.assert_array_equal(first[:, :LABEL], second[:, :LABEL])
+    rows = first[:, :LABEL].reshape(2, 32, LABEL, 3)
+    assert (rows.min((1, 2, 3)) < 50).all(), "a row has no prompt beside it"
+    assert (rows[0] != rows[1]).any(), "both prompts look the same"
+
+
+def test_classes_are_named_by_name_or_number(tiny_igpt_config):
+    names = [f"thing {number}" for number in range(5)]
+    previewer = Previewer(tiny_igpt_config, ("thing 3", "1"), None, names)
+    assert previewer.class_ids == [3, 1]
+    with pytest.raises(ConfigError, match="training.sample_prompts .*the model has no class 'thong 3'.*thing 3"):
+        Previewer(tiny_igpt_config, ("thong 3",), None, names)
+    with pytest.raises(ConfigError, match="name one by its number, not 'thing 3'"):
+        Previewer(tiny_igpt_config, ("thing 3",), None)
+    with pytest.raises(ConfigError, match=r"classes must lie in \[0, 5\)"):
+        Previewer(tiny_igpt_config, ("5",), None, names)
 
 
 def test_reconstructions_are_the_vqgans(run, tiny_dalle):

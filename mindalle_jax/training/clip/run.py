@@ -93,7 +93,7 @@ class ClipRun(Run):
             if source is not None and source.has_codes:
                 raise DataError(f"{source.path} holds codes; CLIP is trained on images")
         if self.micro_batches > 1:
-            total = config.experiment.total_batch_size
+            total = self.batch_size
             raise ConfigError(
                 f"experiment.local_batch_size must be {total // self.mesh.size}, total_batch_size {total} on "
                 f"{self.mesh.size} devices, not {config.experiment.local_batch_size}: each image is compared with all "
@@ -159,7 +159,12 @@ class ClipRun(Run):
 
 
 def train_clip(
-    config_file: str | Path, overrides: Sequence[str], out: Path, *, ignore_fingerprint: bool = False
+    config_file: str | Path,
+    overrides: Sequence[str],
+    out: Path,
+    *,
+    ignore_fingerprint: bool = False,
+    extend: bool = False,
 ) -> bool:
     """Runs `mindalle train-clip`: reads the configuration, and starts or resumes the run.
 
@@ -169,7 +174,8 @@ def train_clip(
     out, file = Path(os.path.expanduser(out)), ConfigFile(config_file, overrides)
     check_early(file, ClipTrainConfig)
     config = file.config(ClipTrainConfig)
-    return run_training(config, out, lambda: ClipRun(config, out), ignore_fingerprint=ignore_fingerprint)
+    make_run = lambda: ClipRun(config, out)  # noqa: E731
+    return run_training(config, out, make_run, ignore_fingerprint=ignore_fingerprint, extend=extend)
 
 
 def read_tokenizer(config: ClipTrainConfig) -> tuple[Tokenizer, ClipConfig]:

@@ -60,7 +60,7 @@ class VqganRun(Run):
                 raise DataError(f"{path} holds codes; a VQGAN is trained on images")
         super().__init__(config, out, image_size=config.stage1.hparams.resolution)
         training, losses = config.training, config.training.losses
-        batch, filling = config.experiment.total_batch_size, 0
+        batch, filling = self.batch_size, 0
         if base is None:
             filling = steps_to_fill(config.stage1.n_embed, batch * config.stage1.code_size**2)
         if training.quantise_from_step + filling >= self.max_steps:
@@ -180,7 +180,12 @@ class VqganRun(Run):
 
 
 def train_vqgan(
-    config_file: str | Path, overrides: Sequence[str], out: Path, *, ignore_fingerprint: bool = False
+    config_file: str | Path,
+    overrides: Sequence[str],
+    out: Path,
+    *,
+    ignore_fingerprint: bool = False,
+    extend: bool = False,
 ) -> bool:
     """Runs `mindalle train-vqgan`: reads the configuration, and starts or resumes the run.
 
@@ -192,7 +197,8 @@ def train_vqgan(
     init_from = file.section("training", VqganTrainingConfig).init_from
     base = None if init_from == SCRATCH else find_model(init_from)
     config = file.config(VqganTrainConfig, None if base is None else load_config(base / "config.yaml"))
-    return run_training(config, out, lambda: VqganRun(config, base, out), ignore_fingerprint=ignore_fingerprint)
+    make_run = lambda: VqganRun(config, base, out)  # noqa: E731
+    return run_training(config, out, make_run, ignore_fingerprint=ignore_fingerprint, extend=extend)
 
 
 def vqgan_model_config(stage1: Stage1Config) -> Config:

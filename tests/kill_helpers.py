@@ -1,0 +1,65 @@
+"""Runs of `mindalle finetune` that are interrupted at a random moment of a kind. Imported by a fork server."""
+
+import os
+import random
+import resource
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from mindalle_jax.errors import MindalleError
+from mindalle_jax.training import finetune as finetune_module
+from mindalle_jax.training import loop
+from mindalle_jax.training.checkpoint import Checkpoints
+
+KINDS = ("step", "save", "result", "SIGTERM", "disk")
+"""Killed during a step, a save, or the writing of the result; stopped by SIGTERM; and a disk that takes no more."""
+WINDOW_S = {"step": 0.03, "save": 0.15, "result": 0.08, "SIGTERM": 0.03}
+"""The signal comes at most this long after the beginning of a step, a save, or the result."""
+COMPLETE, STOPPED, DISK = 0, 130, 6
+
+
+def train(config: Path, out: Path, kind: str | None, seed: int, log: Path) -> None:
+    """Starts or resumes the run, and interrupts it once; None does not. Ends the process with an exit code.
+
+    seed: of the moment. log: where the standard error goes.
+    """
+    sys.stderr = log.open("w")
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+    rng = random.Random(seed)
+    after = rng.randint(1, 8)  # the step or the save of this process that is interrupted
+
+    def strike(*_: Any) -> None:
+        nonlocal after
+        after -= 1
+        if after == 0 and kind == "disk":
+            # The kernel refuses the rest of each file, with another number than on a full disk.
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (rng.randint(1 << 10, 400 << 10), resource.RLIM_INFINITY))
+        elif after == 0:
+            number = signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL
+            threading.Timer(rng.uniform(0, WINDOW_S[str(kind)]), os.kill, (os.getpid(), number)).start()
+
+    def before(owner: Any, name: str) -> None:
+        call = getattr(owner, name)
+        setattr(owner, name, lambda *args, **options: (strike(), call(*args, **options))[1])
+
+    if kind == "save":
+        after = rng.randint(1, 3)
+        before(Checkpoints, "save")
+    elif kind == "result":
+        after = 1
+        before(finetune_module.FinetuneRun, "write_result")
+    elif kind is not None:
+        before(loop.Monitor, "log_metrics")
+    code = 1
+    try:
+        code = COMPLETE if finetune_module.finetune(config, [], out) else STOPPED
+    except MindalleError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        code = error.exit_code
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
