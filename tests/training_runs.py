@@ -71,9 +71,6 @@ def start(
     if verb == "finetune":  # not for convolutions: what LLVM makes of their gradients runs 100 times as long then
         flags += " --xla_backend_optimization_level=0"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | more
-    # XLA's threads. By default there are as many as devices, on a small machine: one that is busy with something else
-    # is then missed by the others of a collective, for ever.
-    env["NPROC"] = str(2 * devices + 2)
     command = [sys.executable, "-m", "mindalle_jax", verb, "--config", config, "--out", out, *overrides]
     return subprocess.Popen(
         list(map(str, command)), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
@@ -26,18 +27,22 @@ _set_here: set[str] = set()
 
 
 def prepare_process() -> None:
-    """Sets JAX options of the complete process, unless somebody has set them, and initializes the devices.
+    """Sets options of the complete process, unless somebody has set them, and initializes the devices.
 
     - jax_num_cpu_devices = CPU_DEVICES, unless the option, JAX_NUM_CPU_DEVICES or XLA_FLAGS sets the number, or JAX has
       initialized its devices already.
+    - NPROC = 2 n + 2, the threads of XLA, if the process asks for n > 1 virtual CPU devices. By default XLA has one
+      per device, and a collective of all devices stands still if one of the threads is busy with something else.
     - jax_compilation_cache_dir = a folder in our cache, and jax_persistent_cache_min_compile_time_secs = 0, unless the
       option or JAX_COMPILATION_CACHE_DIR names a folder for compiled programs or turns their cache off.
 
     Every function that loads or trains a model calls it first. Raises UsageError if JAX finds no device.
     """
-    if jax.config.values["jax_num_cpu_devices"] < 0 and "xla_force_host_platform_device_count" not in os.environ.get(
-        "XLA_FLAGS", ""
-    ):
+    flag = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    asked = int(flag[1]) if flag else jax.config.values["jax_num_cpu_devices"]
+    if asked > 1:
+        os.environ.setdefault("NPROC", str(2 * asked + 2))
+    if asked < 0:
         with contextlib.suppress(RuntimeError):  # JAX has initialized its devices already
             jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
             _set_here.add("jax_num_cpu_devices")

@@ -64,9 +64,9 @@ def test_a_run_gets_its_arguments(mindalle_cli, trained, tmp_path, verb):
     options, overrides = ["--config", config, "--out", out], ["data.train=photos", "training.seed=3"]
     for arguments in ([*options, *overrides], [*overrides, *options]):
         assert mindalle_cli(verb, *arguments) == (0, told, "")
-        assert calls.pop() == ((config, overrides, out), {"ignore_fingerprint": False})
-    assert mindalle_cli(verb, *options, "--ignore-fingerprint")[0] == 0
-    assert calls == [((config, [], out), {"ignore_fingerprint": True})]
+        assert calls.pop() == ((config, overrides, out), {"ignore_fingerprint": False, "extend": False})
+    assert mindalle_cli(verb, *options, "--ignore-fingerprint", "--extend")[0] == 0
+    assert calls == [((config, [], out), {"ignore_fingerprint": True, "extend": True})]
 
 
 @pytest.mark.parametrize("verb", RUNS)

@@ -1,11 +1,12 @@
 """data/sources.py: every format that people have, what is left out of it, and what they are told."""
 
 import shlex
+import sys
 
 import pytest
 from image_folders import captions, fill, write_tar
 
-from mindalle_jax.data.sources import open_source
+from mindalle_jax.data.sources import check_path, open_source
 from mindalle_jax.errors import DataError, UsageError
 
 
@@ -62,3 +63,44 @@ def test_caption_files_as_people_name_them(tmp_path, names):
 def test_caption_files_in_utf_16(tmp_path):
     fill(tmp_path, a_jpg=None, a_txt="a cat\r\ncats".encode("utf-16"))
     assert captions(open_source(tmp_path, "text")) == {"a.jpg": ["a cat", "cats"]}
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({}, "data.train: {folder} holds nothing to train on: 0 samples"),
+        ({"a.txt": b"a cat", "b.caption": b"a dog"}, "holds nothing to train on: 0 samples"),
+        ({"a.tiff": b"II"}, "1 in a format other than JPEG, PNG and WebP"),
+        ({"a.zip": b"PK"}, "which are not read; unpack them: unzip"),
+        ({"train/a.jpg": b"", "test/b.jpg": b""}, None),
+        ({"val/a.jpg": b"", "test/b.jpg": b""}, "holds the splits test, val, and no train"),
+        ({"metadata.jsonl": b"{}"}, "0 samples; left out: 1 lines without file_name"),
+    ],
+)
+def test_what_is_wrong_with_data_is_known_without_a_model(tmp_path, files, said):
+    """A run checks this before it downloads gigabytes."""
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    if said is None:
+        check_path(str(tmp_path), "data.train")
+        return
+    with pytest.raises(DataError) as caught:
+        check_path(str(tmp_path), "data.train")
+    assert said.format(folder=tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["hf://pets/cats", "shards"])
+def test_a_missing_library_is_known_without_a_model(tmp_path, monkeypatch, path):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=f"{path}: needs the library datasets: pip install"):
+        check_path(path, "data.train")
+
+
+def test_codes_are_checked_with_the_model(tmp_path):
+    """Whose VQGAN made them."""
+    (tmp_path / "codes.json").touch()
+    check_path(str(tmp_path), "data.train")

@@ -111,6 +111,7 @@ WRONG = {
     "no data": (["data.train="], 3, "data.train needs a value; it cannot be empty or null"),
     "data that is not there": (["data.train=fotos"], 9, "data.train: fotos does not exist"),
     "validation data that is not there": (["data.valid=fotos"], 9, "data.valid: fotos does not exist"),
+    "data without an image": (["data.train=configs"], 9, "data.train: configs holds nothing to train on: 0 samples"),
     "unknown section": (["trainning.seed=1"], 3, "unknown field trainning; did you mean training?"),
     "unknown key": (["training.warmup=1"], 3, "unknown field training.warmup; did you mean warmup_steps?"),
     "wrong type": (["training.seed=one"], 3, "training.seed must be of type int, not 'one'"),

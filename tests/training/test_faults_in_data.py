@@ -116,7 +116,7 @@ def test_what_lacks_a_caption_is_left_out_and_said(finetune, photos):
             9,
             "nothing to train on for the task 'text': 0 samples; left out: 12 without a caption (first: '000.png')",
         ),
-        ("five", 3, "total_batch_size 8 is more than the data has: 5 samples; left out: 7 without a caption"),
+        ("five", 3, "8 devices share a batch, and the data has 5 samples; left out: 7 without a caption"),
     ],
 )
 def test_too_few_with_a_caption(finetune, photos, left, expected, message):

@@ -54,7 +54,7 @@ def test_the_vqgan_is_loaded_once(config, tmp_path, monkeypatch, tiny_dalle):
         return load(folder, stage, *rest)
 
     monkeypatch.setattr(module, "load_params", count)
-    monkeypatch.setattr(module, "write_reconstructions", lambda _, params, *rest, **more: shown.append(params))
+    monkeypatch.setattr(module, "write_reconstructions", lambda _, params, *rest, **more: shown.append(params) or 9.0)
     monkeypatch.setattr(
         module.Previewer, "write_samples", lambda _, params, *rest, **more: shown.append(params["stage1"])
     )
@@ -62,7 +62,8 @@ def test_the_vqgan_is_loaded_once(config, tmp_path, monkeypatch, tiny_dalle):
     state = run.init_state()
     rows = next(run.loader)
     batch = run.make_batch(dict(rows))
-    run.preview_data()
+    told = run.preview_data()
+    assert "reconstructs 8 of your images with 9.0 dB" in told[0] and "train the VQGAN on your images" in told[1]
     run.preview_samples(state, 1)
     assert loaded == ["stage1"] and len(shown) == 2 and all(params is run.stage1 for params in shown)
     assert sorted(batch) == ["codes", "index", "prefix"] and batch["codes"].shape == (1, 8, 64)

@@ -9,8 +9,10 @@ from PIL import Image
 
 from mindalle_jax import ImageGPT
 from mindalle_jax.errors import ConfigError
+from mindalle_jax.runtime.sharding import make_mesh
+from mindalle_jax.storage.weights import load_params
 from mindalle_jax.training.finetune import finetune
-from mindalle_jax.training.previews import LABEL, Previewer
+from mindalle_jax.training.previews import LABEL, Previewer, write_reconstructions
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,18 @@ def test_reconstructions_are_the_vqgans(run, tiny_dalle):
     np.testing.assert_array_equal(sheet[:32], np.concatenate(pictures, axis=1))
     decoded = (tiny_dalle.decode_codes(tiny_dalle.encode_images(pictures)) * 255).astype(np.uint8)
     np.testing.assert_array_equal(sheet[32:], np.concatenate(decoded, axis=1))
+
+
+def test_how_near_reconstructions_are(tiny_model_folder, tiny_config, tmp_path):
+    """10 log10(255^2 / mean squared difference), the mean over the images."""
+    mesh, float32 = make_mesh("replicated", {}), np.dtype("float32")
+    params = load_params(tiny_model_folder, "stage1", tiny_config, float32, mesh)
+    images = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    path = tmp_path / "sheet.png"
+    found = write_reconstructions(tiny_config.stage1, params, images, path, dtype="float32", mesh=mesh)
+    top, bottom = np.split(np.asarray(Image.open(path), np.float64), 2)
+    squares = ((top - bottom) ** 2).reshape(32, 3, 32, 3).mean((0, 2, 3))
+    assert found == pytest.approx(np.mean(10 * np.log10(255**2 / squares)))
 
 
 @pytest.mark.parametrize("head", ["fresh", "head_img"])

@@ -81,7 +81,7 @@ def test_settings_of_the_environment_change_nothing(plain, config, tmp_path):
     """They hold while modules are imported, too: an array made there would have another dtype."""
     values = SETTINGS["what numbers are"] | SETTINGS["what is watched"]
     environment = {name.upper(): str(int(value) if type(value) is bool else value) for name, value in values.items()}
-    process = start(config, tmp_path / "out", XLA_FLAGS=os.environ["XLA_FLAGS"], NPROC="18", **environment)
+    process = start(config, tmp_path / "out", XLA_FLAGS=os.environ["XLA_FLAGS"], **environment)
     _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert results(tmp_path / "out") == plain
