@@ -22,7 +22,8 @@ from mindalle_jax.interop.mindalle import import_checkpoint
 
 SHORT = {
     "finetune": "experiment.epochs=1 experiment.total_batch_size=2 experiment.local_batch_size=1 "
-    "experiment.valid_batch_size=2 training.warmup_steps=0 training.ema_decay=0 dataset.image_resolution=64",
+    "experiment.valid_batch_size=2 training.warmup_steps=0 training.ema_decay=0 dataset.image_resolution=64 "
+    "optimizer.max_steps=2",
     "train-vqgan": "experiment.epochs=1 experiment.total_batch_size=2 experiment.local_batch_size=1 "
     "experiment.valid_batch_size=2",
     "train-clip": "experiment.epochs=1 experiment.total_batch_size=2 experiment.local_batch_size=2 "
@@ -129,7 +130,7 @@ def build_world(
     config = stand_in_config(tiny)
     published = write_folder(root / "cache" / "minDALL-E" / "1.3B", config)
     shutil.copytree(published, folder / "1.3B")
-    for name in ("models/mindalle", "runs/vqgan"):
+    for name in ("models/mindalle", "runs/vqgan", "runs/demo-cats"):
         import_checkpoint(published, folder / name)
     classes = dataclasses.replace(
         config.stage2,

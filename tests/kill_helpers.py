@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from mindalle_jax.errors import MindalleError
+from mindalle_jax.storage import results
 from mindalle_jax.training import finetune as finetune_module
 from mindalle_jax.training import loop
 from mindalle_jax.training.checkpoint import Checkpoints
 
 KINDS = ("step", "save", "result", "SIGTERM", "disk")
 """Killed during a step, a save, or the writing of the result; stopped by SIGTERM; and a disk that takes no more."""
-WINDOW_S = {"step": 0.03, "save": 0.15, "result": 0.08, "SIGTERM": 0.03}
-"""The signal comes at most this long after the beginning of a step, a save, or the result."""
+WINDOW_S = {"step": 0.03, "save": 0.15, "result": 0.06, "SIGTERM": 0.03}
+"""The signal comes at most this long after the beginning of a step, a save, or the first file of the result."""
 COMPLETE, STOPPED, DISK = 0, 130, 6
 
 
@@ -51,7 +52,7 @@ def train(config: Path, out: Path, kind: str | None, seed: int, log: Path) -> No
         before(Checkpoints, "save")
     elif kind == "result":
         after = 1
-        before(finetune_module.FinetuneRun, "write_result")
+        before(results, "write_weights")
     elif kind is not None:
         before(loop.Monitor, "log_metrics")
     code = 1

@@ -21,6 +21,7 @@ NOT_RUN = {
     "training.vgg_weights": "VGG and LPIPS are not distributed; tests/training/vqgan have random ones",
     "--config vqgan-f16-16384": "the published VQGAN takes minutes per step; tests/training/vqgan train a small one",
     "--config my.yaml": "tests/training/test_scratch.py trains from scratch",
+    "--extend": "tests/training/test_extend.py extends runs",
     "emoji-model": "the slow tests of the recipe run it: tests/scripts/emoji",
     "scenes-model": "the slow tests of the recipe run it: tests/scripts/scenes",
 }

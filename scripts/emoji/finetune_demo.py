@@ -107,7 +107,7 @@ def _is_new(row: dict[str, Any], known: KnownWords) -> bool:
 
 
 def _name(row: dict[str, Any]) -> str:
-    return row["short_name"].replace("_", " ").replace("-", " ")
+    return row["short_names"][0].replace("_", " ").replace("-", " ")
 
 
 def _on_white(file: bytes) -> np.ndarray:
