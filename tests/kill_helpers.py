@@ -1,11 +1,14 @@
 """Runs of `mindalle finetune` that are interrupted at a random moment of a kind. Imported by a fork server."""
 
+import io
 import os
 import random
 import resource
 import signal
 import sys
 import threading
+import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +22,17 @@ KINDS = ("step", "save", "result", "SIGTERM", "disk")
 """Killed during a step, a save, or the writing of the result; stopped by SIGTERM; and a disk that takes no more."""
 WINDOW_S = {"step": 0.03, "save": 0.15, "result": 0.06, "SIGTERM": 0.03}
 """The signal comes at most this long after the beginning of a step, a save, or the first file of the result."""
-COMPLETE, STOPPED, DISK = 0, 130, 6
+COMPLETE, STOPPED, DISK, REFUSED = 0, 130, 6, 6
+"""Exit codes; the last two are both of an OutputError."""
 
 
-def train(config: Path, out: Path, kind: str | None, seed: int, log: Path) -> None:
+def train(config: Path, out: Path, kind: str | None, seed: int, said: Connection) -> None:
     """Starts or resumes the run, and interrupts it once; None does not. Ends the process with an exit code.
 
-    seed: of the moment. log: where the standard error goes.
+    seed: of the moment. said: gets the standard error, unless the process is killed. A file would have the limit of the
+    kind "disk", too.
     """
-    sys.stderr = log.open("w")
+    sys.stderr = io.StringIO()
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
     rng = random.Random(seed)
     after = rng.randint(1, 8)  # the step or the save of this process that is interrupted
@@ -61,6 +66,8 @@ def train(config: Path, out: Path, kind: str | None, seed: int, log: Path) -> No
     except MindalleError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         code = error.exit_code
+    except BaseException:
+        traceback.print_exc(file=sys.stderr)
     finally:
-        sys.stderr.flush()
+        said.send(sys.stderr.getvalue())
         os._exit(code)

@@ -78,6 +78,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turns an OSError in the block into an OutputError that names `path`."""
     try:
         yield
+    except MindalleError:  # some of them are OSErrors
+        raise
     except OSError as error:
         raise OutputError(f"{path}: {reason(error)}") from error
 

@@ -32,6 +32,7 @@ from mindalle_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from mindalle_jax.runtime.devices import DType, device_memory, pinned, prepare_process
 from mindalle_jax.runtime.sharding import BATCH, batch_devices, make_mesh
 from mindalle_jax.runtime.signals import stop_on_signals
+from mindalle_jax.storage.files import disk_errors
 from mindalle_jax.text.tokenizer import TextTokenizer
 from mindalle_jax.training.checkpoint import Checkpoints
 from mindalle_jax.training.config import DataConfig, RunConfig
@@ -261,11 +262,11 @@ class Run(abc.ABC):
         """Trains. Returns True if the run is complete, and False if SIGTERM or Ctrl-C stopped it after a save.
 
         Raises NonFiniteError after MAX_SKIPPED steps in a row without a finite loss, DeviceMemoryError if the
-        parameters or a step do not fit, CheckpointError if the run cannot resume, OutputError if a save fails, and
+        parameters or a step do not fit, CheckpointError if the run cannot resume, OutputError if a write fails, and
         DataError if too many images cannot be read.
         """
         # Flax's remat keeps tracers in a cache, which jax_check_tracer_leaks would report as a leak.
-        with pinned(self.dtype), jax.check_tracer_leaks(False):
+        with pinned(self.dtype), jax.check_tracer_leaks(False), disk_errors(self.out):
             return self._train(ignore_fingerprint)
 
     def _train(self, ignore_fingerprint: bool) -> bool:

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 from training_runs import metrics, weights_crc32, write_config, write_pictures
 
-from mindalle_jax import Dalle, cli, finetune
+from mindalle_jax import Dalle, ImageGPT, cli, finetune
 from mindalle_jax.errors import CheckpointError, ConfigError, DataError, UsageError
 from mindalle_jax.runtime.devices import pinned
 from mindalle_jax.storage import results
+from mindalle_jax.training.export import export_checkpoint
 from mindalle_jax.training.finetune import FinetuneRun, read_finetune
 
 STEPS = {"max_steps": 6, "base_lr": 1e-3}
@@ -54,6 +55,32 @@ def test_pairs_give_the_same_weights(config, photos, by_command, tmp_path):
     arrays = [(np.asarray(image), text) for image, text in pairs(photos)]
     finetune(config, data=arrays, out=tmp_path / "arrays")
     assert weights_crc32(tmp_path / "pil") == weights_crc32(tmp_path / "arrays") == weights_crc32(by_command)
+
+
+def test_a_model_keeps_the_names_of_its_classes(tmp_path, tiny_model_folder):
+    """Also one that is exported from a checkpoint, or saved again; previews and the command take them."""
+    data = [(np.full((32, 32, 3), 30 * number, np.uint8), ("wren", "crow")[number % 2]) for number in range(8)]
+    stage2 = {"type": "igpt", "use_cls_cond": True, "hparams": {"n_classes": 2}}
+    preview = {"sample_every_steps": 2, "sample_prompts": ["wren", "0"]}
+    optimizer = {"max_steps": 2, "base_lr": 1e-3}
+    config = write_config(
+        tmp_path / "run.yaml", tiny_model_folder, tmp_path, stage2=stage2, training=preview, optimizer=optimizer
+    )
+    run = tmp_path / "run"
+    model = finetune(config, data=data, out=run)
+    assert isinstance(model, ImageGPT) and model.class_names == ("crow", "wren")
+    assert (model.generate("wren", num_candidates=1).codes == model.generate(1, num_candidates=1).codes).all()
+    model.save_pretrained(tmp_path / "saved")
+    export_checkpoint(run, tmp_path / "exported")
+    for folder in ("saved", "exported"):
+        assert ImageGPT.from_pretrained(tmp_path / folder).class_names == ("crow", "wren")
+    assert (run / "samples" / "step_000002.png").exists()
+    sample = ["sample", "-m", str(run), "-n", "1"]
+    assert cli.main([*sample, "--class", "wren", "-o", str(tmp_path / "name")]) == 0
+    assert cli.main([*sample, "--class-id", "1", "-o", str(tmp_path / "number")]) == 0
+    one, other = (json.loads((tmp_path / name / "meta.json").read_text()) for name in ("name", "number"))
+    assert one["pictures"] == other["pictures"] and one["class_id"] == 1
+    assert cli.main([*sample, "--class", "wron", "-o", str(tmp_path / "none")]) == 2
 
 
 def test_callbacks_see_every_metric_and_may_end_the_run(config, photos, tmp_path):

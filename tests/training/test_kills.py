@@ -3,15 +3,18 @@
 In the suite as many as there is time for; pytest -m slow for the figures of docs/log.md.
 """
 
+import contextlib
 import json
 import multiprocessing
+import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from kill_helpers import COMPLETE, DISK, KINDS, STOPPED, train
+from kill_helpers import COMPLETE, DISK, KINDS, REFUSED, STOPPED, train
 from training_runs import checkpoint_arrays, metrics, weights_crc32, write_code_set, write_config
 
 from mindalle_jax import Dalle
@@ -40,18 +43,32 @@ def processes():
 
 
 @pytest.fixture(scope="module")
-def start(processes, tmp_path_factory):
-    """start(config, out, kind, seed) -> (exit code, standard error) of a process."""
-    log = tmp_path_factory.mktemp("log") / "stderr"
+def begin(processes):
+    """begin(config, out, kind, seed) starts a process, and returns a function that returns what `start` does."""
 
-    def run(config: Path, out: Path, kind: str | None = None, seed: int = 0) -> tuple[int, str]:
-        process = processes.Process(target=train, args=(config, out, kind, seed, log))
+    def run(config: Path, out: Path, kind: str | None = None, seed: int = 0) -> Callable[[], tuple[int, str]]:
+        receiver, sender = processes.Pipe(duplex=False)
+        process = processes.Process(target=train, args=(config, out, kind, seed, sender))
         process.start()
-        process.join(120)
-        assert process.exitcode is not None, "the run stands still"
-        return process.exitcode, log.read_text()
+        sender.close()
+
+        def end() -> tuple[int, str]:
+            said = ""
+            with contextlib.suppress(EOFError):  # it was killed
+                assert receiver.poll(120), "the run stands still"
+                said = receiver.recv()
+            process.join()
+            return process.exitcode, said
+
+        return end
 
     return run
+
+
+@pytest.fixture(scope="module")
+def start(begin):
+    """start(config, out, kind, seed) -> (exit code, standard error) of a process."""
+    return lambda *arguments: begin(*arguments)()
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +147,13 @@ def test_interrupted_at_any_moment(world, start, tmp_path, kind, times):
     assert all(one[path].tobytes() == other[path].tobytes() for path in other)
     assert json.loads((out / "summary.json").read_text())["updates"] == STEPS and not (out / RESULT).exists()
     print(f"{kind}: {dict(found)}, {ended} runs came to their end meanwhile")
+
+
+def test_two_starts_in_one_folder(world, begin, tmp_path):
+    """One runs, and one says so."""
+    pair = [begin(world.config, tmp_path / "run") for _ in range(2)]
+    (first, _), (second, loser) = sorted(end() for end in pair)
+    assert (first, second) == (COMPLETE, REFUSED)
+    assert re.fullmatch(r"OutputError: .*run: process \d+ on \S+ trains in this folder; wait for it, .*\n", loser)
+    assert losses(tmp_path / "run") == losses(world.straight)
+    assert weights_crc32(tmp_path / "run") == world.weights[STEPS]
