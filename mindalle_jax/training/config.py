@@ -125,10 +125,12 @@ class RunConfig:
         if images < e.total_batch_size:
             power = 1 << (images.bit_length() - 1)
             total = power if power % parts == 0 else images // parts * parts
-            note = f"the data has {found}, fewer than experiment.total_batch_size {e.total_batch_size}: a step takes "
             fitted = self._fitted(images, parts, total)
-            warmed = "" if fitted.warmup_steps == warmup else f", and training.warmup_steps is {fitted.warmup_steps}"
-            return fitted._replace(note=f"{note}{total}{warmed}")
+            note = f"the data has {images} samples, fewer than experiment.total_batch_size {e.total_batch_size}: "
+            note += f"a step takes {total}"
+            if fitted.warmup_steps != warmup:
+                note += f", and training.warmup_steps is {fitted.warmup_steps}"
+            return fitted._replace(note=note)
         rows, steps = e.local_batch_size * parts, self.count_steps(images, e.total_batch_size)
         problems = []
         if e.total_batch_size % rows:

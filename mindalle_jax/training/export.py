@@ -18,10 +18,8 @@ from mindalle_jax.storage.weights import MANIFEST, read_manifest
 from mindalle_jax.training.checkpoint import Checkpoints
 from mindalle_jax.training.config import SCRATCH, FinetuneConfig
 from mindalle_jax.training.finetune import write_finetuned
-from mindalle_jax.training.run_dir import CONFIG_FILE, START
+from mindalle_jax.training.run_dir import CONFIG_FILE, EXPORTED, START
 
-EXPORTED = "exported"
-"""Name of the folder inside the folder of a run with the models that `mindalle sample` made of its checkpoints."""
 WhichStep = int | Literal["best", "last"]
 
 

@@ -261,7 +261,7 @@ def write_finetuned(
         weight = trained[path] if path in trained else np.asarray(before[path], np.float32)
         return merged(path, weight, trained, scale)
 
-    about: dict[str, Any] = {"step": seen[0], "classes": classes}
+    about: dict[str, Any] = {"step": seen[0], "classes": classes or manifest.get("classes")}
     if not config.image_only:
         before_or_now = {manifest.get("caption_dropout"), config.training.caption_dropout or None} - {None}
         about["caption_dropout"] = max(before_or_now, default=None)

@@ -13,13 +13,17 @@ from mindalle_jax.config.file import dump_config, load_config
 from mindalle_jax.errors import ConfigError, OutputError, UsageError
 from mindalle_jax.storage.files import check_writable, disk_errors, hold_lock
 from mindalle_jax.storage.initialize import check_upstream, write_fresh, write_transfer
+from mindalle_jax.storage.weights import MANIFEST
 from mindalle_jax.training.checkpoint import Checkpoints
 from mindalle_jax.training.config import SCRATCH, FinetuneConfig, RunConfig
+from mindalle_jax.training.summary import SUMMARY_FILE
 
 CONFIG_FILE = "run.yaml"
 LOCK = ".lock"
 START = "start"
 """Folder with the model that a transfer or a run from scratch starts from."""
+EXPORTED = "exported"
+"""Folder with the models that `mindalle sample` made of checkpoints."""
 # Fields that may change when a run resumes, because they have no effect on what is learned.
 # Places are among them: checkpoints hold fingerprints of the data and of the model to start from, wherever these lie.
 FREE_FIELDS = (
@@ -71,7 +75,8 @@ def check_run_dir(out: Path, config: RunConfig, *, extend: bool = False) -> RunC
 
     extend: the run may have another length. A run without a checkpoint has nothing to resume from: it starts again,
     with any configuration. Raises OutputError if `out` is neither empty nor the folder of a run, or cannot be written
-    to, ConfigError if the run in it has another configuration, and UsageError if there is no run to extend.
+    to, or holds a result whose checkpoints somebody has deleted, ConfigError if the run in it has another
+    configuration, and UsageError if there is no run to extend.
     """
     file, before = out / CONFIG_FILE, None
     if file.exists() and Checkpoints(out / "checkpoints").latest_step() is not None:
@@ -87,6 +92,11 @@ def check_run_dir(out: Path, config: RunConfig, *, extend: bool = False) -> RunC
             )
     elif extend:
         raise UsageError(f"{out} holds no run with a checkpoint, so there is nothing to extend")
+    elif file.exists() and any((out / name).exists() for name in (MANIFEST, SUMMARY_FILE)):
+        raise OutputError(
+            f"{out} holds the result of a run whose checkpoints are gone, so it cannot be resumed, and a new run would "
+            "replace it; name another folder, or delete this one"
+        )
     elif not file.exists() and out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise OutputError(f"{out} exists, is not empty and holds no run to resume; name another folder")
     check_writable(out)
@@ -112,14 +122,15 @@ def lock_run_dir(out: Path) -> Iterator[None]:
 
 
 def create_run_dir(out: Path, config: RunConfig) -> None:
-    """Creates the folder of a run and writes its configuration; deletes the start model of a run without a checkpoint.
+    """Creates the folder of a run and writes its configuration; deletes what an earlier run without checkpoint left.
 
     Raises OutputError if the folder cannot be written to.
     """
     if jax.process_index() == 0:
         with disk_errors(out):
             if Checkpoints(out / "checkpoints").latest_step() is None:
-                shutil.rmtree(out / START, ignore_errors=True)
+                for name in (START, EXPORTED):
+                    shutil.rmtree(out / name, ignore_errors=True)
             out.mkdir(parents=True, exist_ok=True)
             (out / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
 

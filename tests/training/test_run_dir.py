@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import shutil
 
 import jax.numpy as jnp
 import pytest
@@ -16,6 +17,7 @@ from mindalle_jax.training.config import FinetuneConfig, LoopConfig, RunConfig
 from mindalle_jax.training.finetune import read_finetune
 from mindalle_jax.training.run_dir import (
     CONFIG_FILE,
+    EXPORTED,
     LOCK,
     START,
     check_base,
@@ -62,9 +64,21 @@ def test_a_run_without_a_checkpoint_starts_again_with_any_configuration(tmp_path
     out = tmp_path / "out"
     create_run_dir(out, CONFIG)
     (out / START).mkdir()
+    (out / EXPORTED).mkdir()
     check_run_dir(out, OTHER)
     create_run_dir(out, OTHER)
-    assert not (out / START).exists() and load_config(out / CONFIG_FILE, kind=RunConfig) == OTHER
+    assert not (out / START).exists() and not (out / EXPORTED).exists()
+    assert load_config(out / CONFIG_FILE, kind=RunConfig) == OTHER
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "summary.json"])
+def test_a_result_without_its_checkpoints_is_never_replaced(resumable, name):
+    """Somebody has deleted them to free the disk, and types the command again."""
+    (resumable / name).touch()
+    check_run_dir(resumable, CONFIG)
+    shutil.rmtree(resumable / "checkpoints")
+    with pytest.raises(OutputError, match="holds the result of a run whose checkpoints are gone"):
+        check_run_dir(resumable, CONFIG)
 
 
 def test_the_start_of_a_run_with_a_checkpoint_stays(resumable):
