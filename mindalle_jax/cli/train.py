@@ -56,13 +56,15 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_finetune(arguments: argparse.Namespace) -> None:
     """Runs `mindalle finetune`."""
+    from mindalle_jax.storage.weights import read_manifest
     from mindalle_jax.training.config import FinetuneConfig
     from mindalle_jax.training.finetune import finetune
 
     config = _run(finetune, FinetuneConfig, arguments)
     what = [*config.training.sample_prompts, *_captions(config, arguments.out)][:1]
     if config.image_only:
-        what = ["--class-id", "0"] if config.stage2.use_cls_cond else []
+        names = read_manifest(arguments.out).get("classes")
+        what = ["--class", names[0]] if names else ["--class-id", "0"] if config.stage2.use_cls_cond else []
     _tell(f"{arguments.out}: a model", "sample", *what, "--model", arguments.out)
 
 

@@ -92,6 +92,13 @@ def write_all(file: io.FileIO, block: bytes) -> None:
             view = view[file.write(view) :]
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file that is always complete: the new content appears with one rename. Raises OSError."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def lock_file(file: io.FileIO, wait: bool) -> None:
     """Locks an open file. Raises BlockingIOError if another process holds it, and OSError if locks do not work."""
     try:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax
 from tqdm import tqdm
 
 from mindalle_jax.config.schema import Config
+from mindalle_jax.storage.files import replace_text
 from mindalle_jax.storage.weights import leaf_shapes
 
 # jax's device_kind -> dense bfloat16 FLOP/s, from the data sheets of the makers.
@@ -137,10 +137,8 @@ def _drop_later_lines(path: Path, last_step: int) -> None:
     """Removes the lines after the step that a run resumes from; a killed run may have written some."""
     if not path.exists():
         return
-    partial = path.with_suffix(".partial")
     kept = [json.dumps(line) for line in read_metrics(path) if line["step"] <= last_step]
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import jax
 
 from mindalle_jax.config.file import dump_config, load_config
 from mindalle_jax.errors import ConfigError, OutputError, UsageError
-from mindalle_jax.storage.files import check_writable, disk_errors, hold_lock
+from mindalle_jax.storage.files import check_writable, disk_errors, hold_lock, replace_text
 from mindalle_jax.storage.initialize import check_upstream, write_fresh, write_transfer
 from mindalle_jax.storage.weights import MANIFEST
 from mindalle_jax.training.checkpoint import Checkpoints
@@ -97,7 +97,11 @@ def check_run_dir(out: Path, config: RunConfig, *, extend: bool = False) -> RunC
             f"{out} holds the result of a run whose checkpoints are gone, so it cannot be resumed, and a new run would "
             "replace it; name another folder, or delete this one"
         )
-    elif not file.exists() and out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
+    elif (
+        not file.exists()
+        and out.exists()
+        and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir()))
+    ):
         raise OutputError(f"{out} exists, is not empty and holds no run to resume; name another folder")
     check_writable(out)
     return before
@@ -132,7 +136,12 @@ def create_run_dir(out: Path, config: RunConfig) -> None:
                 for name in (START, EXPORTED):
                     shutil.rmtree(out / name, ignore_errors=True)
             out.mkdir(parents=True, exist_ok=True)
-            (out / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+            replace_text(out / CONFIG_FILE, dump_config(config))
+
+
+def _visible(folder: Path) -> bool:
+    """Returns whether a folder has files that are not hidden. A lock and a partial file do not count."""
+    return any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any], free: tuple[str, ...] = ()) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from mindalle_jax.runtime.devices import training_devices
+from mindalle_jax.storage.files import replace_text
 from mindalle_jax.training.metrics import read_metrics
 
 SUMMARY_FILE = "summary.json"
@@ -39,4 +40,4 @@ def write_summary(out: Path, *, step: int, step_of_the_model: int, images: int, 
         "devices": len(training_devices()),
         "device": jax.devices()[0].device_kind,
     }
-    (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    replace_text(out / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mindalle_jax.errors import CheckpointError, MindalleError, OutputError
+from mindalle_jax.storage import files
 from mindalle_jax.storage.files import check_free_disk, check_output, check_writable, new_folder
 
 MARKS = ("manifest.json",)
@@ -218,3 +219,22 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OutputError, match="file is not a folder that can be written to; name another folder"):
             check_writable(path)
+
+
+def test_a_file_is_never_half_replaced(tmp_path, monkeypatch):
+    """A kill while summary.json was written left it empty: 1 of 50."""
+    path = tmp_path / "summary.json"
+    files.replace_text(path, "old")
+
+    def die(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        files.replace_text(path, "new")
+    assert path.read_text() == "old"
+    monkeypatch.undo()
+    files.replace_text(path, "n\u00e9w")
+    assert path.read_text(encoding="utf-8") == "n\u00e9w" and [one.name for one in tmp_path.iterdir()] == [
+        "summary.json"
+    ]

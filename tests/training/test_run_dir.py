@@ -87,6 +87,12 @@ def test_the_start_of_a_run_with_a_checkpoint_stays(resumable):
     assert (resumable / START).is_dir()
 
 
+def test_a_folder_with_hidden_files_is_empty(tmp_path):
+    """A file manager leaves them, and a kill at the very start."""
+    (tmp_path / ".DS_Store").touch()
+    assert check_run_dir(tmp_path, CONFIG) is None
+
+
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_what_is_no_run_is_left_alone(tmp_path, kind):
     out = tmp_path / "out"
