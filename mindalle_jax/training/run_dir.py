@@ -97,11 +97,7 @@ def check_run_dir(out: Path, config: RunConfig, *, extend: bool = False) -> RunC
             f"{out} holds the result of a run whose checkpoints are gone, so it cannot be resumed, and a new run would "
             "replace it; name another folder, or delete this one"
         )
-    elif (
-        not file.exists()
-        and out.exists()
-        and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir()))
-    ):
+    elif not file.exists() and out.exists() and (not out.is_dir() or _visible(out)):
         raise OutputError(f"{out} exists, is not empty and holds no run to resume; name another folder")
     check_writable(out)
     return before
