@@ -1,5 +1,6 @@
 """Samples of tables that the library `datasets` reads: saved data sets, parquet files, and data sets of the hub."""
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -92,12 +93,17 @@ def check_library(place: str | Path) -> Any:
 def _samples(place: str, load: Any, report: DatasetReport, columns: Columns) -> Table:
     """Returns the rows of a data set as samples. Raises DataError if it cannot be opened or has no images."""
     datasets = check_library(place)
+    logger = logging.getLogger("datasets")
+    level = logger.level
     try:
+        logger.setLevel(logging.CRITICAL)  # it logs an error that it raises
         dataset: Any = load()
     except DataError:
         raise
     except Exception as error:  # the library raises errors of many kinds
         raise DataError(f"{place}: cannot be opened by the library datasets: {one_line(error)}") from None
+    finally:
+        logger.setLevel(level)
     features = dataset.features
     found = columns.find(features)
     image = columns.image or _image_column(features, datasets)

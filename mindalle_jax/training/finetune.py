@@ -346,7 +346,9 @@ def _tokenizer(config: FinetuneConfig, base: Path) -> TextTokenizer:
         raise ConfigError(
             f"{base} has no tokenizer; name one under training.tokenizer (mindalle train-tokenizer DATA makes one)"
         )
-    return TextTokenizer(folder, config.dataset.context_length, config.stage2.vocab_size_txt)
+    tokenizer = TextTokenizer(folder, config.dataset.context_length, config.stage2.vocab_size_txt)
+    tokenizer.known_words = None  # no warnings at previews: the run teaches more words
+    return tokenizer
 
 
 def _images(rows: Rows) -> Rows:

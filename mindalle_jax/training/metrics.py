@@ -1,5 +1,6 @@
 """Shows a run while it trains: a progress bar, metrics.jsonl, TensorBoard, and the memory that the run takes."""
 
+import io
 import json
 import math
 import sys
@@ -25,6 +26,9 @@ PEAK_FLOPS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
 }
+
+LOG_EVERY_S = 10.0
+"""Seconds between two lines of progress, where standard error is no terminal."""
 
 
 def flops_per_sequence(config: Config) -> float:
@@ -54,9 +58,11 @@ class Monitor:
         resumed run has made; later lines of metrics.jsonl are removed.
         """
         self.is_first = jax.process_index() == 0
+        # In a terminal a bar moves. In a file it would be one endless line, so its text is logged now and then.
+        self._bar_moves, self._told_s = sys.stderr.isatty(), -math.inf
         self._bar = tqdm(
-            total=max_steps, initial=first_step, unit="step", disable=not self.is_first,
-            mininterval=0.1 if sys.stderr.isatty() else 10.0, smoothing=0,
+            total=max_steps, initial=first_step, unit="step", smoothing=0, disable=not self.is_first,
+            **({} if self._bar_moves else {"file": io.StringIO(), "mininterval": math.inf}),
         )  # fmt: skip
         self._first_step = first_step + 1  # it compiles
         self._batch_size, self._since, self._since_step = batch_size, time.perf_counter(), first_step
@@ -99,6 +105,9 @@ class Monitor:
             self._bar.update(step - self._bar.n)
             if step == self._first_step:  # the time that is left follows from the steps after it
                 self._bar.initial, self._bar.start_t = step, time.time()
+            if not self._bar_moves and (now - self._told_s >= LOG_EVERY_S or step == self._bar.total):
+                self._told_s = now
+                self.log(str(self._bar))
         # JSON has no NaN.
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = {"step": step, "kind": kind, **finite}
@@ -114,8 +123,10 @@ class Monitor:
 
     def log(self, line: str) -> None:
         """Writes a line to stderr, above the bar. Only results go to stdout."""
-        if self.is_first:
+        if self.is_first and self._bar_moves:
             self._bar.write(line, file=sys.stderr)
+        elif self.is_first:
+            print(line, file=sys.stderr, flush=True)
 
 
 def memory_line(parts: dict[str, Any]) -> str:

@@ -101,10 +101,12 @@ def test_a_chosen_column_of_a_table(tmp_path):
         open_source(tmp_path, "text", columns=Columns(caption="alta"))
 
 
-def test_a_damaged_parquet_file(tmp_path):
+def test_a_damaged_parquet_file(tmp_path, capfd):
+    """One message: the library also logs the error that it raises."""
     (tmp_path / "a.parquet").write_bytes(b"PAR1xx")
     with pytest.raises(DataError, match="cannot be opened by the library datasets"):
         open_source(tmp_path, "text")
+    assert capfd.readouterr().err == ""
 
 
 def test_a_data_set_of_the_hub(tmp_path, monkeypatch):

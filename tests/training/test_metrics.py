@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import sys
+import time
 
 import jax
 import numpy as np
@@ -88,3 +91,29 @@ def test_flops_of_a_sequence():
     d, layers = 1536, 42
     expected = 6 * (layers * 12 * d**2 * 320 + d * 16384 * (256 + 64)) + 12 * layers * d * 320**2 / 2
     assert flops_per_sequence(Config()) == expected and round(expected / 1e12, 2) == 2.37
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_in_a_terminal_and_in_a_file(tmp_path, capsys, monkeypatch, terminal):
+    """A file gets a line at the first step, the last, and every 10 s between; a bar would be one endless line."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    with Monitor(tmp_path, 0.0, 8, 0, 5) as monitor:
+        monitor.log("from demo")
+        for step in range(1, 6):
+            monitor.log_metrics(step, line(step))
+    err = capsys.readouterr().err
+    assert ("\r" in err) == terminal and "from demo\n" in err
+    if not terminal:
+        first, second, last = err.splitlines()
+        assert first == "from demo" and "1/5 [" in second and "5/5 [" in last and "loss=1.5000" in last
+
+
+def test_the_time_left_follows_from_the_steps_after_the_first(tmp_path, capsys):
+    """The first one compiles: here in 1 s, and the others take 0.02 s each. With it there were 5 steps/s."""
+    with Monitor(tmp_path, 0.0, 8, 0, 6) as monitor:
+        for step in range(1, 7):
+            time.sleep(1 if step == 1 else 0.02)
+            monitor.log_metrics(step, line(step))
+    last = capsys.readouterr().err.splitlines()[-1]
+    found = re.search(r"([\d.]+)step/s", last)
+    assert found and 10 < float(found[1]) <= 50, last
