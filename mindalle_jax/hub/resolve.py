@@ -105,7 +105,7 @@ def find_clip(
         )
     with _naming_the_nearest(name, known):
         for file in WEIGHT_FILES:
-            wanted = ["config.json", "tokenizer.json", "vocab.json", "merges.txt", file]
+            wanted = ["config.json", "preprocessor_config.json", "tokenizer.json", "vocab.json", "merges.txt", file]
             folder = fetch_repo(name, wanted, revision=revision, local_files_only=local_files_only)
             if (folder / file).is_file():
                 break

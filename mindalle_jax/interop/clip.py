@@ -22,14 +22,16 @@ from tokenizers import Tokenizer
 from mindalle_jax.errors import CheckpointError, one_line
 from mindalle_jax.interop.clip_config import openai_config, parse_clip_config
 from mindalle_jax.interop.clip_layouts import OPENAI_EXTRAS, Layout, clip_leaf_shapes, clip_slots
+from mindalle_jax.interop.clip_preprocessing import FILE as PREPROCESSING_FILE
+from mindalle_jax.interop.clip_preprocessing import dump_preprocessing, openai_preprocessing, parse_preprocessing
 from mindalle_jax.interop.key_maps import check_shapes, to_float32
 from mindalle_jax.interop.torch_archive import TorchArchive
-from mindalle_jax.models.clip import PIXEL_MEAN, PIXEL_STD, ClipConfig
+from mindalle_jax.models.clip import ClipConfig, Preprocessing
 from mindalle_jax.storage.files import check_apart, check_free_disk, check_output, new_folder
 from mindalle_jax.storage.weights import DiskDType, nest, numpy_dtype
 from mindalle_jax.text.clip_tokenizer import read_clip_tokenizer
 
-CLIP_MARKS = ("preprocessor_config.json",)
+CLIP_MARKS = (PREPROCESSING_FILE,)
 """A folder that holds this file is a CLIP model, so another CLIP model may replace it."""
 
 CLIP_KEYS = ("visual.", "vision_model.", "text_model.")
@@ -46,6 +48,8 @@ class ClipModel(NamedTuple):
     """Nested by Flax name, float32 arrays of NumPy."""
     tokenizer: Tokenizer
     """Returns the ids of a text with its start and end token, neither padded nor cut."""
+    preprocessing: Preprocessing | None = None
+    """How images become the input; None: as OpenAI's models."""
 
 
 def is_clip(path: Path) -> bool:
@@ -65,7 +69,8 @@ def read_clip(path: str | Path, tokenizer: str | Path | None = None) -> ClipMode
     """Reads a CLIP model and converts it to float32. `path` is one of
 
       - a folder of Hugging Face: config.json, tokenizer.json (or vocab.json and merges.txt), and weights. The weights
-        are the first of model.safetensors, flax_model.msgpack and pytorch_model.bin that exists.
+        are the first of model.safetensors, flax_model.msgpack and pytorch_model.bin that exists. A
+        preprocessor_config.json is followed; without one, images are preprocessed as for OpenAI's models.
       - a .pt file of OpenAI with a Vision Transformer: TorchScript as published, or a saved state_dict(). Its sizes
         follow from its tensors. Heads are 64 wide and the activation is quick-GELU, as in all models of OpenAI. Files
         of OpenCLIP have the same keys, but often other heads or GELU, which no tensor shows. Use their Hugging Face
@@ -79,7 +84,10 @@ def read_clip(path: str | Path, tokenizer: str | Path | None = None) -> ClipMode
         return _read_openai(path, tokenizer)
     config = parse_clip_config(_read_json(path / "config.json"), f"{path / 'config.json'}")
     words = read_clip_tokenizer(Path(tokenizer or path), config.text)
-    return ClipModel(config, _read_folder(path, config), words)
+    preprocessing, file = None, path / PREPROCESSING_FILE
+    if file.exists():
+        preprocessing = parse_preprocessing(_read_json(file), config.vision.image_size, str(file))
+    return ClipModel(config, _read_folder(path, config), words, preprocessing)
 
 
 def write_clip(folder: str | Path, model: ClipModel, overwrite: bool = False, dtype: DiskDType = "float32") -> None:
@@ -87,7 +95,7 @@ def write_clip(folder: str | Path, model: ClipModel, overwrite: bool = False, dt
 
     dtype: number type of the written weights. Raises OutputError. If it fails, no part of the folder stays.
     """
-    folder, (config, params, tokenizer) = Path(os.path.expanduser(folder)), model
+    folder, (config, params, tokenizer, preprocessing) = Path(os.path.expanduser(folder)), model
     leaves = flax.traverse_util.flatten_dict(params, sep="/")
     tensors = {
         slot.key: np.asarray(slot.to_file(np.asarray(leaves[slot.path], np.float32)), numpy_dtype(dtype), order="C")
@@ -99,7 +107,6 @@ def write_clip(folder: str | Path, model: ClipModel, overwrite: bool = False, dt
     words.no_truncation()
     start_id, end_id = words.encode("").ids
     start, end = words.id_to_token(start_id), words.id_to_token(end_id)
-    size = config.vision.image_size
     files = {
         "config.json": {
             "architectures": ["CLIPModel"],
@@ -126,20 +133,7 @@ def write_clip(folder: str | Path, model: ClipModel, overwrite: bool = False, dt
             "pad_token": end,
             "model_max_length": config.text.max_position_embeddings,
         },
-        "preprocessor_config.json": {
-            "image_processor_type": "CLIPImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"shortest_edge": size},
-            "resample": 3,  # bicubic
-            "do_center_crop": True,
-            "crop_size": {"height": size, "width": size},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": PIXEL_MEAN,
-            "image_std": PIXEL_STD,
-        },
+        PREPROCESSING_FILE: dump_preprocessing(preprocessing or openai_preprocessing(config)),
     }
     with new_folder(folder, overwrite, CLIP_MARKS) as partial:
         for name, content in files.items():

@@ -22,9 +22,30 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 """Mean and deviation of red, green and blue in [0, 1] over CLIP's training images; its input is (x - mean) / std."""
 
 
-def normalize_images(images: jax.Array) -> jax.Array:
-    """Converts images from uint8[..., 3] to the float32 input of the image tower."""
-    return (images.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the input of the image tower. Defaults are those of OpenAI's `clip.load`."""
+
+    size: int
+    """Side of the input in pixels."""
+    short_side: int | None
+    """Images are resized until their short side has this length, and the center is cropped; None: they are stretched to
+    size x size."""
+    resample: int = 3
+    """Number of Pillow's filter; 3 is the bicubic one."""
+    round_down: bool = False
+    """Whether a crop starts at the lower pixel if the center lies between two, as in transformers. Otherwise it starts
+    at the even one, as in torchvision."""
+    mean: tuple[float, float, float] = PIXEL_MEAN
+    """Of red, green and blue in [0, 1]. The input is (x - mean) / std."""
+    std: tuple[float, float, float] = PIXEL_STD
+
+
+def normalize_images(
+    images: jax.Array, mean: tuple[float, float, float] = PIXEL_MEAN, std: tuple[float, float, float] = PIXEL_STD
+) -> jax.Array:
+    """Converts images from uint8[..., 3] to the float32 input of the image tower: (x / 255 - mean) / std."""
+    return (images.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
 
 
 @dataclasses.dataclass(frozen=True)

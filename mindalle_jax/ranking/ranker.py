@@ -1,4 +1,4 @@
-"""ClipRanker ranks images by a prompt: the cosine of CLIP's features, after the preprocessing of OpenAI's `clip.load`.
+"""ClipRanker ranks images by a prompt: the cosine of CLIP's features, after the preprocessing that the model wants.
 
 Square images of one size, which are what a model samples, are resized on the device with the integer arithmetic of
 Pillow. Pillow resizes all other images on the host. Features are computed in chunks of one compiled size, the last one
@@ -23,8 +23,9 @@ from PIL import Image
 from mindalle_jax.errors import NonFiniteError, UsageError, warn
 from mindalle_jax.hub.resolve import find_clip
 from mindalle_jax.interop.clip import ClipModel, read_clip, write_clip
-from mindalle_jax.models.clip import CLIP, normalize_images
-from mindalle_jax.ranking.resize import resize_and_crop, resize_square
+from mindalle_jax.interop.clip_preprocessing import openai_preprocessing
+from mindalle_jax.models.clip import CLIP, Preprocessing, normalize_images
+from mindalle_jax.ranking.resize import on_device, resize_and_crop, resize_square
 from mindalle_jax.runtime.devices import (
     DType,
     choose_devices,
@@ -48,6 +49,7 @@ class ClipRanker:
     Attributes:
         config (ClipConfig): the configuration of CLIP.
         tokenizer (Tokenizer): CLIP's tokenizer.
+        preprocessing (Preprocessing): how images become the input of the image tower.
         source (str): the name that the model was loaded by.
         dtype (str): compute dtype, "float32" or "bfloat16".
         mesh (Mesh): devices that it computes on.
@@ -73,6 +75,7 @@ class ClipRanker:
             UsageError: a dtype or mesh that does not work.
         """
         self.config, self.tokenizer, self.source = model.config, model.tokenizer, "in memory"
+        self.preprocessing = model.preprocessing or openai_preprocessing(self.config)
         self.mesh, self.dtype = choose_devices(mesh, dtype)
         self._clip = CLIP(self.config, dtype=jnp.dtype(self.dtype))
         with pinned():
@@ -140,7 +143,8 @@ class ClipRanker:
         if self.dtype != "float32":
             raise UsageError(f"weights held in {self.dtype} are not saved, they are rounded; load with dtype='float32'")
         params = jax.device_get(self._params)
-        write_clip(Path(os.path.expanduser(folder)), ClipModel(self.config, params, self.tokenizer), overwrite, dtype)
+        model = ClipModel(self.config, params, self.tokenizer, self.preprocessing)
+        write_clip(Path(os.path.expanduser(folder)), model, overwrite, dtype)
 
     def tokenize(self, prompts: str | Sequence[str]) -> np.ndarray:
         """Turns prompts into ids of CLIP.
@@ -178,9 +182,10 @@ class ClipRanker:
     def encode_images(self, images: Any) -> np.ndarray:
         """Computes the features of images.
 
-        Images are resized (bicubic) so that the short side is S and the long one int(S * long / short). The center
-        S x S of the result is used. It starts at int(round((long - S) / 2)) as in torchvision's CenterCrop; Hugging
-        Face's processor rounds down, which may be one pixel off.
+        They are preprocessed as `preprocessing` says. Usually they are resized (bicubic) so that the short side is S
+        and the long one int(S * long / short), and the center S x S of the result is used. For a file of OpenAI it
+        starts at round((long - S) / 2) as in torchvision's CenterCrop; for a Hugging Face folder with a
+        preprocessor_config.json that is rounded down, as in transformers.
 
         Args:
             images: as in the description of the class.
@@ -193,10 +198,10 @@ class ClipRanker:
             NonFiniteError: the weights are damaged.
             DeviceMemoryError: a chunk of images does not fit into the memory of the device.
         """
-        images, size = _to_uint8(images), self.config.vision.image_size
+        images = _to_uint8(images)
         # Pixels are the same either way; a collection of many sizes shall not compile a program for each.
-        if len({side for image in images for side in image.shape[:2]}) > 1:
-            images = [resize_and_crop(image, size) for image in images]
+        if len({side for image in images for side in image.shape[:2]}) > 1 or not on_device(self.preprocessing):
+            images = [resize_and_crop(image, self.preprocessing) for image in images]
         rows = self.mesh.size * (8 if self.mesh.devices.flat[0].platform == "cpu" else 32)
         device = self.mesh.devices.flat[0].device_kind
         features, waiting = [], None
@@ -208,7 +213,7 @@ class ClipRanker:
                 chunk = images[first : first + rows]
                 padded = np.stack(chunk + chunk[:1] * (rows - len(chunk)))
                 padded = jax.device_put(padded, NamedSharding(self.mesh, P("data")))
-                encoded = encode_images(self._clip, self.mesh, self._params, padded)
+                encoded = encode_images(self._clip, self.mesh, self.preprocessing, self._params, padded)
                 # One call is in flight while the result of the one before it is fetched.
                 if waiting is not None:
                     features.append(np.asarray(waiting))
@@ -281,19 +286,25 @@ def encode_ids(clip: CLIP, params: dict[str, Any], ids: jax.Array) -> Any:
     return clip.apply({"params": params}, ids, method="encode_text")
 
 
-@partial(jax.jit, static_argnames=("clip", "mesh"))
-def encode_images(clip: CLIP, mesh: Mesh, params: dict[str, Any], images: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnames=("clip", "mesh", "preprocessing"))
+def encode_images(
+    clip: CLIP, mesh: Mesh, preprocessing: Preprocessing, params: dict[str, Any], images: jax.Array
+) -> jax.Array:
     """Features f32[b, e], not normalized, of square images uint8[b, y, x, 3], each device its share."""
     # Only what the image tower reads goes into shard_map: jax 0.11.2 crashes on an input that is not used.
     params = {name: params[name] for name in ("vision_model", "visual_projection")}
     sharded = jax.shard_map(
-        partial(_encode_pixels, clip), mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False
+        partial(_encode_pixels, clip, preprocessing),
+        mesh=mesh,
+        in_specs=(P(), P("data")),
+        out_specs=P("data"),
+        check_vma=False,
     )
     return sharded(params, images)
 
 
-def _encode_pixels(clip: CLIP, params: dict[str, Any], images: jax.Array) -> Any:
-    pixels = normalize_images(resize_square(images, clip.config.vision.image_size))
+def _encode_pixels(clip: CLIP, preprocessing: Preprocessing, params: dict[str, Any], images: jax.Array) -> Any:
+    pixels = normalize_images(resize_square(images, preprocessing.size), preprocessing.mean, preprocessing.std)
     params = params | {"logit_scale": jnp.float32(0)}  # declared by the module; features do not depend on it
     return clip.apply({"params": params}, pixels, method="encode_images")
 

@@ -8,20 +8,33 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from mindalle_jax.models.clip import Preprocessing
+
 PRECISION_BITS = 32 - 8 - 2
 """Weights of the resampling are integers in units of 2**-22, as in Pillow."""
 
 
-def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
+def resize_and_crop(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """Resizes and crops an image with Pillow, uint8[y, x, 3] -> uint8[size, size, 3]; see ClipRanker.encode_images.
 
     Example for size 4: 6 x 13 pixels become 4 x int(4 * 13 / 6) = 4 x 8, and columns 2 to 5 are kept. Of 7 columns also
-    2 to 5 are kept, because (7 - 4) / 2 = 1.5 is rounded to the even number 2, as Python does.
+    2 to 5 are kept, because (7 - 4) / 2 = 1.5 is rounded to the even number 2, as Python does; with round_down 1 to 4.
     """
-    y, x = (int(size * side / min(image.shape[:2])) for side in image.shape[:2])
-    top, left = int(round((y - size) / 2)), int(round((x - size) / 2))
-    resized = Image.fromarray(image).resize((x, y), Image.Resampling.BICUBIC)
+    size, short_side = preprocessing.size, preprocessing.short_side
+    if short_side is None:
+        y, x = size, size
+    else:
+        y, x = (int(short_side * side / min(image.shape[:2])) for side in image.shape[:2])
+    start = (lambda side: (side - size) // 2) if preprocessing.round_down else (lambda side: round((side - size) / 2))
+    top, left = start(y), start(x)
+    resized = Image.fromarray(image).resize((x, y), Image.Resampling(preprocessing.resample))
     return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def on_device(preprocessing: Preprocessing) -> bool:
+    """Returns whether resize_square does all that resize_and_crop would do to square images."""
+    whole = preprocessing.short_side in (None, preprocessing.size)
+    return whole and preprocessing.resample == Image.Resampling.BICUBIC
 
 
 def resize_square(images: jax.Array, size: int) -> jax.Array:

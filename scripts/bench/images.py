@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from mindalle_jax.config.schema import Config
 from mindalle_jax.interop.clip import clip_leaf_shapes
+from mindalle_jax.interop.clip_preprocessing import openai_preprocessing
 from mindalle_jax.models.clip import CLIP
 from mindalle_jax.models.vqgan import VQGAN
 from mindalle_jax.ranking.ranker import encode_images
@@ -47,7 +48,8 @@ def time_ranking(preset: str, config: Config, dtype: Any, mesh: Mesh, count: int
     clip, side = CLIP(clip_config, dtype=dtype), config.stage1.hparams.resolution
     params = common.random_params(clip_leaf_shapes(clip_config), dtype, mesh)
     images = jax.device_put(np.zeros((per_call, side, side, 3), np.uint8), NamedSharding(mesh, P("data")))
-    return _per_image("rank", lambda: encode_images(clip, mesh, params, images), per_call, count)
+    preprocessing = openai_preprocessing(clip_config)
+    return _per_image("rank", lambda: encode_images(clip, mesh, preprocessing, params, images), per_call, count)
 
 
 def _per_image(name: str, call: Any, per_call: int, count: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from mindalle_jax.interop import clip
 from mindalle_jax.interop.clip import convert_clip, read_clip, write_clip
 from mindalle_jax.interop.clip_layouts import clip_slots
 from mindalle_jax.interop.torch_archive import write_torch_archive
-from mindalle_jax.models.clip import ClipConfig
+from mindalle_jax.models.clip import PIXEL_MEAN, PIXEL_STD, ClipConfig
 from mindalle_jax.text import clip_tokenizer
 
 VOCAB_SIZE = clip_oracle.VOCAB_SIZE
@@ -246,7 +246,7 @@ def test_transformers_loads_what_is_written(torch, model, tmp_path, caplog):
     size = model.config.vision.image_size
     pixels = processor(Image.new("RGB", (50, 40), (255, 0, 0)), return_tensors="np")["pixel_values"]
     assert pixels.shape == (1, 3, size, size)
-    red = (np.array([1, 0, 0]) - clip.PIXEL_MEAN) / clip.PIXEL_STD
+    red = (np.array([1, 0, 0]) - PIXEL_MEAN) / PIXEL_STD
     np.testing.assert_allclose(pixels[0, :, size // 2, size // 2], red, atol=1e-5)
 
 

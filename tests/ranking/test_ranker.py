@@ -12,7 +12,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from mindalle_jax.errors import CheckpointError, DeviceMemoryError, NonFiniteError, OutputError, UsageError
 from mindalle_jax.interop.clip import ClipModel
-from mindalle_jax.models.clip import CLIP, PIXEL_MEAN, PIXEL_STD, ClipConfig, ClipTextConfig, ClipVisionConfig
+from mindalle_jax.models.clip import (
+    CLIP,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    ClipConfig,
+    ClipTextConfig,
+    ClipVisionConfig,
+    Preprocessing,
+)
 from mindalle_jax.ranking import ranker as rerank
 from mindalle_jax.ranking.ranker import ClipRanker
 from mindalle_jax.ranking.resize import resize_and_crop
@@ -247,7 +255,7 @@ def test_pictures_of_many_sizes(ranker, pictures, scores, compilations):
     mixed = ranker.scores("a red cat", [others[0], pictures[0], *others[1:], Image.fromarray(pictures[1])])
     before = len(compilations)
     for i, other in zip((0, 2, 3, 4, 5), others, strict=True):
-        cropped = ranker.scores("a red cat", resize_and_crop(other, 32)[None])
+        cropped = ranker.scores("a red cat", resize_and_crop(other, Preprocessing(32, 32))[None])
         np.testing.assert_array_equal(mixed[i], cropped[0])
         # Alone, a square picture is resized on the device.
         np.testing.assert_allclose(ranker.scores("a red cat", other[None]), cropped, rtol=0, atol=1e-6)

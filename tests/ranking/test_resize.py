@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mindalle_jax.ranking.resize import resampling_taps, resize_and_crop, resize_square
+from mindalle_jax.models.clip import Preprocessing
+from mindalle_jax.ranking.resize import on_device, resampling_taps, resize_and_crop, resize_square
 
 
 def squares(side: int) -> np.ndarray:
@@ -69,4 +70,31 @@ def test_other_shapes_are_resized_and_cropped_as_by_torchvision(height, width, s
     else:
         resized = Image.fromarray(image).resize((32, int(32 * height / width)), Image.Resampling.BICUBIC)
         expected = np.asarray(resized)[start : start + 32]
-    np.testing.assert_array_equal(resize_and_crop(image, 32), expected)
+    np.testing.assert_array_equal(resize_and_crop(image, Preprocessing(32, 32)), expected)
+
+
+def test_the_examples_of_resize_and_crop():
+    """Which pixels are kept of 4 x 7: 2 to 5 as in torchvision, 1 to 4 as in transformers."""
+    columns = np.arange(7, dtype=np.uint8) * 30
+    image = np.broadcast_to(columns[None, :, None], (4, 7, 3))
+    for round_down, kept in ((False, columns[2:6]), (True, columns[1:5])):
+        cropped = resize_and_crop(image, Preprocessing(4, 4, round_down=round_down))
+        np.testing.assert_array_equal(cropped[0, :, 0], kept)
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "expected"),
+    [
+        (Preprocessing(32, 32), True),
+        (Preprocessing(32, None), True),
+        (Preprocessing(32, 32, mean=(0.5, 0.5, 0.5), round_down=True), True),
+        (Preprocessing(32, 36), False),
+        (Preprocessing(32, 32, resample=2), False),
+    ],
+)
+def test_what_the_device_can_do(preprocessing, expected):
+    """Where it can, both give the same bits."""
+    assert on_device(preprocessing) == expected
+    images = squares(40)
+    on_host = np.stack([resize_and_crop(image, preprocessing) for image in images])
+    assert np.array_equal(resize_square(images, 32), on_host) == expected
