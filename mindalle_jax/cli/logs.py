@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-QUIET = ("absl", "orbax", "grain", "tensorstore", "asyncio")
+QUIET = ("absl", "orbax", "grain", "tensorstore", "asyncio", "datasets", "huggingface_hub")
 """Loggers that are hidden. The errors of these libraries reach us as exceptions, and each becomes one message. Orbax
 and Grain log as absl. On a full disk they logged 340 lines of tracebacks beside that message."""
 LOOP_CLOSED = "Event loop is closed"

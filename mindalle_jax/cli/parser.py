@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         # A name without "_", such as seed, is also an English word. It is the option in "seed must be ...".
         names = "|".join(name if "_" in name else rf"^{name}(?= must )" for name in options)
         # Text in quotes and parts of a path come from the user and stay as they are.
-        pattern = rf"'[^']*'|\"[^\"]*\"|(?<![\w./~-])({names})(?![\w./-])"
+        pattern = rf"'[^']*'|\"[^\"]*\"|(?<![\w./~-])({names})(?![\w./-]|=True)"
         typed = re.sub(pattern, lambda match: options[match[1]] if match[1] else match[0], message)
         return re.sub(r" \(None\)|, or None\b", "", typed)
 

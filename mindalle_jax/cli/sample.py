@@ -127,8 +127,12 @@ def run_sample(arguments: argparse.Namespace) -> None:
     _check_kind(arguments, config.image_only, prompts)
     if config.image_only:
         prompts = []
+        names = read_manifest(folder).get("classes")
         if arguments.class_name is not None:
-            arguments.class_id = class_number(arguments.class_name, read_manifest(folder).get("classes"))
+            arguments.class_id = class_number(arguments.class_name, names)
+        elif names and arguments.class_id is None and record is None:
+            listed = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+            raise UsageError(f"name a class with --class or --class-id; there are {listed}")
         if record is not None and arguments.class_id is None:
             arguments.class_id = record.settings.get("class_id")
     check_every(arguments.preview_every, config.stage1)

@@ -85,13 +85,19 @@ def check_path(path: str | None, field: str, columns: Columns = ANY_COLUMNS) -> 
         raise DataError(f"{field}: {path} does not exist")
     if (Path(path) / codes.MANIFEST).exists():
         return
-    report, split = DatasetReport(), "valid" if field == "data.valid" else "train"
-    try:
-        samples, _ = _find_samples(path, "unconditional", split, columns, None, report)
-        if next(samples, None) is None:
-            raise DataError(f"{field}: {path} holds nothing to train on: {report}")
-    except OSError as error:
-        raise DataError(f"{field}: {path} cannot be read: {error}") from None
+    split, errors = "valid" if field == "data.valid" else "train", []
+    for task in TASKS:
+        report = DatasetReport()
+        try:
+            samples, _ = _find_samples(path, task, split, columns, None, report)
+            if next(samples, None) is not None:
+                return
+            errors.append(DataError(f"{field}: {path} holds nothing to train on: {report}"))
+        except DataError as error:
+            errors.append(error)
+        except OSError as error:
+            raise DataError(f"{field}: {path} cannot be read: {error}") from None
+    raise errors[0]
 
 
 def first_caption(path: str | Path, vqgan: str | None = None, columns: Columns = ANY_COLUMNS) -> str | None:
@@ -146,7 +152,9 @@ def _file_samples(
             return metadata.metadata_samples(file.parent, [file.name], report, columns), None
         if name.endswith(".json"):
             return metadata.coco_samples(file.parent, [file.name], report), None
-        _refuse_archives(file.parent, [file.name])
+        if extension := _archive_of(name):
+            unpack = f"{UNPACK[extension]} {shlex.quote(str(file))}"
+            raise DataError(f"{file}: {extension} files are not read; unpack it: {unpack}")
     kind = "is no data set" if file.exists() else "does not exist"
     raise DataError(
         f"{file}: {kind}; images are read from folders, uncompressed tars, parquet and metadata files, and "
@@ -154,10 +162,15 @@ def _file_samples(
     )
 
 
+def _archive_of(name: str) -> str | None:
+    """Returns the extension of UNPACK that a name has."""
+    return next((end for end in UNPACK if name.lower().endswith(end)), None)
+
+
 def _refuse_archives(folder: Path, names: list[str]) -> None:
     """Raises DataError for archives, with the command that unpacks the first."""
     for name in names:
-        if extension := next((end for end in UNPACK if name.lower().endswith(end)), None):
+        if extension := _archive_of(name):
             count = sum(other.lower().endswith(extension) for other in names)
             raise DataError(
                 f"{folder}: holds {count:,} {extension} files, which are not read; unpack them: "

@@ -115,7 +115,7 @@ def hold_lock(path: Path, when_held: Callable[[str], object], unlocked: str) -> 
     when_held: called with the name of the process that holds the lock; if it does not raise, the block waits. unlocked:
     the advice of the warning if the disk has no locks. Raises OutputError if the file cannot be written to.
     """
-    with disk_errors(path):
+    with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = io.FileIO(path, "a+")
     with file:

@@ -169,8 +169,8 @@ class Checkpoints:
         self._check_fit(step, record["leaves"], wanted)
         if record["fingerprint"] != self.fingerprint and not ignore_fingerprint:
             raise CheckpointError(
-                f"{self.folder / str(step)}: the data set has changed since this checkpoint (its fingerprint was "
-                f"{record['fingerprint']!r} and is {self.fingerprint!r}), so its position in the data means "
+                f"{self.folder}: the data set has changed since the checkpoint of step {step} (it was "
+                f"{record['fingerprint'][:28]!r} and is {self.fingerprint[:28]!r}), so its position in the data means "
                 "other samples; bring the old data back, or resume with --ignore-fingerprint (in Python: "
                 "ignore_fingerprint=True)"
             )

@@ -47,7 +47,7 @@ def export_checkpoint(run: Path, out: Path, *, step: WhichStep = "last", overwri
     trained = saved.read(chosen, "ema") or saved.read(chosen, "params")
     with new_folder(out, overwrite=overwrite, marks=(MANIFEST,)) as folder:
         data_state = saved.data_state(chosen)
-        seen = chosen, data_state["loader"]["next_index"] // chosen
+        seen = chosen, data_state.get("batch_size", data_state["loader"]["next_index"] // chosen)
         write_finetuned(config, base, folder, trained, _captions(config, base), data_state.get("classes"), seen)
     return f"{out}: the model of step {chosen}"
 
@@ -76,6 +76,8 @@ def newest_model(run: Path) -> tuple[Path, int]:
 
 def _choose(saved: Checkpoints, run: Path, step: WhichStep) -> int:
     steps = saved.steps()
+    if not steps and (run / MANIFEST).is_file():
+        raise CheckpointError(f"{run}: its checkpoints are gone; the folder itself is a model")
     if not steps:
         raise CheckpointError(f"{run}: holds no checkpoint yet")
     if step == "last":

@@ -42,7 +42,7 @@ from mindalle_jax.training.lora import init_adapters
 from mindalle_jax.training.metrics import flops_per_sequence, read_metrics
 from mindalle_jax.training.optimizer import make_optimizer
 from mindalle_jax.training.previews import RECONSTRUCTIONS, Previewer, write_reconstructions
-from mindalle_jax.training.run_dir import check_base, start_folder
+from mindalle_jax.training.run_dir import RECONSTRUCTIONS_FILE, check_base, start_folder
 from mindalle_jax.training.step import (
     Metrics,
     Params,
@@ -195,7 +195,7 @@ class FinetuneRun(Run):
 
         No sample of the model can be sharper than these.
         """
-        path, source = self.out / "reconstructions.png", self.valid_source or self.source
+        path, source = self.out / RECONSTRUCTIONS_FILE, self.valid_source or self.source
         if self.previewer is None or source.has_codes or path.exists():
             return []
         part = source.part(0, RECONSTRUCTIONS)
@@ -203,10 +203,10 @@ class FinetuneRun(Run):
         psnr = write_reconstructions(
             self.config.stage1, self.stage1, images, path, dtype=self.dtype_name, mesh=self.mesh
         )
-        lines = [f"reconstructions.png: the VQGAN reconstructs {len(images)} of your images with {psnr:.1f} dB (PSNR)"]
+        lines = [f"{path.name}: the VQGAN reconstructs {len(images)} of your images with {psnr:.1f} dB (PSNR)"]
         if psnr < POOR_PSNR:
             lines.append(
-                "note: that is poor, and no sample of the model can be better: look at reconstructions.png, and train "
+                f"note: that is poor, and no sample of the model can be better: look at {path.name}, and train "
                 "the VQGAN on your images first (mindalle train-vqgan)"
             )
         return lines

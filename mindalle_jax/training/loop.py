@@ -8,6 +8,7 @@ If a run is interrupted, the same command resumes it after the last checkpoint, 
 
 import abc
 import math
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ from mindalle_jax.training.checkpoint import Checkpoints
 from mindalle_jax.training.config import DataConfig, RunConfig
 from mindalle_jax.training.metrics import Monitor, memory_line
 from mindalle_jax.training.optimizer import learning_rate
-from mindalle_jax.training.run_dir import check_run_dir, create_run_dir, lock_run_dir
+from mindalle_jax.training.run_dir import check_run_dir, create_run_dir, lock_run_dir, write_config
 from mindalle_jax.training.step import Metrics
 from mindalle_jax.training.summary import SUMMARY_FILE, ended_at, write_summary
 
@@ -285,31 +286,40 @@ class Run(abc.ABC):
         too_large = "a step does not fit into the memory of the devices; lower experiment.local_batch_size"
         with Checkpoints(self.out / "checkpoints", keep=training.keep_checkpoints, fingerprint=fingerprint) as saved:
             # ---- resume
-            done = 0
+            done = position = 0  # steps, and place in the stream of samples
             target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
             if saved.latest_step() is not None:
                 del state  # so that it is not in memory twice
                 restored = saved.restore(target, ignore_fingerprint=ignore_fingerprint)
                 if restored.data_state["base"] != base_fingerprint:
                     raise CheckpointError(f"{self.out}: the run started from another model than the one given now")
-                state, done = restored.state, restored.step
-                if (before := restored.data_state["loader"]["next_index"] // max(done, 1)) != batch_size:
+                state, done, position = restored.state, restored.step, restored.data_state["loader"]["next_index"]
+                before = restored.data_state.get("batch_size", batch_size)
+                if before != batch_size and not ignore_fingerprint:
                     raise CheckpointError(
                         f"{self.out}: a step took {before} images, and would take {batch_size} now; resume with as "
                         f"many devices as before, or set experiment.total_batch_size={before}"
                     )
                 self.loader.set_state(restored.data_state["loader"])
                 del restored
+                write_config(self.out, config)
 
             if done and ended_at(self.out) == done and not (self._extended and done < self.max_steps):
+                if jax.process_index() == 0:
+                    print(f"{self.out}: the run is complete, after step {done}: nothing to do", file=sys.stderr)
                 return True
             if jax.process_index() == 0:
                 (self.out / SUMMARY_FILE).unlink(missing_ok=True)  # of a run that is extended
             self._end_asked = stopped = False
+            first = done + 1
 
             def save(step: int, valid_loss: float | None) -> None:
-                loader = {"next_index": step * batch_size}
-                data_state = {"loader": loader, "base": base_fingerprint, "classes": self.source.classes}
+                data_state = {
+                    "loader": {"next_index": position + (step - first + 1) * batch_size},
+                    "batch_size": batch_size,
+                    "base": base_fingerprint,
+                    "classes": self.source.classes,
+                }
                 monitor.log(f"step {step}: saving a checkpoint")
                 saved.save(step, state, data_state=data_state, validation_loss=valid_loss)
 
@@ -334,7 +344,7 @@ class Run(abc.ABC):
                     monitor.log(line)
                 without_gain = 0  # validations since the lowest loss
                 lowest = (math.inf, done)  # validation loss and its step, since the start of this process
-                compiling_s, first = time.perf_counter(), done + 1
+                compiling_s = time.perf_counter()
                 if first <= self.max_steps:
                     monitor.log("compiling the training step: minutes for a large model, less if it is in the cache")
                 unlogged: list[Any] = []  # metrics of a step are fetched while the next one runs
@@ -386,7 +396,8 @@ class Run(abc.ABC):
         self.write_result(state)
         if not stopped:
             if jax.process_index() == 0:
-                images, seconds = done * batch_size, time.perf_counter() - start_s
+                images = position + (done - first + 1) * batch_size
+                seconds = time.perf_counter() - start_s
                 write_summary(self.out, step=done, step_of_the_model=best, images=images, seconds=seconds)
         multihost_utils.sync_global_devices("written")  # no process returns before the model is written
         return not stopped

@@ -22,6 +22,8 @@ CONFIG_FILE = "run.yaml"
 LOCK = ".lock"
 START = "start"
 """Folder with the model that a transfer or a run from scratch starts from."""
+RECONSTRUCTIONS_FILE = "reconstructions.png"
+"""Sheet of images of the data above their reconstructions."""
 EXPORTED = "exported"
 """Folder with the models that `mindalle sample` made of checkpoints."""
 # Fields that may change when a run resumes, because they have no effect on what is learned.
@@ -84,7 +86,8 @@ def check_run_dir(out: Path, config: RunConfig, *, extend: bool = False) -> RunC
         theirs, ours = (_flat(dataclasses.asdict(one)) for one in (before, config))
         free = (*FREE_FIELDS, *(LENGTH_FIELDS if extend else ()))
         if lines := _differences(theirs, ours, free):
-            only_length = not _differences(theirs, ours, (*FREE_FIELDS, *LENGTH_FIELDS))
+            longer = any(ours[name] > theirs[name] for name in LENGTH_FIELDS)
+            only_length = longer and not _differences(theirs, ours, (*FREE_FIELDS, *LENGTH_FIELDS))
             advice = "; --extend (in Python: extend=True) makes a run longer" if only_length else ""
             raise ConfigError(
                 f"{out} holds a run of another configuration: {'; '.join(lines)}; name another folder, or "
@@ -97,7 +100,9 @@ def check_run_dir(out: Path, config: RunConfig, *, extend: bool = False) -> RunC
             f"{out} holds the result of a run whose checkpoints are gone, so it cannot be resumed, and a new run would "
             "replace it; name another folder, or delete this one"
         )
-    elif not file.exists() and out.exists() and (not out.is_dir() or _visible(out)):
+    elif out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file, not a folder; name another one")
+    elif not file.exists() and out.exists() and _visible(out):
         raise OutputError(f"{out} exists, is not empty and holds no run to resume; name another folder")
     check_writable(out)
     return before
@@ -122,16 +127,24 @@ def lock_run_dir(out: Path) -> Iterator[None]:
 
 
 def create_run_dir(out: Path, config: RunConfig) -> None:
-    """Creates the folder of a run and writes its configuration; deletes what an earlier run without checkpoint left.
+    """Creates the folder of a new run and writes its configuration; deletes what a run without a checkpoint left.
 
-    Raises OutputError if the folder cannot be written to.
+    The folder of a run with a checkpoint stays as it is. Raises OutputError if the folder cannot be written to.
     """
+    if Checkpoints(out / "checkpoints").latest_step() is not None or jax.process_index() != 0:
+        return
+    with disk_errors(out):
+        for name in (START, EXPORTED, "samples", "tensorboard"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        (out / RECONSTRUCTIONS_FILE).unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+    write_config(out, config)
+
+
+def write_config(out: Path, config: RunConfig) -> None:
+    """Writes the configuration into the folder of a run. Raises OutputError."""
     if jax.process_index() == 0:
         with disk_errors(out):
-            if Checkpoints(out / "checkpoints").latest_step() is None:
-                for name in (START, EXPORTED):
-                    shutil.rmtree(out / name, ignore_errors=True)
-            out.mkdir(parents=True, exist_ok=True)
             replace_text(out / CONFIG_FILE, dump_config(config))
 
 

@@ -31,7 +31,9 @@ def test_archives_are_refused_with_the_command_that_unpacks_them(tmp_path, name,
         with pytest.raises(DataError) as caught:
             open_source(path, "text")
         extension = name[name.index(".") :]
-        assert f"holds 1 {extension} files, which are not read; unpack them: {command} " in str(caught.value)
+        told = f"holds 1 {extension} files, which are not read; unpack them: {command} "
+        alone = f"{tmp_path / name}: {extension} files are not read; unpack it: {command} "
+        assert (told if path == tmp_path else alone) in str(caught.value)
         assert shlex.split(str(caught.value))[-1] == str(tmp_path / name)
 
 
@@ -69,7 +71,7 @@ def test_caption_files_in_utf_16(tmp_path):
     ("files", "said"),
     [
         ({}, "data.train: {folder} holds nothing to train on: 0 samples"),
-        ({"a.txt": b"a cat", "b.caption": b"a dog"}, "holds nothing to train on: 0 samples"),
+        ({"a.txt": b"a cat", "b.caption": b"a dog"}, "0 samples; left out: 2 captions without an image"),
         ({"a.tiff": b"II"}, "1 in a format other than JPEG, PNG and WebP"),
         ({"a.zip": b"PK"}, "which are not read; unpack them: unzip"),
         ({"train/a.jpg": b"", "test/b.jpg": b""}, None),

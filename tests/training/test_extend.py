@@ -74,6 +74,9 @@ def test_a_run_is_not_made_shorter(world):
     config, short = world
     with pytest.raises(ConfigError, match="--extend makes a run longer; it has 20 steps, not 10"):
         finetune(config, ["optimizer.max_steps=10"], short, extend=True)
+    with pytest.raises(ConfigError, match="max_steps was 20 and is 10") as caught:
+        finetune(config, ["optimizer.max_steps=10"], short)
+    assert "--extend" not in str(caught.value), "advice that would be refused"
 
 
 def test_nothing_to_extend(world, tmp_path):
@@ -88,6 +91,7 @@ def test_a_complete_run_that_is_extended_by_nothing_stays(world, capsys):
     before = (short / "manifest.json").stat().st_mtime_ns
     assert finetune(config, [], short, extend=True)
     assert (short / "manifest.json").stat().st_mtime_ns == before
+    assert capsys.readouterr().err == f"{short}: the run is complete, after step 20: nothing to do\n"
 
 
 def test_extended_on_the_command_line(world, tmp_path):
@@ -114,6 +118,24 @@ def test_fewer_images_than_a_batch_train_with_a_note(world, tmp_path, capsys):
     assert "3 of 16 images" in (tmp_path / "run" / "README.md").read_text()
     assert finetune(config, [*large, "optimizer.max_steps=4"], tmp_path / "run", extend=True)
     assert len(losses(tmp_path / "run")) == 4
+
+
+def test_more_images_after_a_fit_can_be_let_pass(tiny_model_folder, tmp_path):
+    """The steps of the checkpoint took 8 images, and those after it take 16; positions and the summary count them."""
+    few, more = (write_code_set(tmp_path / f"of{count}", tiny_model_folder, count) for count in (9, 17))
+    large = {"total_batch_size": 64, "local_batch_size": 1}
+    config = write_config(tmp_path / "run.yaml", tiny_model_folder, few, experiment=large, optimizer={"max_steps": 2})
+    out, longer = tmp_path / "run", [f"data.train={more}", "optimizer.max_steps=4"]
+    assert finetune(config, [], out)
+    before = (out / "run.yaml").read_text()
+    with pytest.raises(CheckpointError, match="the data set has changed since the checkpoint of step 2"):
+        finetune(config, longer, out, extend=True)
+    assert (out / "run.yaml").read_text() == before, "an error has changed the run"
+    assert finetune(config, longer, out, extend=True, ignore_fingerprint=True)
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["updates"], summary["images"]) == (4, 2 * 8 + 2 * 16)
+    assert "4 of 16 images" in (out / "README.md").read_text()
+    assert f"train: {more}," in (out / "run.yaml").read_text()
 
 
 def test_a_run_never_resumes_with_another_size_of_batch(world, tmp_path, monkeypatch):

@@ -262,7 +262,7 @@ def test_a_data_set_that_changed_is_refused_unless_told(finetune, begun, tmp_pat
     (tmp_path / "data").symlink_to(other)
 
     code, _, err = finetune(changed, out)
-    assert code == 4 and "the data set has changed since this checkpoint" in message(err)
+    assert code == 4 and "the data set has changed since the checkpoint of step 1" in message(err)
     assert "'12 samples, " in message(err) and "'13 samples, " in message(err)
     assert "bring the old data back, or resume with --ignore-fingerprint" in message(err)
     assert not (out / "manifest.json").exists()

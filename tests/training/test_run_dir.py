@@ -19,6 +19,7 @@ from mindalle_jax.training.run_dir import (
     CONFIG_FILE,
     EXPORTED,
     LOCK,
+    RECONSTRUCTIONS_FILE,
     START,
     check_base,
     check_run_dir,
@@ -64,10 +65,12 @@ def test_a_run_without_a_checkpoint_starts_again_with_any_configuration(tmp_path
     out = tmp_path / "out"
     create_run_dir(out, CONFIG)
     (out / START).mkdir()
-    (out / EXPORTED).mkdir()
+    for name in (EXPORTED, "samples", "tensorboard"):
+        (out / name).mkdir()
+    (out / RECONSTRUCTIONS_FILE).touch()
     check_run_dir(out, OTHER)
     create_run_dir(out, OTHER)
-    assert not (out / START).exists() and not (out / EXPORTED).exists()
+    assert [path.name for path in out.iterdir()] == [CONFIG_FILE]
     assert load_config(out / CONFIG_FILE, kind=RunConfig) == OTHER
 
 
@@ -101,7 +104,8 @@ def test_what_is_no_run_is_left_alone(tmp_path, kind):
         (out / "thesis.txt").write_text("mine")
     else:
         out.write_text("mine")
-    with pytest.raises(OutputError, match="is not empty and holds no run to resume"):
+    said = "is not empty and holds no run to resume" if kind == "folder" else "is a file, not a folder"
+    with pytest.raises(OutputError, match=said):
         check_run_dir(out, CONFIG)
 
 
