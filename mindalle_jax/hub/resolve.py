@@ -12,7 +12,7 @@ from pathlib import Path
 from mindalle_jax.errors import CheckpointError, DownloadError, OutputError, UsageError, did_you_mean
 from mindalle_jax.hub.download import RELEASES, fetch_release
 from mindalle_jax.hub.huggingface import fetch_repo, is_repo_id
-from mindalle_jax.interop.clip import WEIGHT_FILES, is_clip
+from mindalle_jax.interop.clip import INDEX, WEIGHT_FILES, is_clip
 from mindalle_jax.interop.mindalle import import_checkpoint
 from mindalle_jax.runtime.cache import cache_dir
 from mindalle_jax.storage import weights
@@ -104,8 +104,11 @@ def find_clip(
             f"the hub{did_you_mean('off' if name == 'none' else name, [*known, 'off'])}"
         )
     with _naming_the_nearest(name, known):
-        for file in WEIGHT_FILES:
+        for file in (*WEIGHT_FILES, *(f"{file}{INDEX}" for file in WEIGHT_FILES)):
             wanted = ["config.json", "preprocessor_config.json", "tokenizer.json", "vocab.json", "merges.txt", file]
+            if file.endswith(INDEX):
+                stem, extension = os.path.splitext(file.removesuffix(INDEX))
+                wanted.append(f"{stem}-*-of-*{extension}")
             folder = fetch_repo(name, wanted, revision=revision, local_files_only=local_files_only)
             if (folder / file).is_file():
                 break

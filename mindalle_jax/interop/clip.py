@@ -4,11 +4,12 @@ Neither PyTorch nor transformers is needed. Every tensor must fit. One error lis
 unexpected or of another shape.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import safetensors.numpy
 from tokenizers import Tokenizer
 
 from mindalle_jax.errors import CheckpointError, one_line
-from mindalle_jax.interop.clip_config import openai_config, parse_clip_config
+from mindalle_jax.interop.clip_config import INSTEAD, openai_config, parse_clip_config
 from mindalle_jax.interop.clip_layouts import OPENAI_EXTRAS, Layout, clip_leaf_shapes, clip_slots
 from mindalle_jax.interop.clip_preprocessing import FILE as PREPROCESSING_FILE
 from mindalle_jax.interop.clip_preprocessing import dump_preprocessing, openai_preprocessing, parse_preprocessing
@@ -38,6 +39,8 @@ CLIP_KEYS = ("visual.", "vision_model.", "text_model.")
 """Starts of keys that every torch file of a CLIP model has, and no file of minDALL-E or of a VQGAN."""
 WEIGHT_FILES = ("model.safetensors", "flax_model.msgpack", "pytorch_model.bin")
 """Names of the weights in a Hugging Face folder, the preferred name first."""
+INDEX = ".index.json"
+"""Follows the name of weights that are split into several files, in the name of the file that lists them."""
 
 
 class ClipModel(NamedTuple):
@@ -69,7 +72,8 @@ def read_clip(path: str | Path, tokenizer: str | Path | None = None) -> ClipMode
     """Reads a CLIP model and converts it to float32. `path` is one of
 
       - a folder of Hugging Face: config.json, tokenizer.json (or vocab.json and merges.txt), and weights. The weights
-        are the first of model.safetensors, flax_model.msgpack and pytorch_model.bin that exists. A
+        are the first of model.safetensors, flax_model.msgpack and pytorch_model.bin that exists, as one file, or as
+        several with their .index.json. A
         preprocessor_config.json is followed; without one, images are preprocessed as for OpenAI's models.
       - a .pt file of OpenAI with a Vision Transformer: TorchScript as published, or a saved state_dict(). Its sizes
         follow from its tensors. Heads are 64 wide and the activation is quick-GELU, as in all models of OpenAI. Files
@@ -82,6 +86,8 @@ def read_clip(path: str | Path, tokenizer: str | Path | None = None) -> ClipMode
     path = Path(os.path.expanduser(path))
     if not path.is_dir():
         return _read_openai(path, tokenizer)
+    if not (path / "config.json").exists() and any(path.glob("open_clip*")):
+        raise CheckpointError(f"{path}: is in the layout of OpenCLIP, which is not read; {INSTEAD}")
     config = parse_clip_config(_read_json(path / "config.json"), f"{path / 'config.json'}")
     words = read_clip_tokenizer(Path(tokenizer or path), config.text)
     preprocessing, file = None, path / PREPROCESSING_FILE
@@ -187,15 +193,54 @@ def _read_params(
 
 
 def _read_folder(folder: Path, config: ClipConfig) -> dict[str, Any]:
-    """Reads the parameters from the first file of WEIGHT_FILES that exists."""
-    readers = dict(zip(WEIGHT_FILES, (_read_safetensors, _read_msgpack, _read_torch), strict=True))
-    for name, read in readers.items():
+    """Reads the parameters from the first of WEIGHT_FILES that exists, or from the files that an index lists."""
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file() and name.endswith(".msgpack"):
+            return _read_msgpack(folder / name, config)
         if (folder / name).is_file():
-            return read(folder / name, config)
-    raise CheckpointError(f"{folder}: holds no weights; it needs one of {', '.join(readers)}")
+            return _read_tensors(folder / name, [folder / name], config)
+        if (folder / f"{name}{INDEX}").is_file():
+            index = folder / f"{name}{INDEX}"
+            return _read_tensors(index, _shards(index), config)
+    raise CheckpointError(f"{folder}: holds no weights; it needs one of {', '.join(WEIGHT_FILES)}")
 
 
-def _read_safetensors(file: Path, config: ClipConfig) -> dict[str, Any]:
+def _shards(index: Path) -> list[Path]:
+    """Returns the files that an index lists, {"weight_map": {key: name of a file beside it}}."""
+    content = _read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{index}: has no weight_map that names a file for each tensor")
+    files = [index.parent / name for name in sorted(set(names.values()))]
+    for file in files:
+        if file.name not in names.values() or file.parent != index.parent:  # "../x" and "/x" are elsewhere
+            raise CheckpointError(f"{index}: lists a file in another folder")
+        if not file.is_file():
+            raise CheckpointError(f"{index}: lists {file.name}, which is missing")
+    return files
+
+
+def _read_tensors(source: Path, files: list[Path], config: ClipConfig) -> dict[str, Any]:
+    """Reads the parameters from one or several files in the layout of PyTorch. source: names them in messages."""
+    with contextlib.ExitStack() as stack:
+        shapes: dict[str, tuple[int, ...]] = {}
+        readers: dict[str, Callable[[str], np.ndarray]] = {}
+        for file in files:
+            opened = _open_safetensors(file) if file.suffix == ".safetensors" else _open_torch(file)
+            found, read = stack.enter_context(opened)
+            if twice := next((key for key in found if key in shapes), None):
+                raise CheckpointError(f"{file}: {twice[:120]!r} is in another file, too")
+            shapes |= found
+            readers |= dict.fromkeys(found, read)
+        return _read_params(source, "config.json", config, "torch", _parameters(shapes), lambda key: readers[key](key))
+
+
+Opened = tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]
+"""The shape of each tensor in a file, and a function that reads one."""
+
+
+@contextlib.contextmanager
+def _open_safetensors(file: Path) -> Iterator[Opened]:
     try:
         with safetensors.safe_open(file, framework="numpy") as tensors:
             shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
@@ -206,16 +251,18 @@ def _read_safetensors(file: Path, config: ClipConfig) -> dict[str, Any]:
                     raise CheckpointError(f"{file}: {key} is {dtype}; BF16, F16, F32 and F64 are read")
                 return tensors.get_tensor(key)
 
-            return _read_params(file, "config.json", config, "torch", _parameters(shapes), read)
+            yield shapes, read
     except (safetensors.SafetensorError, OSError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{file}: truncated or damaged: {one_line(error)}") from None
 
 
-def _read_torch(file: Path, config: ClipConfig) -> dict[str, Any]:
+@contextlib.contextmanager
+def _open_torch(file: Path) -> Iterator[Opened]:
     with TorchArchive(file) as archive:
         refs = archive.state_dict()
-        shapes = _parameters({key: ref.shape for key, ref in refs.items()})
-        return _read_params(file, "config.json", config, "torch", shapes, lambda key: archive.read(refs[key]))
+        yield {key: ref.shape for key, ref in refs.items()}, lambda key: archive.read(refs[key])
 
 
 def _parameters(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

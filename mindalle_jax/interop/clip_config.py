@@ -12,6 +12,22 @@ from mindalle_jax.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfi
 
 MAX_SIZE = 1 << 20  # of any number in a config: far above real models, and small enough to trace the network
 MAX_LAYERS = 200
+INSTEAD = "take a CLIP model of Hugging Face's transformers, such as openai/clip-vit-base-patch32"
+OTHER_MODELS = {
+    "siglip": "SigLIP",
+    "siglip2": "SigLIP 2",
+    "altclip": "AltCLIP, a CLIP model with a multilingual text tower",
+    "chinese_clip": "Chinese CLIP, a CLIP model with a text tower of its own",
+    "M-CLIP": "the multilingual text tower of a CLIP model alone",
+    "xlm-roberta": "a multilingual text tower alone",
+    "vision-text-dual-encoder": "a model of two towers of other kinds",
+    "clip_vision_model": "the image tower of a CLIP model alone",
+    "clip_text_model": "the text tower of a CLIP model alone",
+    "clipseg": "CLIPSeg, which segments images",
+    "blip": "BLIP",
+    "align": "ALIGN",
+}
+"""model_type of a config.json -> what such a model is."""
 MAX_PATCHES = 1 << 16
 
 
@@ -20,9 +36,11 @@ def parse_clip_config(raw: Any, where: str) -> ClipConfig:
 
     raw: the parsed JSON. where: begins each message. Raises CheckpointError for sizes that cannot be.
     """
-    if not isinstance(raw, dict) or raw.get("model_type") != "clip":
-        given = raw.get("model_type") if isinstance(raw, dict) else raw
-        raise CheckpointError(f"{where}: model_type is {given!r:.60}, only 'clip' is read")
+    given = raw.get("model_type") if isinstance(raw, dict) else raw
+    if not isinstance(raw, dict) or given != "clip":
+        kind = OTHER_MODELS.get(given) if isinstance(given, str) else None
+        said = f"is {kind}, which cannot rank here" if kind else f"model_type is {given!r:.60}, only 'clip' is read"
+        raise CheckpointError(f"{where}: {said}; {INSTEAD}")
     text, vision = _section(raw, "text_config", where), _section(raw, "vision_config", where)
     if vision.get("num_channels", 3) != 3:
         raise CheckpointError(f"{where}: vision_config.num_channels is {vision['num_channels']!r:.60}, it must be 3")

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from mindalle_jax.errors import CheckpointError
+from mindalle_jax.interop.clip import read_clip
 from mindalle_jax.interop.clip_config import parse_clip_config
 from mindalle_jax.models.clip import ClipConfig
 
@@ -53,7 +54,7 @@ def with_vision(**fields) -> dict:
     [
         ([], r"model_type is \[\], only 'clip' is read"),
         ({}, "model_type is None, only 'clip' is read"),
-        (MINIMAL | {"model_type": "siglip"}, "model_type is 'siglip', only 'clip' is read"),
+        (MINIMAL | {"model_type": "siglip"}, "is SigLIP, which cannot rank here"),
         (MINIMAL | {"text_config": 3}, "text_config is 3, not a section"),
         (MINIMAL | {"projection_dim": None}, "projection_dim is None; it must be a whole number from 1"),
         (with_text(hidden_act="relu"), "text_config.hidden_act is 'relu'; quick_gelu and gelu are known"),
@@ -84,3 +85,29 @@ def test_configs_that_are_not_understood_are_refused(raw, reason):
     with pytest.raises(CheckpointError, match=reason) as caught:
         parse_clip_config(raw, "config.json")
     assert str(caught.value).startswith("config.json: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("siglip", "is SigLIP, which cannot rank here"),
+        ("M-CLIP", "is the multilingual text tower of a CLIP model alone, which"),
+        ("clip_vision_model", "is the image tower of a CLIP model alone, which"),
+        ("chinese_clip", "is Chinese CLIP"),
+        ("bert", "model_type is 'bert', only 'clip' is read"),
+        (["clip"], "model_type is .*, only 'clip' is read"),
+        (None, "model_type is None, only 'clip' is read"),
+    ],
+)
+def test_other_models_are_named_with_what_to_take_instead(kind, said):
+    with pytest.raises(CheckpointError, match=f"x: {said}.*; take a CLIP model .*openai/clip-vit-base-patch32"):
+        parse_clip_config({"model_type": kind}, "x")
+
+
+@pytest.mark.parametrize(
+    "name", ["open_clip_pytorch_model.bin", "open_clip_model.safetensors", "open_clip_config.json"]
+)
+def test_openclips_own_layout_is_named(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match="is in the layout of OpenCLIP, which is not read; take a CLIP model"):
+        read_clip(tmp_path)
