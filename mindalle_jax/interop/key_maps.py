@@ -146,9 +146,6 @@ def _hint(found: Mapping[str, Any], expected: Mapping[str, Any], stage: Stage) -
     """Returns a guess of the mistake that explains the keys of the file, or ""."""
     if not found:
         return " (the file holds no tensors)"
-    for prefix in ("module.", "model.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in found):
-            return f" (all keys start with {prefix!r}: saved from a wrapped model; save its inner module's state_dict)"
     other = "quantize.embedding.weight" if stage == "stage2" else "tok_emb_img.weight"
     if other in found:
         return f" (this is a checkpoint of {'stage1' if stage == 'stage2' else 'stage2'})"

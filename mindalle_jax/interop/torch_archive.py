@@ -37,6 +37,11 @@ from mindalle_jax.interop.torch_pickle import MAX_KEY_LENGTH
 from mindalle_jax.interop.torch_records import STORAGE_DTYPES, ScriptModule, TensorRef, describe
 from mindalle_jax.storage.files import SYNC_BYTES, to_disk
 
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")
+"""Names under which trainings save the weights, beside the optimizer and more; the first that is there counts."""
+PREFIXES = ("module.", "_forward_module.", "_orig_mod.", "model.")
+"""Beginnings of all keys of a module that DistributedDataParallel, AveragedModel, Fabric, torch.compile or another
+module has wrapped."""
 MAX_NESTING = 64  # of a state dict
 MAX_ENTRIES = 200_000  # of a state dict, because dicts that share members can have very many entries
 # A tensor may be larger than its bytes in the file (stride 0 repeats them), but a small file must not fill the memory.
@@ -44,6 +49,18 @@ MAX_EXPANSION = 4
 MIN_EXPANDED_BYTES = 1 << 20
 
 _ALIGNMENT = 64  # of data records, as torch does, for its mmap=True
+
+
+def _unwrapped(tensors: dict[str, TensorRef]) -> dict[str, TensorRef]:
+    """Returns the tensors by the keys of the module that was wrapped, see PREFIXES."""
+    for _ in range(8):
+        # The number of averaged states, which torch.optim.swa_utils.AveragedModel has beside its module.
+        others = [key for key in tensors if key != "n_averaged"]
+        prefix = next((one for one in PREFIXES if others and all(key.startswith(one) for key in others)), None)
+        if prefix is None:
+            break
+        tensors = {key.removeprefix(prefix): tensors[key] for key in others}
+    return tensors
 
 
 class TorchArchive:
@@ -89,15 +106,14 @@ class TorchArchive:
         self._file.close()
 
     def state_dict(self) -> dict[str, TensorRef]:
-        """Returns the tensors by dotted key: of the dict "state_dict" if the file has one, else of the top level.
+        """Returns the tensors by dotted key: of the dict that holds the weights if the file has one (WRAPPERS), else of
+        the top level.
 
-        Other data beside "state_dict", which a training framework saved, is ignored. Inside it, anything but a tensor
-        raises CheckpointError. For a TorchScript module its parameters, buffers and other tensors are returned, and all
-        other attributes are ignored.
+        Other data beside it, which a training framework saved, is ignored. Inside it, anything but a tensor raises
+        CheckpointError. For a TorchScript module its parameters, buffers and other tensors are returned, and all other
+        attributes are ignored. Beginnings that all keys have because a module was wrapped (PREFIXES) are left out.
         """
-        root = self.tree
-        if type(root) is dict and "state_dict" in root:
-            root = root["state_dict"]
+        root = self._weights()
         if type(root) not in (dict, ScriptModule):
             raise CheckpointError(f"{self.path}: holds {describe(root)} where a dict of tensors should be")
         tensors: dict[str, TensorRef] = {}
@@ -109,10 +125,33 @@ class TorchArchive:
             if type(value) is TensorRef:
                 tensors[key] = value
             elif type(root) is dict and type(value) is not dict:
-                raise CheckpointError(f"{self.path}: {key[:120]}: {describe(value)}, not a tensor")
+                raise CheckpointError(f"{self.path}: {key[:120]}: {describe(value)}, not a tensor{self._shape(root)}")
         if not tensors:
-            raise CheckpointError(f"{self.path}: holds no tensors")
-        return tensors
+            raise CheckpointError(f"{self.path}: holds no tensors{self._shape(root)}")
+        return _unwrapped(tensors)
+
+    def _weights(self) -> Any:
+        """Returns the part of the tree that holds the weights: below at most three WRAPPERS."""
+        root = self.tree
+        for _ in range(3):
+            if type(root) is not dict:
+                break
+            # Among tensors "model" is a module of that name, whose keys are model.x.
+            names = WRAPPERS[:1] if any(type(value) is TensorRef for value in root.values()) else WRAPPERS
+            found = {name: root[name] for name in names if name in root}
+            inner = next((part for name, part in found.items() if name == WRAPPERS[0] or type(part) is dict), None)
+            if inner is None:
+                break
+            root = inner
+        return root
+
+    def _shape(self, root: Any) -> str:
+        """Returns the end of a message, which describes the file if it is a dict of several things."""
+        names = [name for name in self.tree if type(name) is str] if type(self.tree) is dict else []
+        if root is not self.tree or not names or any(type(value) is TensorRef for value in self.tree.values()):
+            return ""
+        shown = ", ".join(name[:40] for name in names[:8] if name.isprintable()) + (", ..." if names[8:] else "")
+        return f"; the file is a dict with {shown}, and the weights are looked for in {', '.join(WRAPPERS)}"
 
     def _flatten(self, node: Any, prefix: str = "", depth: int = 1) -> Iterable[tuple[str, Any]]:
         """Yields every entry below `node` with its dotted key, also inner dicts (of a ScriptModule: inner modules)."""
