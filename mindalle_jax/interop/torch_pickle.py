@@ -70,7 +70,7 @@ class _BoundedStream:
 _MARK = object()
 _PUSH_ARGUMENT = frozenset(
     "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT SHORT_BINBYTES BINBYTES "
-    "BINBYTES8 BYTEARRAY8".split()
+    "BINBYTES8 BYTEARRAY8 SHORT_BINSTRING BINSTRING".split()
 )
 _PUSH_CONSTANT = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK, "EMPTY_TUPLE": ()}
 _PUSH_NEW = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set}
@@ -78,8 +78,8 @@ _OTHER_OPCODES = frozenset(
     "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET TUPLE TUPLE1 TUPLE2 TUPLE3 FROZENSET SETITEM SETITEMS APPEND "
     "APPENDS ADDITEMS GLOBAL STACK_GLOBAL BINPERSID REDUCE NEWOBJ NEWOBJ_EX BUILD POP POP_MARK PROTO FRAME STOP".split()
 )
-# Opcodes that pickle protocols 2 to 5 write for the objects that torch.save accepts. Left out are the text opcodes of
-# protocol 0, the byte strings of Python 2, the extension registry and the out-of-band buffers.
+# Opcodes that pickle protocols 2 to 5 write for the objects that torch.save accepts, also in Python 2, whose strings
+# are read if they are ASCII. Left out are text opcodes of protocol 0, the extension registry and out-of-band buffers.
 _OPCODES = {
     opcode.code.encode("latin-1"): opcode
     for opcode in pickletools.opcodes
@@ -121,6 +121,8 @@ class _StackMachine:
                 argument = f"{self._read_line()}.{self._read_line()}"
             else:
                 argument = opcode.arg.reader(self._stream) if opcode.arg else None
+            if opcode.name in ("SHORT_BINSTRING", "BINSTRING") and not str(argument).isascii():
+                raise ValueError("a string of Python 2 that is not ASCII")
         except (ValueError, struct.error, OverflowError) as error:  # ValueError includes bad UTF-8
             self._fail(f"damaged, or not a checkpoint: {str(error)[:120]}")
         if isinstance(argument, int) and argument.bit_length() > MAX_INT_BITS:
@@ -282,9 +284,12 @@ class _StackMachine:
             return self._opaque(function)
         match function.path:
             case "collections.OrderedDict":
-                if arguments:  # only Python 2 writes its items here
+                items = arguments[0] if arguments else []  # Python 2 writes [[key, value], ...]
+                if len(arguments) > 1 or type(items) is not list:
                     self._fail("an OrderedDict with arguments")
-                return {}
+                if not all(type(item) is list and len(item) == 2 for item in items):
+                    self._fail("an OrderedDict with an item that is no pair")
+                return {self._check_key(key): value for key, value in items}
             case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2":
                 return self._tensor(arguments, is_v3=False)
             case "torch._utils._rebuild_tensor_v3":

@@ -896,3 +896,37 @@ write_torch_archive("a.ckpt", [("w", np.dtype("u1"), (2 << 20,))], lambda _: np.
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "OutputError: a.ckpt: File too large" in done.stderr
+
+
+# Python 2
+
+
+def short(text: bytes) -> bytes:
+    return b"U" + bytes([len(text)]) + text
+
+
+def long(text: bytes) -> bytes:
+    return b"T" + struct.pack("<i", len(text)) + text
+
+
+@pytest.mark.parametrize("opcode", [short, long])
+def test_both_kinds_of_strings_of_python_2(tmp_path, opcode):
+    (tmp_path / "a.pth").write_bytes(legacy_bytes(b"\x80\x02}" + opcode(b"w") + tensor_pickle() + b"s."))
+    with TorchArchive(tmp_path / "a.pth") as archive:
+        assert list(archive.state_dict()) == ["w"]
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (short(b"\xe9"), "a string of Python 2 that is not ASCII"),
+        (long(b"caf\xc3\xa9"), "a string of Python 2 that is not ASCII"),
+        (b"T" + struct.pack("<i", -1) + b"x", "damaged, or not a checkpoint"),
+        (b"T" + struct.pack("<i", 1 << 30) + b"x", "damaged, or not a checkpoint"),
+        (b"U\x05ab", "pickle byte"),
+    ],
+)
+def test_other_strings_of_python_2_are_refused(tmp_path, key, message):
+    (tmp_path / "a.pth").write_bytes(legacy_bytes(b"\x80\x02}" + key + tensor_pickle() + b"s."))
+    with pytest.raises(CheckpointError, match=message):
+        TorchArchive(tmp_path / "a.pth")
