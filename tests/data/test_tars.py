@@ -128,7 +128,7 @@ def test_no_tar(tmp_path):
     with pytest.raises(DataError, match="is it truncated, or compressed"):
         open_source(tmp_path / "b.tar", "text")
     (tmp_path / "b.tar").rename(tmp_path / "c.tar.gz")
-    with pytest.raises(DataError, match="holds 1 .tar.gz files, which are not read; unpack them: gunzip -k .*c.tar.gz"):
+    with pytest.raises(DataError, match="c.tar.gz: .tar.gz files are not read; unpack it: gunzip -k .*c.tar.gz"):
         open_source(tmp_path / "c.tar.gz", "text")
 
 

@@ -381,7 +381,8 @@ def test_one_file_of_weights_is_fetched(hub, tiny_clip_folder, tmp_path, monkeyp
         (folder / name).write_bytes(b"weights")
     commit = hub.push("openai/clip", folder, "v1")
     found = find_clip("openai/clip", revision="v1")
-    assert names(found) == sorted(["config.json", "tokenizer.json", weights]) == sorted(hub.got)
+    expected = sorted(["config.json", "preprocessor_config.json", "tokenizer.json", weights])
+    assert names(found) == expected == sorted(hub.got)
     down(hub)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert find_clip("openai/clip", revision=commit) == find_clip("openai/clip", revision="v1") == found
