@@ -37,7 +37,7 @@ class Preprocessing:
     """Whether a crop starts at the lower pixel if the center lies between two, as in transformers. Otherwise it starts
     at the even one, as in torchvision."""
     mean: tuple[float, float, float] = PIXEL_MEAN
-    """Of red, green and blue in [0, 1]. The input is (x - mean) / std."""
+    """Mean of red, green and blue in [0, 1]. The input is (x - mean) / std."""
     std: tuple[float, float, float] = PIXEL_STD
 
 

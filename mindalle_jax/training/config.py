@@ -98,7 +98,7 @@ class BatchPlan(NamedTuple):
     """Number of images in a micro-batch of one device."""
     warmup_steps: int
     note: str = ""
-    """What differs from the configuration, and why; "" if nothing does."""
+    """Says what differs from the configuration, and why; "" if nothing does."""
 
 
 @dataclasses.dataclass(frozen=True)
