@@ -162,9 +162,9 @@ DAMAGE = {
     "empty": (lambda s: (s / STAGE2).write_bytes(b""), 4, f"{STAGE2}: is empty"),
     "flipped bit": (lambda s: flip_bit(s / STAGE2), 4, f"{STAGE2}: .*CRC does not match"),
     "wrong keys": (
-        lambda s: edit_checkpoint(s / STAGE2, lambda t: {f"module.{k}": a for k, a in t.items()}),
+        lambda s: edit_checkpoint(s / STAGE2, lambda t: {f"other.{k}": a for k, a in t.items()}),
         4,
-        r"does not fit the stage2 of config.yaml, \d+ differences \(all keys start with 'module.'",
+        r"does not fit the stage2 of config.yaml, \d+ differences",
     ),
     "wrong shapes": (
         lambda s: edit_checkpoint(s / STAGE2, lambda t: t.update({"ln_f.bias": np.ones(31, np.float32)})),
