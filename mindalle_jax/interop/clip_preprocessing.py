@@ -31,8 +31,8 @@ def parse_preprocessing(raw: Any, size: int, where: str) -> Preprocessing:
     kind = raw.get("image_processor_type", raw.get("feature_extractor_type", PROCESSORS[0]))
     if kind not in [name + suffix for name in PROCESSORS for suffix in SUFFIXES]:
         raise CheckpointError(f"{where}: is of a {kind!r:.60}; only {PROCESSORS[0]} is followed")
-    for name in ("do_resize", "do_rescale", "do_normalize"):
-        if raw.get(name, True) is not True and not (name == "do_normalize" and raw[name] is False):
+    for name in ("do_resize", "do_rescale"):
+        if raw.get(name, True) is not True:
             raise CheckpointError(f"{where}: {name} is {raw[name]!r:.60}; only true is followed")
     if raw.get("do_pad", False) not in (False, None):
         raise CheckpointError(f"{where}: do_pad is {raw['do_pad']!r:.60}; only false is followed")
@@ -54,6 +54,8 @@ def parse_preprocessing(raw: Any, size: int, where: str) -> Preprocessing:
     if type(resample) is not int or not 0 <= resample <= 5:
         raise CheckpointError(f"{where}: resample is {resample!r:.60}; Pillow's filters are 0 to 5")
     normalized = raw.get("do_normalize", True)
+    if type(normalized) is not bool:
+        raise CheckpointError(f"{where}: do_normalize is {normalized!r:.60}; it must be true or false")
     return Preprocessing(
         size,
         short_side,
